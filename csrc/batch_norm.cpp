@@ -1,0 +1,184 @@
+// batch_norm: checks, allocation and choice of the kernel. The maths is in batch_norm.h.
+#include "batch_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <cmath>
+#include <limits>
+
+#include "checks.h"
+#include "ops.h"
+
+namespace fastnorm {
+
+static constexpr const char* kOp = "batch_norm";
+
+static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
+}
+
+static void check_channels(const Tensor& input) {
+  TORCH_CHECK(input.dim() >= 2, kOp, ": input must have at least 2 dimensions (N, C, *), got ", input.dim(),
+              " with shape ", input.sizes());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
+    bool skip_nonfinite_stats, bool keep_mask) {
+  check_supported(kOp, input);
+  check_channels(input);
+  check_per_channel(kOp, "weight", weight, input);
+  check_per_channel(kOp, "bias", bias, input);
+  check_same_type(kOp, "weight", weight, "bias", bias);
+  check_per_channel(kOp, "running_mean", running_mean, input);
+  check_per_channel(kOp, "running_var", running_var, input);
+  check_same_type(kOp, "running_mean", running_mean, "running_var", running_var);
+  check_like_input(kOp, "residual", residual, input);
+  TORCH_CHECK(is_given(running_mean) == is_given(running_var), kOp,
+              ": running_mean and running_var must be given together, got only ",
+              is_given(running_mean) ? "running_mean" : "running_var");
+  TORCH_CHECK(training || is_given(running_mean), kOp, ": running_mean and running_var must be given if training=False");
+  if (is_given(running_mean) && training) {
+    TORCH_CHECK(running_mean->is_contiguous() && running_var->is_contiguous(), kOp,
+                ": running_mean and running_var must be contiguous to be updated");
+  }
+  if (is_given(num_batches_tracked)) {
+    TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1, kOp,
+                ": num_batches_tracked must be one number of type Long, got shape ", num_batches_tracked->sizes(),
+                " of type ", num_batches_tracked->scalar_type());
+    check_same_device(kOp, "num_batches_tracked", *num_batches_tracked, input);
+  }
+  TORCH_CHECK_VALUE(momentum || !training || !is_given(running_mean) || is_given(num_batches_tracked), kOp,
+                    ": momentum=None (cumulative average) needs num_batches_tracked");
+  const Activation act = activation_of(kOp, activation);
+
+  const Shape shape = shape_of(input);
+  TORCH_CHECK_VALUE(!training || shape.N * shape.S != 1, kOp, ": expected more than 1 value per channel in training, got input shape ",
+                    input.sizes());
+
+  const Tensor x = in_layout(input, shape.layout);
+  const Tensor y = empty_in_layout(x, shape.layout);
+  const auto per_channel = input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
+  const Tensor mean = at::empty({shape.C}, per_channel), rstd = at::empty({shape.C}, per_channel);
+  Tensor mask;
+  if (input.numel() == 0) {
+    // As torch does: nothing to learn from, nothing to count.
+    mean.zero_();
+    rstd.fill_(1);
+    return {y, mean, rstd, mask};
+  }
+  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
+    const MaskRows rows = mask_rows(shape);
+    mask = at::empty({rows.rows, rows.bytes_per_row()}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  }
+  const auto dense = [](const OptionalTensor& t) { return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor(); };
+  const OptionalTensor w = dense(weight), b = dense(bias);
+  const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
+  const OptionalTensor rm = training ? running_mean : dense(running_mean), rv = training ? running_var : dense(running_var);
+
+  BatchNormForward args{};
+  args.shape = shape;
+  args.dtype = dtype_of(x);
+  args.param_dtype = param_dtype(input, weight, bias);
+  args.stats_dtype = is_given(rm) ? dtype_of(*rm) : args.dtype;
+  args.activation = act;
+  args.training = training;
+  args.skip_nonfinite_stats = skip_nonfinite_stats;
+  args.eps = eps;
+  args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
+  args.x = x.const_data_ptr();
+  args.residual = data_or_null(r);
+  args.weight = data_or_null(w);
+  args.bias = data_or_null(b);
+  args.running_mean = mutable_data_or_null(rm);
+  args.running_var = mutable_data_or_null(rv);
+  args.num_batches_tracked =
+      training && is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
+  args.y = y.mutable_data_ptr();
+  args.mean = mean.mutable_data_ptr<double>();
+  args.rstd = rstd.mutable_data_ptr<double>();
+  args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  cpu::batch_norm_forward(args);
+
+  if (training) {
+    for (const OptionalTensor* t : {&running_mean, &running_var, &num_batches_tracked})
+      if (is_given(*t) && !(*t)->is_inference()) (*t)->unsafeGetTensorImpl()->bump_version();
+  }
+  return {y, mean, rstd, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd, bool training,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
+  check_supported(kOp, input);
+  check_channels(input);
+  check_like_input(kOp, "grad_output", grad_output, input);
+  check_per_channel(kOp, "weight", weight, input);
+  check_per_channel(kOp, "bias", bias, input);
+  check_like_input(kOp, "residual", residual, input);
+  const Activation act = activation_of(kOp, activation);
+  const Shape shape = shape_of(input);
+  TORCH_CHECK(mean.scalar_type() == at::kDouble && rstd.scalar_type() == at::kDouble && mean.numel() == shape.C &&
+                  rstd.numel() == shape.C && mean.is_contiguous() && rstd.is_contiguous(),
+              kOp, ": mean and rstd must be what batch_norm_forward returned");
+  if (is_given(mask)) {
+    const MaskRows rows = mask_rows(shape);
+    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() && mask->is_contiguous(),
+                kOp, ": mask must be what batch_norm_forward returned");
+  }
+
+  const auto dense = [](const OptionalTensor& t) { return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor(); };
+  const OptionalTensor w = dense(weight), b = dense(bias);
+  const Tensor x = in_layout(input, shape.layout), dy = in_layout(grad_output, shape.layout);
+  const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
+  Tensor dx, dweight, dbias, dresidual;
+  if (wanted[0]) dx = empty_in_layout(x, shape.layout);
+  if (wanted[1] && is_given(w)) dweight = input.numel() ? at::empty_like(*w) : at::zeros_like(*w);
+  if (wanted[2] && is_given(b)) dbias = input.numel() ? at::empty_like(*b) : at::zeros_like(*b);
+  if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, shape.layout);
+  if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
+
+  BatchNormBackward args{};
+  args.shape = shape;
+  args.dtype = dtype_of(x);
+  args.param_dtype = param_dtype(input, weight, bias);
+  args.activation = act;
+  args.training = training;
+  args.x = x.const_data_ptr();
+  args.dy = dy.const_data_ptr();
+  args.residual = data_or_null(r);
+  args.weight = data_or_null(w);
+  args.bias = data_or_null(b);
+  args.mean = mean.const_data_ptr<double>();
+  args.rstd = rstd.const_data_ptr<double>();
+  args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
+  args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
+  args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;
+  args.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
+  args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
+  cpu::batch_norm_backward(args);
+  return {dx, dweight, dbias, dresidual};
+}
+
+// Plain loops: only a double backward comes here.
+Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {
+  const Activation act = activation_of(kOp, activation);
+  const Shape shape = shape_of(input);
+  const MaskRows rows = mask_rows(shape);
+  const Tensor slopes = empty_in_layout(input.to(at::kFloat), shape.layout);
+  float* out = slopes.mutable_data_ptr<float>();
+  const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+  const float below = act == Activation::kRelu ? 0.0f : kLeakySlope;
+  for (int64_t i = 0; i < shape.numel(); ++i) {
+    const int64_t row = i / rows.length, j = i % rows.length;
+    out[i] = bits[row * rows.bytes_per_row() + j / 8] >> (j % 8) & 1 ? 1.0f : below;
+  }
+  return slopes.to(input.scalar_type());
+}
+
+}  // namespace fastnorm

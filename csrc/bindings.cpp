@@ -1,0 +1,42 @@
+// fastnorm._C: one line an op. Every call releases the interpreter's lock.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "isa.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const char* instruction_set() {
+  switch (fastnorm::isa()) {
+    case fastnorm::Isa::kAvx512: return "AVX512";
+    case fastnorm::Isa::kAvx2: return "AVX2";
+    case fastnorm::Isa::kDefault: break;
+  }
+#if defined(__aarch64__)
+  return "NEON";
+#else
+  return "default";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using torch::wrap_pybind_function_no_gil;
+  m.doc() = "fastnorm's kernels; use fastnorm.functional or the modules.";
+
+  m.def("batch_norm_forward", wrap_pybind_function_no_gil(fastnorm::batch_norm_forward));
+  m.def("batch_norm_backward", wrap_pybind_function_no_gil(fastnorm::batch_norm_backward));
+  m.def("batch_norm_mask_slopes", wrap_pybind_function_no_gil(fastnorm::batch_norm_mask_slopes));
+  m.def("dropout_state", wrap_pybind_function_no_gil(fastnorm::dropout_state));
+  m.def("dropout", wrap_pybind_function_no_gil(fastnorm::dropout));
+
+  m.def("instruction_set", instruction_set, "The instruction set that the kernels use in this process.");
+  m.attr("torch_version") = TORCH_VERSION;
+  m.attr("compiler") = __VERSION__;
+  m.attr("cuda_architectures") = py::tuple();  // there are no CUDA kernels yet
+}

@@ -1,0 +1,405 @@
+// Batch normalisation on the CPU. Two ways through memory:
+//
+// planes   (contiguous, planes of 16 elements or more): a task owns a channel, reads it once from memory for its moments and once
+//          more, backwards, from the cache to normalise it. Too few channels for the threads: the same chunks, in two parallel sweeps.
+// columns  (channels_last, and contiguous with tiny planes): a matrix whose columns are channels. Blocks of rows give partial moments
+//          of every column, merged in a fixed order; the second sweep goes backwards.
+//
+// Sums are float32 within a chunk or block and float64 beyond, in an order fixed by the shape alone.
+#include "../batch_norm.h"
+
+#include <cmath>
+
+#include "columns.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+// ---- what both ways share
+
+template <typename acc_t, typename Args>
+SliceAffine<acc_t> channel_affine(const Args& a, int64_t c) {
+  return {a.mean[c], a.rstd[c], read(a.weight, a.param_dtype, c, 1.0), read(a.bias, a.param_dtype, c, 0.0)};
+}
+
+// Stores what backward keeps of channel c.
+void keep_statistics(const BatchNormForward& a, int64_t c, double mean, double biased_variance) {
+  a.mean[c] = mean;
+  a.rstd[c] = 1.0 / std::sqrt(biased_variance + a.eps);
+}
+
+// running = (1 - momentum) * running + momentum * new, the variance unbiased
+void update_running_statistics(const BatchNormForward& a, const double* biased_variance) {
+  const int64_t C = a.shape.C;
+  if (a.skip_nonfinite_stats) {
+    for (int64_t c = 0; c < C; ++c)
+      if (!std::isfinite(a.mean[c]) || !std::isfinite(biased_variance[c])) return;
+  }
+  double momentum = a.momentum;
+  if (a.num_batches_tracked) {
+    ++*a.num_batches_tracked;
+    if (std::isnan(momentum)) momentum = 1.0 / static_cast<double>(*a.num_batches_tracked);
+  }
+  if (a.running_mean == nullptr) return;
+  const double count = static_cast<double>(a.shape.N * a.shape.S), unbiased = count / (count - 1);
+  const auto average = [&](void* running, int64_t c, double value) {
+    write(running, a.stats_dtype, c, (1 - momentum) * read(running, a.stats_dtype, c, 0) + momentum * value);
+  };
+  for (int64_t c = 0; c < C; ++c) {
+    average(a.running_mean, c, a.mean[c]);
+    average(a.running_var, c, biased_variance[c] * unbiased);
+  }
+}
+
+// ---- planes
+
+template <typename T>
+struct PlanesForward {
+  using acc_t = acc_type<T>;
+  const BatchNormForward& a;
+  const T* x = static_cast<const T*>(a.x);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  const int64_t C = a.shape.C, S = a.shape.S;
+  const Chunks chunks{Runs{0, a.shape.N, C * S, S}};  // of a channel, from its first element
+  const MaskBits mask{a.mask, mask_rows(a.shape)};
+  const bool stream = stream_output(a.shape.numel(), a.dtype);
+
+  Moments moments(int64_t c, int64_t chunk) const { return chunk_moments(x + c * S, chunks[chunk]); }
+
+  template <Activation kAct>
+  void normalize(int64_t c, int64_t chunk, const Affine<Uniform<T>>& affine) const {
+    chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
+      const int64_t i = c * S + offset;
+      normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), length, affine, stream);
+    });
+  }
+
+  template <Activation kAct>
+  void run(double* variance) const {
+    const int64_t per_channel = chunks.size(), numel = a.shape.numel();
+    const auto affine = [&](int64_t c) { return uniform<T>(channel_affine<acc_t>(a, c)); };
+    const auto finish = [&](int64_t c, const Moments& m) {
+      variance[c] = m.biased_variance();
+      keep_statistics(a, c, m.mean, variance[c]);
+    };
+    if (!a.training || C < 2 * num_threads()) {
+      if (a.training) {
+        const ScratchArray<Moments> partial(C * per_channel);
+        parallel_for(C * per_channel, numel,
+                     [&](int64_t i) { partial[i] = moments(i / per_channel, i % per_channel); });
+        for (int64_t c = 0; c < C; ++c) {
+          Moments m;
+          for (int64_t k = 0; k < per_channel; ++k) m.merge(partial[c * per_channel + k]);
+          finish(c, m);
+        }
+      }
+      return parallel_for_reversed(C * per_channel, numel, [&](int64_t i) {
+        const int64_t c = i / per_channel;
+        normalize<kAct>(c, i % per_channel, affine(c));
+        if (stream) stream_fence();
+      });
+    }
+    parallel_for(C, numel, [&](int64_t c) {
+      Moments m;
+      for (int64_t k = 0; k < per_channel; ++k) m.merge(moments(c, k));
+      finish(c, m);
+      const auto coefficients = affine(c);
+      for (int64_t k = per_channel; k-- > 0;) normalize<kAct>(c, k, coefficients);
+      if (stream) stream_fence();
+    });
+  }
+};
+
+// What the sums of a channel are for: parameter gradients now, dx coefficients later.
+void keep_parameter_gradients(const BatchNormBackward& a, int64_t c, const Sums& sums) {
+  if (a.dweight) write(a.dweight, a.param_dtype, c, sums.dz_xhat);
+  if (a.dbias) write(a.dbias, a.param_dtype, c, sums.dz);
+}
+
+// Which sweeps backward needs: with constant statistics dx does not depend on the sums.
+bool wants_sums(const BatchNormBackward& a) { return a.dweight || a.dbias || (a.training && a.dx); }
+bool wants_elements(const BatchNormBackward& a) { return a.dx || a.dresidual; }
+
+template <typename T>
+struct PlanesBackward {
+  using acc_t = acc_type<T>;
+  const BatchNormBackward& a;
+  const T* x = static_cast<const T*>(a.x);
+  const T* dy = static_cast<const T*>(a.dy);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* dx = static_cast<T*>(a.dx);
+  T* dresidual = static_cast<T*>(a.dresidual);
+  const int64_t C = a.shape.C, S = a.shape.S;
+  const Chunks chunks{Runs{0, a.shape.N, C * S, S}};
+  const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
+  const bool stream = stream_output(a.shape.numel(), a.dtype);
+
+  RunGradient<T> gradient(int64_t i) const { return {x + i, dy + i, offset_by(residual, i), mask(i)}; }
+
+  template <Activation kAct>
+  Sums sums(int64_t c, int64_t chunk) const {
+    const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
+    const auto standardize = uniform<T>(SliceStandardize<acc_t>(a.mean[c], a.rstd[c]));
+    GradientSums<T> total;
+    chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
+      total.template add_run<kAct>(gradient(c * S + offset), length, affine, standardize);
+    });
+    return {total.sum_dz(), total.sum_dz_xhat()};
+  }
+
+  template <Activation kAct>
+  void elements(int64_t c, int64_t chunk, const Sums& all) const {
+    const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
+    const SliceGradient<acc_t> slice(static_cast<double>(a.shape.N * S), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
+    const auto coefficient = uniform<T>(slice, !a.training);
+    chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
+      const int64_t i = c * S + offset;
+      input_gradient_run<kAct>(gradient(i), offset_by(dx, i), offset_by(dresidual, i), length, affine, coefficient,
+                               stream);
+    });
+  }
+
+  template <Activation kAct>
+  void run() const {
+    const int64_t per_channel = chunks.size(), numel = a.shape.numel();
+    if (C < 2 * num_threads()) {
+      const ScratchArray<Sums> partial(C * per_channel), total(C);
+      for (int64_t c = 0; c < C; ++c) total[c] = Sums{};
+      if (wants_sums(a)) {
+        parallel_for(C * per_channel, numel,
+                     [&](int64_t i) { partial[i] = sums<kAct>(i / per_channel, i % per_channel); });
+        for (int64_t i = 0; i < C * per_channel; ++i) total[i / per_channel] += partial[i];
+        for (int64_t c = 0; c < C; ++c) keep_parameter_gradients(a, c, total[c]);
+      }
+      if (wants_elements(a)) {
+        parallel_for_reversed(C * per_channel, numel, [&](int64_t i) {
+          elements<kAct>(i / per_channel, i % per_channel, total[i / per_channel]);
+          if (stream) stream_fence();
+        });
+      }
+      return;
+    }
+    parallel_for(C, numel, [&](int64_t c) {
+      Sums total;
+      if (wants_sums(a)) {
+        for (int64_t k = 0; k < per_channel; ++k) total += sums<kAct>(c, k);
+        keep_parameter_gradients(a, c, total);
+      }
+      if (!wants_elements(a)) return;
+      for (int64_t k = per_channel; k-- > 0;) elements<kAct>(c, k, total);
+      if (stream) stream_fence();
+    });
+  }
+};
+
+// ---- columns
+
+// The rows of a ColumnView as tasks. The row that is not full, if any, is a part of its own.
+struct Parts {
+  ColumnView view;
+  RowParts full{view.rows, view.width};
+
+  int64_t size() const { return full.size() + (view.rest > 0); }
+  bool is_rest(int64_t part) const { return part == full.size(); }
+  int64_t rows(int64_t part) const { return is_rest(part) ? 1 : full.end(part) - full.begin(part); }
+  int64_t width(int64_t part) const { return is_rest(part) ? view.rest : view.width; }
+
+  // Calls f(first row, rows, columns) for each block of a part.
+  template <typename F>
+  void for_blocks(int64_t part, const F& f) const {
+    if (is_rest(part)) return f(view.rows, int64_t{1}, view.rest);
+    for (int64_t row = full.begin(part); row < full.end(part); row += kBlockRows)
+      f(row, std::min(kBlockRows, full.end(part) - row), view.width);
+  }
+  template <typename F>
+  void for_rows_reversed(int64_t part, const F& f) const {
+    if (is_rest(part)) return f(view.rows, view.rest);
+    for (int64_t row = full.end(part); row-- > full.begin(part);) f(row, view.width);
+  }
+  // Calls f(column) for every column of channel c, in order.
+  template <typename F>
+  void for_columns(int64_t c, const F& f) const {
+    for (int64_t first = c * view.S; first < view.width; first += view.C * view.S)
+      for (int64_t j = first; j < first + view.S; ++j) f(j);
+  }
+};
+
+template <typename T>
+struct ColumnsForward {
+  using acc_t = acc_type<T>;
+  const BatchNormForward& a;
+  const T* x = static_cast<const T*>(a.x);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  const Parts parts{column_view(a.shape)};
+  const int64_t width = parts.view.width;
+  const MaskRows mask = mask_rows(a.shape);
+  const bool stream = stream_output(a.shape.numel(), a.dtype);
+
+  void statistics(double* variance) const {
+    const ScratchArray<double> mean(parts.size() * width), m2(parts.size() * width);
+    parallel_for(parts.size(), a.shape.numel(), [&](int64_t part) {
+      double before = 0;
+      parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
+        for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
+          merge_tile_moments<decltype(tile)::value>(x + row * width + j, width, rows, count, before,
+                                                    &mean[part * width + j], &m2[part * width + j]);
+        });
+        before += static_cast<double>(rows);
+      });
+    });
+    parallel_for(a.shape.C, parts.size() * width, [&](int64_t c) {
+      Moments m;
+      parts.for_columns(c, [&](int64_t j) {
+        for (int64_t part = 0; part < parts.size(); ++part)
+          if (j < parts.width(part))
+            m.merge({static_cast<double>(parts.rows(part)), mean[part * width + j], m2[part * width + j]});
+      });
+      variance[c] = m.biased_variance();
+      keep_statistics(a, c, m.mean, variance[c]);
+    });
+  }
+
+  template <Activation kAct>
+  void run(double* variance) const {
+    if (a.training) statistics(variance);
+    const ColumnArray<T> mean(width), scale(width), shift(width);
+    for (int64_t c = 0; c < a.shape.C; ++c) {
+      const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, c);
+      parts.for_columns(c, [&](int64_t j) {
+        mean[j] = channel.mean;
+        scale[j] = channel.scale;
+        shift[j] = channel.shift;
+      });
+    }
+    const Affine<PerColumn<T>> affine{mean, scale, shift};
+    parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
+      parts.for_rows_reversed(part, [&](int64_t row, int64_t columns) {
+        const int64_t i = row * width;
+        normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row()), columns,
+                            affine, stream);
+      });
+      if (stream) stream_fence();
+    });
+  }
+};
+
+template <typename T>
+struct ColumnsBackward {
+  using acc_t = acc_type<T>;
+  const BatchNormBackward& a;
+  const T* x = static_cast<const T*>(a.x);
+  const T* dy = static_cast<const T*>(a.dy);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* dx = static_cast<T*>(a.dx);
+  T* dresidual = static_cast<T*>(a.dresidual);
+  const Parts parts{column_view(a.shape)};
+  const int64_t width = parts.view.width;
+  const MaskRows mask = mask_rows(a.shape);
+  const bool stream = stream_output(a.shape.numel(), a.dtype);
+
+  RunGradient<T> gradient(int64_t row) const {
+    const int64_t i = row * width;
+    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * mask.bytes_per_row())};
+  }
+
+  template <Activation kAct>
+  void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize, Sums* total) const {
+    const ScratchArray<double> dz(parts.size() * width), dz_xhat(parts.size() * width);
+    parallel_for(parts.size(), a.shape.numel(), [&](int64_t part) {
+      double *s = &dz[part * width], *sx = &dz_xhat[part * width];
+      std::fill(s, s + width, 0.0);
+      std::fill(sx, sx + width, 0.0);
+      parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
+        for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
+          add_tile_sums<kAct, decltype(tile)::value>([&](int64_t r) { return gradient(r); }, row, row + rows, j, count,
+                                                     affine, standardize, s + j, sx + j);
+        });
+      });
+    });
+    parallel_for(a.shape.C, parts.size() * width, [&](int64_t c) {
+      parts.for_columns(c, [&](int64_t j) {
+        for (int64_t part = 0; part < parts.size(); ++part)
+          total[c] += Sums{dz[part * width + j], dz_xhat[part * width + j]};
+      });
+      keep_parameter_gradients(a, c, total[c]);
+    });
+  }
+
+  template <Activation kAct>
+  void run() const {
+    const int64_t C = a.shape.C;
+    const ColumnArray<T> mean(width), scale(width), shift(width), rstd(width), rest(width), slope(width), offset(width);
+    for (int64_t c = 0; c < C; ++c) {
+      const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, c);
+      const SliceStandardize<acc_t> standardize(a.mean[c], a.rstd[c]);
+      parts.for_columns(c, [&](int64_t j) {
+        mean[j] = channel.mean;
+        scale[j] = channel.scale;
+        shift[j] = channel.shift;
+        rstd[j] = standardize.rstd;
+        rest[j] = standardize.rest;
+      });
+    }
+    const Affine<PerColumn<T>> affine{mean, scale, shift};
+    const ScratchArray<Sums> total(C);
+    for (int64_t c = 0; c < C; ++c) total[c] = Sums{};
+    if (wants_sums(a)) channel_sums<kAct>(affine, Standardize<PerColumn<T>>{mean, rstd, rest}, total.data());
+    if (!wants_elements(a)) return;
+
+    for (int64_t c = 0; c < C; ++c) {
+      const double count = static_cast<double>(a.shape.N * a.shape.S);
+      const SliceGradient<acc_t> g(count, a.mean[c], a.rstd[c], total[c].dz, total[c].dz_xhat);
+      parts.for_columns(c, [&](int64_t j) {
+        slope[j] = g.slope;
+        offset[j] = g.offset;
+      });
+    }
+    const InputGradient<PerColumn<T>> coefficient{slope, offset, !a.training};
+    parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
+      parts.for_rows_reversed(part, [&](int64_t row, int64_t columns) {
+        const int64_t i = row * width;
+        input_gradient_run<kAct>(gradient(row), offset_by(dx, i), offset_by(dresidual, i), columns, affine, coefficient,
+                                 stream);
+      });
+      if (stream) stream_fence();
+    });
+  }
+};
+
+}  // namespace
+
+void batch_norm_forward(const BatchNormForward& a) {
+  const ScratchArray<double> variance(a.shape.C);
+  if (!a.training) {
+    for (int64_t c = 0; c < a.shape.C; ++c)
+      keep_statistics(a, c, read(a.running_mean, a.stats_dtype, c, 0), read(a.running_var, a.stats_dtype, c, 1));
+  }
+  visit(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    visit(a.activation, [&](auto act) {
+      if (by_columns(a.shape)) {
+        ColumnsForward<T>{a}.template run<decltype(act)::value>(variance.data());
+      } else {
+        PlanesForward<T>{a}.template run<decltype(act)::value>(variance.data());
+      }
+    });
+  });
+  if (a.training) update_running_statistics(a, variance.data());
+}
+
+void batch_norm_backward(const BatchNormBackward& a) {
+  visit(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    visit(a.activation, [&](auto act) {
+      if (by_columns(a.shape)) {
+        ColumnsBackward<T>{a}.template run<decltype(act)::value>();
+      } else {
+        PlanesBackward<T>{a}.template run<decltype(act)::value>();
+      }
+    });
+  });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,0 +1,156 @@
+// Dropout on the CPU: the mask is drawn 64 elements at a time, from the element's logical index, and never stored.
+//
+// elements, contiguous:      memory order is logical order; a task owns kTaskElements.
+// elements, channels_last:   a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive s of one
+//                            channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks rows of channels.
+// channels:                  one bit a channel, drawn once a task, then a multiplication.
+#include "../dropout.h"
+
+#include "parallel.h"
+#include "philox_vec.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kTaskElements = 1 << 14;
+constexpr int64_t kTaskRows = 64;
+
+// bit 8 * i + j of the result is bit 8 * j + i of x (Hacker's Delight, 7-3)
+uint64_t transpose_8x8(uint64_t x) {
+  uint64_t t = (x ^ x >> 7) & 0x00AA00AA00AA00AAull;
+  x ^= t ^ t << 7;
+  t = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
+  x ^= t ^ t << 14;
+  t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
+  return x ^ t ^ t << 28;
+}
+
+template <typename T>
+struct DropoutKernel {
+  using P = Pack<T>;
+  using acc_t = acc_type<T>;
+  const Dropout& a;
+  const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.y);
+  const int64_t N = a.shape.N, C = a.shape.C, S = a.shape.S;
+  const KeepBits keep{a.seed, a.offset, a.level.threshold};
+  const P scale{static_cast<acc_t>(a.level.scale)}, zero{acc_t(0)};
+  const bool stream = a.shape.numel() * size_of(a.dtype) >= stream_threshold();
+
+  // Scalar math: y[i] = x[i] * (bit i ? scale : 0)
+  void apply(int64_t at, int64_t n, const uint8_t* bits) const {
+    const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
+    for_packs<T>(n, [&](int64_t i, auto count, int) {
+      const P factor = choose(load_bits<T>(bits + i / 8, count), scale, zero);
+      put(P::load(x + at + i, count) * factor, at + i, count, past_caches);
+    });
+  }
+
+  // y = x * (keep ? scale : 0) for a run that is dropped as a whole
+  void apply_uniform(int64_t at, int64_t n, bool kept) const {
+    const P factor = kept ? scale : zero;
+    const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
+    for_packs<T>(n, [&](int64_t i, auto count, int) {
+      put(P::load(x + at + i, count) * factor, at + i, count, past_caches);
+    });
+  }
+
+  template <typename Count>
+  void put(const P& p, int64_t at, Count count, bool past_caches) const {
+    if constexpr (std::is_same_v<Count, Full>) {
+      if (past_caches) return p.stream(y + at);
+    }
+    p.store(y + at, count);
+  }
+
+  void contiguous() const {
+    const int64_t numel = a.shape.numel();
+    parallel_for((numel + kTaskElements - 1) / kTaskElements, numel, [&](int64_t task) {
+      const int64_t end = std::min(numel, (task + 1) * kTaskElements);
+      for (int64_t i = task * kTaskElements; i < end; i += 64) {
+        const uint64_t bits = keep.of_group(static_cast<uint64_t>(i / kElementsPerPhilox));
+        apply(i, std::min<int64_t>(64, end - i), reinterpret_cast<const uint8_t*>(&bits));
+      }
+      if (stream) stream_fence();
+    });
+  }
+
+  void channels_last() const {
+    const int64_t row_bytes = (C + 7) / 8, chunks = (S + kTaskRows - 1) / kTaskRows;
+    parallel_for(N * chunks, a.shape.numel(), [&](int64_t task) {
+      const int64_t n = task / chunks, s0 = task % chunks * kTaskRows, rows = std::min(kTaskRows, S - s0);
+      const ScratchArray<uint8_t> bits(kTaskRows * row_bytes);
+      for (int64_t c = 0; c < C; c += 8) channel_bits(n, c, s0, rows, &bits[c / 8], row_bytes);
+      for (int64_t r = 0; r < rows; ++r) apply((n * S + s0 + r) * C, C, &bits[r * row_bytes]);
+      if (stream) stream_fence();
+    });
+  }
+
+  // The bits of channels c .. c + 7 at positions s0 .. s0 + rows - 1: a byte for each position, `row_bytes` apart.
+  void channel_bits(int64_t n, int64_t c, int64_t s0, int64_t rows, uint8_t* out, int64_t row_bytes) const {
+    uint64_t block[8];
+    int phase[8];  // where in its block a channel's position s0 is
+    bool aligned = true;
+    for (int j = 0; j < 8; ++j) {
+      const int64_t index = (n * C + c + j) * S + s0;
+      block[j] = static_cast<uint64_t>(index / kElementsPerPhilox);
+      phase[j] = static_cast<int>(index % kElementsPerPhilox);
+      aligned = aligned && phase[j] == 0;
+    }
+    uint64_t here = keep.of_blocks(block);
+    for (int64_t r = 0; r < rows; r += 8) {
+      for (auto& b : block) ++b;
+      uint64_t next = 0, bits = here;
+      if (r + 8 < rows || !aligned) next = keep.of_blocks(block);
+      if (!aligned) {
+        bits = 0;
+        for (int j = 0; j < 8; ++j) {
+          const uint64_t two = (here >> (8 * j) & 0xFF) | (next >> (8 * j) & 0xFF) << 8;
+          bits |= (two >> phase[j] & 0xFF) << (8 * j);
+        }
+      }
+      here = next;
+      bits = transpose_8x8(bits);
+      const int64_t end = std::min<int64_t>(8, rows - r);
+      for (int64_t i = 0; i < end; ++i) out[(r + i) * row_bytes] = static_cast<uint8_t>(bits >> (8 * i));
+    }
+  }
+
+  void whole_channels() const {
+    if (a.shape.layout == Layout::kContiguous) {
+      parallel_for((N * C + 63) / 64, a.shape.numel(), [&](int64_t task) {
+        const uint64_t bits = keep.of_group(static_cast<uint64_t>(task * 64 / kElementsPerPhilox));
+        const int64_t end = std::min(N * C, (task + 1) * 64);
+        for (int64_t i = task * 64; i < end; ++i) apply_uniform(i * S, S, bits >> (i % 64) & 1);
+        if (stream) stream_fence();
+      });
+      return;
+    }
+    const int64_t row_bytes = (C + 7) / 8, chunks = (S + kTaskRows - 1) / kTaskRows;
+    parallel_for(N * chunks, a.shape.numel(), [&](int64_t task) {
+      const int64_t n = task / chunks, s0 = task % chunks * kTaskRows, rows = std::min(kTaskRows, S - s0);
+      const ScratchArray<uint8_t> bits(row_bytes);
+      for (int64_t c = 0; c < C; c += 8) {  // eight indices need at most two blocks
+        const uint64_t index = static_cast<uint64_t>(n * C + c);
+        const uint64_t two = keep.of_group(index / kElementsPerPhilox);
+        bits[c / 8] = static_cast<uint8_t>(two >> (index % kElementsPerPhilox));
+      }
+      for (int64_t r = 0; r < rows; ++r) apply((n * S + s0 + r) * C, C, bits.data());
+      if (stream) stream_fence();
+    });
+  }
+
+  void run() const {
+    if (a.by_channel) return whole_channels();
+    if (a.shape.layout == Layout::kContiguous) return contiguous();
+    return channels_last();
+  }
+};
+
+}  // namespace
+
+void dropout(const Dropout& a) {
+  visit(a.dtype, [&](auto type) { DropoutKernel<decltype(type)>{a}.run(); });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

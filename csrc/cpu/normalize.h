@@ -1,0 +1,196 @@
+// The inner loops that every norm shares: normalise a run, reduce its gradients, write its dx. What the coefficients belong to (one
+// set a run, or one an element of the run) is a template parameter, as is the activation; the residual is there or not.
+#pragma once
+
+#include "../affine.h"
+#include "../mask.h"
+#include "activation.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+// One value for a whole run.
+template <typename T>
+struct Uniform {
+  Pack<T> value;
+
+  explicit Uniform(acc_type<T> v) : value(v) {}
+  const Pack<T>& operator[](int64_t) const { return value; }
+};
+
+// One value an element: an array that can be read a pack past its end.
+template <typename T>
+struct PerColumn {
+  const acc_type<T>* values;
+
+  explicit PerColumn(const acc_type<T>* v) : values(v) {}
+  Pack<T> operator[](int64_t i) const { return Pack<T>::load_acc(values + i); }
+};
+
+// z = (x - mean) * scale + shift
+template <typename C>
+struct Affine {
+  C mean, scale, shift;
+
+  template <typename T>
+  Pack<T> operator()(const Pack<T>& x, int64_t i) const {
+    return fmadd(x - mean[i], scale[i], shift[i]);
+  }
+};
+
+// Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0)
+template <Activation kAct, typename T, typename C>
+void normalize_run(const T* x, const T* residual, T* y, uint8_t* mask, int64_t n, const Affine<C>& affine, bool stream) {
+  using P = Pack<T>;
+  const auto sweep = [&](int64_t begin, int64_t end, const auto& put) {
+    for_packs<T>(end - begin, [&](int64_t j, auto count, int) {
+      const int64_t i = begin + j;
+      P z = affine(P::load(x + i, count), i);
+      if (residual) z = z + P::load(residual + i, count);
+      if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
+      put(activate<kAct>(z), y + i, count);
+    });
+  };
+  const auto store = [](const P& p, T* to, auto count) { p.store(to, count); };
+  if (!stream) return sweep(0, n, store);
+
+  const auto misaligned = reinterpret_cast<uintptr_t>(y) % kStreamAlignment;
+  const int64_t head = misaligned ? static_cast<int64_t>((kStreamAlignment - misaligned) / sizeof(T)) : 0;
+  if (head >= n || (mask && head % 8)) return sweep(0, n, store);
+  sweep(0, head, store);
+  sweep(head, n, [](const P& p, T* to, auto count) {
+    if constexpr (std::is_same_v<decltype(count), Full>) {
+      p.stream(to);
+    } else {
+      p.store(to, count);
+    }
+  });
+}
+
+template <typename T>
+Affine<Uniform<T>> uniform(const SliceAffine<acc_type<T>>& a) {
+  return {Uniform<T>(a.mean), Uniform<T>(a.scale), Uniform<T>(a.shift)};
+}
+
+// Where the mask bits of an element are.
+struct MaskBits {
+  uint8_t* bits;  // or null
+  MaskRows rows;
+
+  // `offset` elements from the tensor's start, a multiple of eight from its row's start.
+  uint8_t* operator()(int64_t offset) const {
+    return bits ? bits + offset / rows.length * rows.bytes_per_row() + offset % rows.length / 8 : nullptr;
+  }
+};
+
+// Whether an output is better written past the caches.
+inline bool stream_output(int64_t numel, Dtype dtype) { return numel * size_of(dtype) >= stream_threshold(); }
+
+// What backward knows of one run.
+template <typename T>
+struct RunGradient {
+  const T *x, *dy, *residual;  // residual or null
+  const uint8_t* mask;         // or null
+
+  // dz = dy * act'(z). z comes from x as forward computed it, bit for bit, or its sign from the mask.
+  template <Activation kAct, typename C, typename Count>
+  Pack<T> dz(int64_t i, Count count, const Pack<T>& x_i, const Affine<C>& affine) const {
+    const Pack<T> dy_i = Pack<T>::load(dy + i, count);
+    if constexpr (kAct == Activation::kNone) {
+      return dy_i;
+    } else {
+      if constexpr (kAct == Activation::kRelu || kAct == Activation::kLeakyRelu)
+        if (mask) return activate_backward<kAct>(dy_i, load_bits<T>(mask + i / 8, count));
+      Pack<T> z = affine(x_i, i);
+      if (residual) z = z + Pack<T>::load(residual + i, count);
+      return activate_backward<kAct>(dy_i, z);
+    }
+  }
+};
+
+// xhat = (x - mean) * rstd + rest
+template <typename C>
+struct Standardize {
+  C mean, rstd, rest;
+
+  template <typename T>
+  Pack<T> operator()(const Pack<T>& x, int64_t i) const {
+    return fmadd(x - mean[i], rstd[i], rest[i]);
+  }
+};
+
+template <typename T>
+Standardize<Uniform<T>> uniform(const SliceStandardize<acc_type<T>>& s) {
+  return {Uniform<T>(s.mean), Uniform<T>(s.rstd), Uniform<T>(s.rest)};
+}
+
+// dx = (dz - ((x - mean) * slope + offset)) * scale
+template <typename C>
+struct InputGradient {
+  C slope, offset;
+  bool constant_statistics;  // dx = dz * scale: the statistics did not depend on x
+};
+
+template <typename T>
+InputGradient<Uniform<T>> uniform(const SliceGradient<acc_type<T>>& g, bool constant_statistics) {
+  return {Uniform<T>(g.slope), Uniform<T>(g.offset), constant_statistics};
+}
+
+// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = (dz - (x - mean) * slope - offset) * scale
+template <Activation kAct, typename T, typename C>
+void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n, const Affine<C>& affine,
+                        const InputGradient<C>& coefficient, bool stream) {
+  using P = Pack<T>;
+  stream = stream && reinterpret_cast<uintptr_t>(dx) % kStreamAlignment == 0;
+  for_packs<T>(n, [&](int64_t i, auto count, int) {
+    const P x = P::load(g.x + i, count);
+    const P dz = g.template dz<kAct>(i, count, x, affine);
+    if (dresidual) dz.store(dresidual + i, count);
+    if (dx == nullptr) return;
+    P d = dz;
+    if (!coefficient.constant_statistics)
+      d = d - fmadd(x - affine.mean[i], coefficient.slope[i], coefficient.offset[i]);
+    d = d * affine.scale[i];
+    if constexpr (std::is_same_v<decltype(count), Full>) {
+      if (stream) return d.stream(dx + i);
+    }
+    d.store(dx + i, count);
+  });
+}
+
+// Accumulators of a chunk: sum dz and sum dz * xhat.
+template <typename T>
+struct GradientSums {
+  static constexpr int kUnroll = std::max(1, 4 / Pack<T>::kVecs);
+  Pack<T> dz[kUnroll], dz_xhat[kUnroll];
+
+  GradientSums() {
+    for (int u = 0; u < kUnroll; ++u) dz[u] = dz_xhat[u] = Pack<T>(0);
+  }
+
+  // Elements past the end have dy = 0 and add nothing.
+  template <Activation kAct, typename C>
+  void add_run(const RunGradient<T>& g, int64_t n, const Affine<C>& affine, const Standardize<C>& standardize) {
+    for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+      const Pack<T> x = Pack<T>::load(g.x + i, count);
+      const Pack<T> d = g.template dz<kAct>(i, count, x, affine);
+      dz[u] = dz[u] + d;
+      dz_xhat[u] = fmadd(d, standardize(x, i), dz_xhat[u]);
+    });
+  }
+
+  double sum_dz() const { return total(dz); }
+  double sum_dz_xhat() const { return total(dz_xhat); }
+
+ private:
+  static double total(const Pack<T> (&sums)[kUnroll]) {
+    Pack<T> all = sums[0];
+    for (int u = 1; u < kUnroll; ++u) all = all + sums[u];
+    return all.sum();
+  }
+};
+
+}  // namespace
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,0 +1,71 @@
+// Threads and scratch memory for the kernels, implemented in runtime.cpp, which is compiled for the plain processor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastnorm::cpu {
+
+// Below this many elements the work is done by the calling thread: waking the others costs some microseconds.
+constexpr int64_t kSerialElements = 16384;
+
+int num_threads();
+
+// Outputs of at least this many bytes are written past the caches, for they would not stay there anyway.
+int64_t stream_threshold();
+
+using RangeBody = void (*)(const void* context, int64_t begin, int64_t end);
+void parallel_ranges(int64_t tasks, bool serial, RangeBody body, const void* context);
+
+// 64-byte aligned, uninitialised, freed with the object.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+namespace {
+
+// Calls task(i) for 0 <= i < tasks, consecutive ones on one thread. What a task does may depend on i and the shape, never on the
+// thread or their number: that is what makes results the same for any number of threads.
+template <typename F>
+void parallel_for(int64_t tasks, int64_t elements, const F& task) {
+  parallel_ranges(
+      tasks, elements < kSerialElements,
+      [](const void* context, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(context))(i);
+      },
+      &task);
+}
+
+// The same, each thread from its last task to its first: a second sweep then begins with what the first left in the cache.
+template <typename F>
+void parallel_for_reversed(int64_t tasks, int64_t elements, const F& task) {
+  parallel_ranges(
+      tasks, elements < kSerialElements,
+      [](const void* context, int64_t begin, int64_t end) {
+        for (int64_t i = end - 1; i >= begin; --i) (*static_cast<const F*>(context))(i);
+      },
+      &task);
+}
+
+template <typename T>
+class ScratchArray {
+ public:
+  explicit ScratchArray(int64_t size) : memory_(static_cast<size_t>(size) * sizeof(T)) {}
+  T* data() const { return static_cast<T*>(memory_.data()); }
+  T& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  Scratch memory_;
+};
+
+}  // namespace
+}  // namespace fastnorm::cpu

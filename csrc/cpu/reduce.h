@@ -1,0 +1,93 @@
+// Mean and sum of squared deviations, exactly enough: within a chunk of at most kChunk elements two sweeps in the arithmetic's
+// type (the mean, then deviations from it, with the first-order correction), across chunks Chan's merge in float64.
+#pragma once
+
+#include <cmath>
+
+#include "../moments.h"
+#include "geometry.h"
+#include "vec.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+// Moments of n numbers from the sums of (x - m) and (x - m)^2, m being any number near their mean.
+inline Moments shifted_moments(double n, double m, double sum, double sum_of_squares) {
+  const double d = sum / n;
+  const double m2 = sum_of_squares - sum * d;
+  return {n, m + d, m2 < 0 ? 0 : m2};  // a NaN stays one
+}
+
+// Squares that left the range of float32, above or below: the chunk is then done again in float64.
+inline bool out_of_range(double sum, double sum_of_squares) {
+  return !std::isfinite(sum_of_squares) || (sum_of_squares < 1e-30 && sum != 0);
+}
+
+template <typename T>
+Moments chunk_moments_float64(const T* x, const Runs& chunk) {
+  double sum = 0, deviations = 0, squares = 0;
+  const auto each = [&](const auto& f) {
+    for (int64_t run = 0; run < chunk.count; ++run)
+      for (int64_t i = 0; i < chunk.length; ++i) f(static_cast<double>(x[chunk.offset + run * chunk.stride + i]));
+  };
+  each([&](double v) { sum += v; });
+  const double mean = sum / static_cast<double>(chunk.numel());
+  each([&](double v) {
+    deviations += v - mean;
+    squares += (v - mean) * (v - mean);
+  });
+  return shifted_moments(static_cast<double>(chunk.numel()), mean, deviations, squares);
+}
+
+// Scalar math: m = sum(x) / n;  s1 = sum(x - m);  s2 = sum((x - m)^2)
+template <typename T>
+Moments chunk_moments(const T* x, const Runs& chunk) {
+  using acc_t = acc_type<T>;
+  using P = Pack<T>;
+  constexpr int kUnroll = 8 / P::kVecs;
+  const double n = static_cast<double>(chunk.numel());
+
+  P sum[kUnroll];
+  for (auto& s : sum) s = P(0);
+  for (int64_t run = 0; run < chunk.count; ++run) {
+    const T* row = x + chunk.offset + run * chunk.stride;
+    for_packs<T, kUnroll>(chunk.length,
+                          [&](int64_t i, auto count, int u) { sum[u] = sum[u] + P::load(row + i, count); });
+  }
+  for (int u = 1; u < kUnroll; ++u) sum[0] = sum[0] + sum[u];
+  const acc_t m = static_cast<acc_t>(sum[0].sum() / n);
+
+  const P shift(m);
+  constexpr int kUnroll2 = std::max(1, kUnroll / 2);
+  P s1[kUnroll2], s2[kUnroll2];
+  for (int u = 0; u < kUnroll2; ++u) s1[u] = s2[u] = P(0);
+  for (int64_t run = 0; run < chunk.count; ++run) {
+    const T* row = x + chunk.offset + run * chunk.stride;
+    for_packs<T, kUnroll2>(chunk.length, [&](int64_t i, auto count, int u) {
+      const P d = (P::load(row + i, count) - shift).keep(count);
+      s1[u] = s1[u] + d;
+      s2[u] = fmadd(d, d, s2[u]);
+    });
+  }
+  for (int u = 1; u < kUnroll2; ++u) {
+    s1[0] = s1[0] + s1[u];
+    s2[0] = s2[0] + s2[u];
+  }
+  const double deviations = s1[0].sum(), squares = s2[0].sum();
+  if constexpr (!std::is_same_v<acc_t, double>)
+    if (out_of_range(deviations, squares)) return chunk_moments_float64(x, chunk);
+  return shifted_moments(n, m, deviations, squares);
+}
+
+// The two sums that backward of every norm needs of a slice.
+struct Sums {
+  double dz = 0, dz_xhat = 0;
+
+  void operator+=(const Sums& b) {
+    dz += b.dz;
+    dz_xhat += b.dz_xhat;
+  }
+};
+
+}  // namespace
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,0 +1,299 @@
+// Pack<T>: the unit every CPU kernel works in. A pack is a whole number of at::vec vectors in the arithmetic's type (float64 for
+// float64, float32 for the rest) that holds as many elements as one vector of T, and at least eight, so that its mask bits are
+// whole bytes on every instruction set.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "../dtype.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// How many elements of a pack are there: all, known to the compiler, or the first few.
+struct Full {};
+struct Partial {
+  int count;
+};
+
+constexpr int64_t kStreamAlignment = 64;
+
+template <typename T>
+struct Pack {
+  using acc_t = acc_type<T>;
+  using Vec = at::vec::Vectorized<acc_t>;
+  using Storage = at::vec::Vectorized<T>;
+  static constexpr bool kConverts = !std::is_same_v<T, acc_t>;
+  static constexpr int kSize = Storage::size() < 8 ? 8 : Storage::size();
+  static constexpr int kVecs = kSize / Vec::size();
+  static constexpr int kStorages = kSize / Storage::size();
+
+  Vec v[kVecs];
+
+  Pack() = default;
+  explicit Pack(acc_t value) {
+    for (auto& e : v) e = Vec(value);
+  }
+
+  static Pack load(const T* p, Full = {}) {
+    return load_each([&](int k) { return Storage::loadu(p + k * Storage::size()); });
+  }
+  // The elements that are not there read as zero.
+  static Pack load(const T* p, Partial n) {
+    return load_each([&](int k) {
+      const int here = clamp(n.count - k * Storage::size());
+      return here > 0 ? Storage::loadu(p + k * Storage::size(), here) : Storage(T(0));
+    });
+  }
+
+  void store(T* p, Full = {}) const {
+    store_each([&](int k, const Storage& s) { s.store(p + k * Storage::size()); });
+  }
+  void store(T* p, Partial n) const {
+    store_each([&](int k, const Storage& s) {
+      const int here = clamp(n.count - k * Storage::size());
+      if (here > 0) s.store(p + k * Storage::size(), here);
+    });
+  }
+  // Past the caches; p is aligned to kStreamAlignment.
+  void stream(T* p) const {
+    store_each([&](int k, const Storage& s) { stream_storage(p + k * Storage::size(), s); });
+  }
+
+  // From and to arrays of the arithmetic's type that are at least a pack long.
+  static Pack load_acc(const acc_t* p) {
+    Pack r;
+    for (int k = 0; k < kVecs; ++k) r.v[k] = Vec::loadu(p + k * Vec::size());
+    return r;
+  }
+  void store_acc(acc_t* p) const {
+    for (int k = 0; k < kVecs; ++k) v[k].store(p + k * Vec::size());
+  }
+
+  // The same with the elements from the count on set to zero: for tails of sums of anything but products with x.
+  Pack keep(Full) const { return *this; }
+  Pack keep(Partial n) const {
+    Pack r;
+    for (int k = 0; k < kVecs; ++k) {
+      const int here = std::min(std::max(n.count - k * Vec::size(), 0), static_cast<int>(Vec::size()));
+      r.v[k] = Vec::set(Vec(0), v[k], here);
+    }
+    return r;
+  }
+
+  double sum() const {
+    acc_t lane[kSize];
+    store_acc(lane);
+    double total = 0;
+    for (acc_t e : lane) total += e;
+    return total;
+  }
+
+ private:
+  static int clamp(int n) { return std::min(n, static_cast<int>(Storage::size())); }
+
+  template <typename F>
+  static Pack load_each(const F& storage) {
+    Pack r;
+    for (int k = 0; k < kStorages; ++k) {
+      if constexpr (kConverts) {
+        static_assert(Storage::size() == 2 * Vec::size());
+        std::tie(r.v[2 * k], r.v[2 * k + 1]) = at::vec::convert_to_float<T>(storage(k));
+      } else {
+        r.v[k] = storage(k);
+      }
+    }
+    return r;
+  }
+
+  template <typename F>
+  void store_each(const F& put) const {
+    for (int k = 0; k < kStorages; ++k) {
+      if constexpr (kConverts) {
+        put(k, at::vec::convert_from_float<T>(v[2 * k], v[2 * k + 1]));
+      } else {
+        put(k, v[k]);
+      }
+    }
+  }
+
+  static void stream_storage(T* p, const Storage& s) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<T, float>) {
+      _mm512_stream_ps(p, s);
+    } else if constexpr (std::is_same_v<T, double>) {
+      _mm512_stream_pd(p, s);
+    } else {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), s);
+    }
+#elif defined(CPU_CAPABILITY_AVX2)
+    if constexpr (std::is_same_v<T, float>) {
+      _mm256_stream_ps(p, s);
+    } else if constexpr (std::is_same_v<T, double>) {
+      _mm256_stream_pd(p, s);
+    } else {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), s);
+    }
+#else
+    s.store(p);
+#endif
+  }
+};
+
+// Streaming stores are not ordered with other stores: once after the last, before another thread may read.
+inline void stream_fence() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
+template <typename T, typename F, typename... P>
+Pack<T> map(const F& f, const P&... packs) {
+  Pack<T> r;
+  for (int k = 0; k < Pack<T>::kVecs; ++k) r.v[k] = f(packs.v[k]...);
+  return r;
+}
+
+template <typename T>
+Pack<T> operator+(const Pack<T>& a, const Pack<T>& b) {
+  return map<T>([](auto x, auto y) { return x + y; }, a, b);
+}
+template <typename T>
+Pack<T> operator-(const Pack<T>& a, const Pack<T>& b) {
+  return map<T>([](auto x, auto y) { return x - y; }, a, b);
+}
+template <typename T>
+Pack<T> operator*(const Pack<T>& a, const Pack<T>& b) {
+  return map<T>([](auto x, auto y) { return x * y; }, a, b);
+}
+template <typename T>
+Pack<T> fmadd(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c) {
+  return map<T>([](auto x, auto y, auto z) { return at::vec::fmadd(x, y, z); }, a, b, c);
+}
+
+// Bit i of the result: whether !(z[i] <= 0), so true for NaN.
+template <typename T>
+uint32_t positive_bits(const Pack<T>& z) {
+  using Vec = typename Pack<T>::Vec;
+  uint32_t bits = 0;
+  for (int k = 0; k < Pack<T>::kVecs; ++k)
+    bits |= static_cast<uint32_t>((z.v[k] <= Vec(0)).zero_mask()) << (k * Vec::size());
+  return bits;
+}
+
+// lane i of the result: a where bit i is set, b elsewhere
+inline at::vec::Vectorized<float> choose(uint32_t bits, at::vec::Vectorized<float> a, at::vec::Vectorized<float> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(set));
+#else
+  using Vec = at::vec::Vectorized<float>;
+  float x[Vec::size()], y[Vec::size()];
+  a.store(x);
+  b.store(y);
+  for (int i = 0; i < Vec::size(); ++i) x[i] = bits >> i & 1 ? x[i] : y[i];
+  return Vec::loadu(x);
+#endif
+}
+inline at::vec::Vectorized<double> choose(uint32_t bits, at::vec::Vectorized<double> a, at::vec::Vectorized<double> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_blend_pd(static_cast<__mmask8>(bits), b, a);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+  const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<int>(bits)), lane), lane);
+  return _mm256_blendv_pd(b, a, _mm256_castsi256_pd(set));
+#else
+  using Vec = at::vec::Vectorized<double>;
+  double x[Vec::size()], y[Vec::size()];
+  a.store(x);
+  b.store(y);
+  for (int i = 0; i < Vec::size(); ++i) x[i] = bits >> i & 1 ? x[i] : y[i];
+  return Vec::loadu(x);
+#endif
+}
+
+template <typename T>
+Pack<T> choose(uint32_t bits, const Pack<T>& a, const Pack<T>& b) {
+  Pack<T> r;
+  for (int k = 0; k < Pack<T>::kVecs; ++k) r.v[k] = choose(bits >> (k * Pack<T>::Vec::size()), a.v[k], b.v[k]);
+  return r;
+}
+
+// A pack's mask bits in memory: kSize / 8 bytes, fewer at the end of a row.
+template <typename T>
+uint32_t load_bits(const uint8_t* p, Full = {}) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, p, Pack<T>::kSize / 8);
+  return bits;
+}
+template <typename T>
+uint32_t load_bits(const uint8_t* p, Partial n) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, p, (n.count + 7) / 8);
+  return bits;
+}
+template <typename T>
+void store_bits(uint8_t* p, uint32_t bits, Full = {}) {
+  std::memcpy(p, &bits, Pack<T>::kSize / 8);
+}
+template <typename T>
+void store_bits(uint8_t* p, uint32_t bits, Partial n) {
+  std::memcpy(p, &bits, (n.count + 7) / 8);
+}
+
+// Calls f(i, Full, u) for each whole pack of n elements, kUnroll of them together with u = 0 .. kUnroll - 1 (independent
+// accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what is left.
+template <typename T, int kUnroll = 1, typename F>
+void for_packs(int64_t n, const F& f) {
+  constexpr int kSize = Pack<T>::kSize;
+  int64_t i = 0;
+  if constexpr (kUnroll > 1) {
+    for (; i + kUnroll * kSize <= n; i += kUnroll * kSize) {
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnroll; ++u) f(i + u * kSize, Full{}, u);
+    }
+  }
+  for (; i + kSize <= n; i += kSize) f(i, Full{}, 0);
+  if (i < n) f(i, Partial{static_cast<int>(n - i)}, 0);
+}
+
+template <typename T>
+T* offset_by(T* p, int64_t n) {
+  return p ? p + n : nullptr;
+}
+
+// Calls f with a value of the C++ type of dtype.
+template <typename F>
+void visit(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat64: return f(double{});
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kBFloat16: return f(c10::BFloat16{});
+    case Dtype::kFloat16: return f(c10::Half{});
+  }
+}
+
+// Element i of a parameter or statistic; `missing` where there is none.
+inline double read(const void* p, Dtype dtype, int64_t i, double missing) {
+  if (p == nullptr) return missing;
+  double value = 0;
+  visit(dtype, [&](auto type) { value = static_cast<double>(static_cast<const decltype(type)*>(p)[i]); });
+  return value;
+}
+inline void write(void* p, Dtype dtype, int64_t i, double value) {
+  visit(dtype, [&](auto type) { static_cast<decltype(type)*>(p)[i] = static_cast<decltype(type)>(value); });
+}
+
+}  // namespace
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

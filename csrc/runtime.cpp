@@ -1,0 +1,55 @@
+// What the kernels need of the process they run in: threads, memory, the processor's caches and instruction set.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <unistd.h>
+
+#include <new>
+#include <string>
+
+#include "cpu/parallel.h"
+#include "isa.h"
+
+namespace fastnorm {
+
+Isa isa() {
+  static const Isa chosen = [] {
+#if defined(__x86_64__)
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return Isa::kAvx512;
+    if (capability == "AVX2") return Isa::kAvx2;
+#endif
+    return Isa::kDefault;
+  }();
+  return chosen;
+}
+
+namespace cpu {
+
+int num_threads() { return at::get_num_threads(); }
+
+int64_t stream_threshold() {
+  static const int64_t bytes = [] {
+    constexpr int64_t kUnknown = 32 << 20;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const int64_t l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return l3 > 0 ? l3 : kUnknown;
+#else
+    return kUnknown;
+#endif
+  }();
+  return bytes;
+}
+
+void parallel_ranges(int64_t tasks, bool serial, RangeBody body, const void* context) {
+  if (tasks <= 0) return;
+  if (serial || tasks == 1) return body(context, 0, tasks);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+constexpr std::align_val_t kScratchAlignment{64};
+
+Scratch::Scratch(size_t bytes) : data_(::operator new(bytes, kScratchAlignment)) {}
+Scratch::~Scratch() { ::operator delete(data_, kScratchAlignment); }
+
+}  // namespace cpu
+}  // namespace fastnorm

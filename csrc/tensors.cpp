@@ -1,0 +1,92 @@
+#include "tensors.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastnorm {
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble: return Dtype::kFloat64;
+    case at::kFloat: return Dtype::kFloat32;
+    case at::kBFloat16: return Dtype::kBFloat16;
+    case at::kHalf: return Dtype::kFloat16;
+    default: TORCH_INTERNAL_ASSERT(false, "fastnorm: ", t.scalar_type(), " passed the checks");
+  }
+}
+
+bool is_dense(const Tensor& t, Layout layout) {
+  if (layout == Layout::kContiguous) return t.is_contiguous();
+  // Dimensions from the innermost outwards: C, then the spatial ones from the last, then N.
+  int64_t expected = 1;
+  const auto matches = [&](int64_t d) {
+    const bool match = t.size(d) == 1 || t.stride(d) == expected;
+    expected *= t.size(d);
+    return match;
+  };
+  if (!matches(1)) return false;
+  for (int64_t d = t.dim() - 1; d > 1; --d)
+    if (!matches(d)) return false;
+  return matches(0);
+}
+
+Shape shape_of(const Tensor& t) {
+  int64_t S = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) S *= t.size(d);
+  const bool last = !t.is_contiguous() && is_dense(t, Layout::kChannelsLast);
+  return {t.size(0), t.size(1), S, last ? Layout::kChannelsLast : Layout::kContiguous};
+}
+
+static at::DimVector strides_in(const Tensor& t, Layout layout) {
+  at::DimVector strides(t.dim());
+  int64_t next = 1;
+  const auto put = [&](int64_t d) {
+    strides[d] = next;
+    next *= std::max<int64_t>(1, t.size(d));
+  };
+  const bool last = layout == Layout::kChannelsLast;
+  if (last) put(1);
+  for (int64_t d = t.dim() - 1; d > (last ? 1 : 0); --d) put(d);
+  if (t.dim() > 0) put(0);
+  return strides;
+}
+
+static void advise_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal costs nothing
+#endif
+}
+
+Tensor empty_in_layout(const Tensor& x, Layout layout) {
+  Tensor y = layout == Layout::kContiguous ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous))
+                                           : at::empty_strided(x.sizes(), strides_in(x, layout), x.options());
+  constexpr size_t kWorthHugePages = 8 << 20;
+  if (y.is_cpu() && y.nbytes() >= kWorthHugePages) advise_huge_pages(y.mutable_data_ptr(), y.nbytes());
+  return y;
+}
+
+Tensor in_layout(const Tensor& t, Layout layout) {
+  if (is_dense(t, layout)) return t;
+  Tensor copy = empty_in_layout(t, layout);
+  copy.copy_(t);
+  return copy;
+}
+
+Activation activation_of(const char* op, std::optional<std::string_view> name) {
+  if (!name) return Activation::kNone;
+  if (*name == "relu") return Activation::kRelu;
+  if (*name == "leaky_relu") return Activation::kLeakyRelu;
+  if (*name == "silu") return Activation::kSilu;
+  if (*name == "gelu") return Activation::kGelu;
+  TORCH_CHECK_VALUE(false, op, ": activation must be None, 'relu', 'leaky_relu', 'silu' or 'gelu', got '",
+                    std::string(*name), "'");
+}
+
+}  // namespace fastnorm

@@ -1,0 +1,23 @@
+"""Fused normalisation and dropout kernels for PyTorch: drop-in modules, the same numbers, faster, less kept for backward."""
+
+from fastnorm import autograd, functional
+from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastnorm.build import __version__, build_info
+from fastnorm.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from fastnorm.fallback import FallbackWarning, set_fallback
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FallbackWarning",
+    "__version__",
+    "autograd",
+    "build_info",
+    "functional",
+    "set_fallback",
+]

@@ -1,0 +1,6 @@
+"""The torch.autograd.Function classes, one for each op, over the native functions of ``fastnorm._C``."""
+
+from fastnorm.batch_norm import BatchNormFunction
+from fastnorm.dropout import DropoutFunction
+
+__all__ = ["BatchNormFunction", "DropoutFunction"]

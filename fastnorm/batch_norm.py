@@ -1,0 +1,312 @@
+"""Batch normalisation: autograd function, functional and modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnorm import _C
+from fastnorm.activation import add_and_activate, check_activation
+from fastnorm.double_backward import double_backward
+from fastnorm.fallback import call_torch, uncovered_transform
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), see :func:`batch_norm`.
+
+    Kept for backward: x, weight, bias, two numbers a channel; with a residual and relu or leaky_relu one bit an element, with a
+    residual and silu or gelu the residual. The activation's other masks are recomputed from x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        activation: str | None,
+        skip_nonfinite_stats: bool,
+    ) -> Tensor:
+        y, mean, rstd, mask = _C.batch_norm_forward(
+            input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+            training, momentum, eps, activation, skip_nonfinite_stats, True,
+        )  # fmt: skip
+        kept_residual = residual if activation in ("silu", "gelu") else None
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, mean, rstd)
+        ctx.setting = training, eps, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[:4])
+        gradient = _gradient if not torch.is_grad_enabled() else BatchNormBackwardFunction.apply
+        return *gradient(dy, *ctx.saved_tensors, ctx.setting, wanted), *[None] * 8
+
+
+class BatchNormBackwardFunction(torch.autograd.Function):
+    """The gradients of :class:`BatchNormFunction` as a function that can itself be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *saved, setting, wanted = args
+        ctx.save_for_backward(dy, *saved)
+        ctx.setting = setting
+        ctx.set_materialize_grads(False)
+        gradients = _gradient(dy, *args)
+        # an input may not be returned as it is: it would be taken for the output's own history
+        return tuple(g.view_as(g) if g is dy else g for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
+        training, eps, activation = ctx.setting
+        slopes = None if mask is None else _C.batch_norm_mask_slopes(input, mask, activation)
+        # Where the residual was not kept, its value does not matter: what follows is linear in it.
+        stand_in = residual is None and grad_grads[3] is not None
+        if stand_in:
+            residual = torch.zeros_like(input).requires_grad_()
+
+        def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+            if training:
+                z = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+            else:
+                z = _affine(input, mean, rstd, weight, bias).to(input.dtype)
+            if slopes is None:
+                return add_and_activate(z, residual, activation)
+            return (z if residual is None else z + residual) * slopes
+
+        ddy, dx, dweight, dbias, dresidual = double_backward(forward, [input, weight, bias, residual], dy, grad_grads)
+        return ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None, None
+
+
+def _affine(input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    z = (input - mean.to(input.dtype).view(shape)) * rstd.to(input.dtype).view(shape)
+    z = z if weight is None else z * weight.view(shape)
+    return z if bias is None else z + bias.view(shape)
+
+
+def _gradient(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    setting: tuple[bool, float, str | None],
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    training, _, activation = setting
+    return _C.batch_norm_backward(
+        dy, input, weight, bias, residual, mask, mean, rstd, training, activation, wanted
+    )  # fmt: skip
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    skip_nonfinite_stats: bool = False,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167), with a residual and an activation in the same kernel.
+
+        y = activation((x - mean) * rstd * weight + bias + residual),   rstd = 1 / sqrt(var + eps)
+
+    In training, mean and var (biased) are those of each channel over the batch and the spatial positions, and the running
+    statistics take them in, the variance unbiased: ``running = (1 - momentum) * running + momentum * new``. Otherwise mean and
+    var are the running statistics.
+
+    Args:
+        input: (N, C, *), float64, float32, bfloat16 or float16. Contiguous and channels_last tensors are read as they lie,
+            other strides take one copy. The output has the input's layout.
+        running_mean, running_var: (C), of the input's type or float32; may be None in training.
+        weight, bias: (C), of the input's type or, for bfloat16 and float16, float32; each may be None.
+        training: use the batch's statistics, and update the running ones.
+        momentum: weight of the new value, in [0, 1]; None for the cumulative average, which needs ``num_batches_tracked``.
+        eps: added to the variance, in units of input squared.
+        residual: added before the activation; input's shape and type.
+        activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"`` or ``"gelu"`` (the erf form).
+        skip_nonfinite_stats: a batch whose mean or variance is inf or NaN in any channel, as after an overflow under automatic
+            mixed precision, leaves the running statistics and num_batches_tracked alone.
+        num_batches_tracked: one int64, counted up in training.
+
+    Raises:
+        ValueError: one value per channel in training; an unknown activation.
+        RuntimeError: a shape, type or device that does not fit; nothing has been written then.
+
+    Example:
+        >>> x = torch.randn(8, 4, 5, 5)
+        >>> y = fastnorm.functional.batch_norm(x, None, None, training=True, activation="relu")
+        >>> y.shape
+        torch.Size([8, 4, 5, 5])
+    """
+    args = (
+        input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+        training, momentum, eps, activation, skip_nonfinite_stats,
+    )  # fmt: skip
+    reason = uncovered_transform("batch_norm")
+    if reason is None:
+        try:
+            if torch.is_grad_enabled() and (
+                input.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            ):
+                return BatchNormFunction.apply(*args)
+            return _C.batch_norm_forward(*args, False)[0]
+        except NotImplementedError as uncovered:
+            reason = str(uncovered)
+    return call_torch(reason, _torch_batch_norm, *args)
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    skip_nonfinite_stats: bool,
+) -> Tensor:
+    check_activation("batch_norm", activation)
+    statistics = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
+    before = [t.clone() for t in statistics] if training and skip_nonfinite_stats else []
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(num_batches_tracked)
+    z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
+    if before:
+        finite = torch.stack([t.isfinite().all() for t in statistics]).all()
+        for t, old in zip(statistics, before, strict=True):
+            t.copy_(torch.where(finite, t, old))
+    return add_and_activate(z, residual, activation)
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the three modules add to torch's."""
+
+    _input_dims: tuple[int, ...]
+    _input_shape: str
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        skip_nonfinite_stats: bool = False,
+    ) -> None:
+        check_activation(type(self).__name__, activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.activation = activation
+        self.skip_nonfinite_stats = skip_nonfinite_stats
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._input_dims:
+            raise ValueError(
+                f"{type(self).__name__}: input must have shape {self._input_shape}, got {input.dim()} dimensions with "
+                f"shape {list(input.shape)}"
+            )
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        training = self.training
+        tracks = not training or self.track_running_stats
+        running_mean = self.running_mean if tracks else None
+        running_var = self.running_var if tracks else None
+        return batch_norm(
+            input,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            training or (running_mean is None and running_var is None),
+            self.momentum,
+            self.eps,
+            residual=residual,
+            activation=self.activation,
+            skip_nonfinite_stats=self.skip_nonfinite_stats,
+            num_batches_tracked=self.num_batches_tracked if training and self.track_running_stats else None,
+        )
+
+    def extra_repr(self) -> str:
+        extra = "" if self.activation is None else f", activation={self.activation!r}"
+        return super().extra_repr() + extra + (", skip_nonfinite_stats=True" if self.skip_nonfinite_stats else "")
+
+
+_MODULE_DOC = """torch.nn.{name} on fastnorm's kernels: the same arguments, parameters, buffers, state_dict and numbers.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch.nn.{name} has them.
+        bias: False leaves out the bias of an affine layer.
+        activation: fused into the kernel: None, "relu", "leaky_relu", "silu" or "gelu".
+        skip_nonfinite_stats: see :func:`fastnorm.functional.batch_norm`.
+
+    Shape:
+        input, and ``residual`` where one is given to forward: {shape}; output the same.
+
+    Example:
+        >>> norm = fastnorm.{name}(16, activation="relu")
+        >>> norm(torch.randn({example})).shape
+        torch.Size([{example}])
+    """
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    __doc__ = _MODULE_DOC.format(name="BatchNorm1d", shape="(N, C) or (N, C, L)", example="8, 16")
+    _input_dims = (2, 3)
+    _input_shape = "(N, C) or (N, C, L)"
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    __doc__ = _MODULE_DOC.format(name="BatchNorm2d", shape="(N, C, H, W)", example="8, 16, 4, 4")
+    _input_dims = (4,)
+    _input_shape = "(N, C, H, W)"
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    __doc__ = _MODULE_DOC.format(name="BatchNorm3d", shape="(N, C, D, H, W)", example="8, 16, 2, 4, 4")
+    _input_dims = (5,)
+    _input_shape = "(N, C, D, H, W)"

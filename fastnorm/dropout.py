@@ -1,0 +1,196 @@
+"""Inverted dropout: autograd function, functionals and modules."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnorm import _C
+from fastnorm.fallback import call_torch, uncovered_transform
+
+
+class DropoutFunction(torch.autograd.Function):
+    """y = input * mask / (1 - p), the mask a function of ``state`` (a seed and an offset) and the element's index alone.
+
+    Kept for backward: the state. The map is linear and its own adjoint, so backward is the same function of the gradient, and
+    derivatives of every order are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
+        y = _C.dropout(input, p, state, channel_dims, inplace)
+        if inplace:
+            ctx.mark_dirty(input)
+        ctx.p, ctx.state, ctx.channel_dims = p, state, channel_dims
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        function = DropoutFunction.apply if torch.is_grad_enabled() else _C.dropout
+        return function(dy, ctx.p, ctx.state, ctx.channel_dims, False), None, None, None, None
+
+
+def _dropout(
+    op: str, torch_op: Any, input: Tensor, p: float, training: bool, inplace: bool, generator: torch.Generator | None, channel_dims: int
+) -> Tensor:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: p must be in [0, 1], got {p}")
+    if not training or p == 0.0:
+        return input
+    differentiated = input.requires_grad and torch.is_grad_enabled()
+    if inplace and differentiated and input.is_leaf:
+        raise RuntimeError(f"{op}: inplace=True on a leaf tensor that requires grad, whose value the graph needs")
+    reason = uncovered_transform(op)
+    if reason is None:
+        try:
+            state = _C.dropout_state(generator)
+            function = DropoutFunction.apply if differentiated else _C.dropout
+            return function(input, p, state, channel_dims, inplace)
+        except NotImplementedError as uncovered:
+            reason = str(uncovered).replace("dropout", op, 1)
+    return call_torch(reason, torch_op, input, p, training, inplace)
+
+
+def dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Inverted dropout (Srivastava et al. 2014): in training each element is zeroed with probability p, the others scaled.
+
+        y[i] = input[i] * keep[i] / (1 - p),   P(keep[i]) = 1 - p
+
+    The mask comes from Philox4x32-10 (Salmon et al. 2011), 16 bits an element, at the element's index in logical order: one
+    seed gives one mask whatever the data type, the layout or the number of threads. p is rounded to a multiple of 2**-16, and the
+    scale is the reciprocal of what is then kept. A dropped NaN or inf gives NaN, as in torch.
+
+    Args:
+        input: any shape; float64, float32, bfloat16 or float16.
+        p: probability of an element to be zeroed, in [0, 1].
+        training: False returns the input.
+        inplace: write the result into the input.
+        generator: where the seed comes from, 64 bits a call; torch's default CPU generator if None, so torch.manual_seed
+            and torch.random.fork_rng act as they do on torch's dropout.
+
+    Raises:
+        ValueError: p outside [0, 1], or NaN.
+        RuntimeError: inplace on a leaf that requires grad.
+
+    Example:
+        >>> x = torch.ones(4, 1000)
+        >>> y = fastnorm.functional.dropout(x, 0.25, generator=torch.Generator().manual_seed(0))
+        >>> sorted(y.unique().tolist())
+        [0.0, 1.3333333730697632]
+    """
+    return _dropout("dropout", F.dropout, input, p, training, inplace, generator, 0)
+
+
+_CHANNELS_DOC = """Zeroes whole channels with probability p and scales the others (Tompson et al. 2015, arXiv:1411.4280).
+
+        y[n, c, ...] = input[n, c, ...] * keep[n, c] / (1 - p)
+
+    Args:
+        input: {shape}.
+        p, training, inplace, generator: as in :func:`dropout`.
+
+    Raises:
+        ValueError: p outside [0, 1], or NaN.
+        {errors}
+    """
+
+
+def dropout1d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: torch.Generator | None = None
+) -> Tensor:
+    if input.dim() not in (2, 3):
+        raise RuntimeError(f"dropout1d: input must have shape (N, C, L) or (C, L), got {list(input.shape)}")
+    return _dropout("dropout1d", F.dropout1d, input, p, training, inplace, generator, input.dim() - 1)
+
+
+def dropout2d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: torch.Generator | None = None
+) -> Tensor:
+    if input.dim() < 2:
+        raise RuntimeError(f"dropout2d: input must have shape (N, C, H, W), got {list(input.shape)}")
+    if input.dim() != 4:
+        instead = "dropout1d" if input.dim() == 3 else "dropout"
+        warnings.warn(
+            f"dropout2d: input should have shape (N, C, H, W), got {list(input.shape)}; it is read as (N, C, *), as torch "
+            f"does for now. Use {instead} instead",
+            stacklevel=2,
+        )
+    return _dropout("dropout2d", F.dropout2d, input, p, training, inplace, generator, 2)
+
+
+def dropout3d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: torch.Generator | None = None
+) -> Tensor:
+    if input.dim() < 2:
+        raise RuntimeError(f"dropout3d: input must have shape (N, C, D, H, W) or (C, D, H, W), got {list(input.shape)}")
+    if input.dim() not in (4, 5):
+        warnings.warn(
+            f"dropout3d: input should have shape (N, C, D, H, W) or (C, D, H, W), got {list(input.shape)}; it is read as "
+            "(N, C, *), as torch does for now. Use dropout instead",
+            stacklevel=2,
+        )
+    return _dropout("dropout3d", F.dropout3d, input, p, training, inplace, generator, 1 if input.dim() == 4 else 2)
+
+
+dropout1d.__doc__ = _CHANNELS_DOC.format(shape="(N, C, L) or (C, L)", errors="RuntimeError: another number of dimensions.")
+dropout2d.__doc__ = _CHANNELS_DOC.format(
+    shape="(N, C, H, W); other shapes are read as (N, C, *) with a warning", errors="RuntimeError: fewer than two dimensions."
+)
+dropout3d.__doc__ = _CHANNELS_DOC.format(
+    shape="(N, C, D, H, W) or (C, D, H, W); other shapes are read as (N, C, *) with a warning",
+    errors="RuntimeError: fewer than two dimensions.",
+)
+
+_MODULE_DOC = """torch.nn.{name} on fastnorm's kernels, see :func:`fastnorm.functional.{function}`.
+
+    Args:
+        p: probability of {what} to be zeroed, in [0, 1].
+        inplace: write the result into the input.
+
+    Example:
+        >>> fastnorm.{name}(0.25)(torch.ones({example})).shape
+        torch.Size([{example}])
+    """
+
+
+class _Dropout(nn.modules.dropout._DropoutNd):
+    """p that is NaN passes torch's own check; not here."""
+
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"{type(self).__name__}: p must be in [0, 1], got {p}")
+        super().__init__(p, inplace)
+
+
+class Dropout(_Dropout, nn.Dropout):
+    __doc__ = _MODULE_DOC.format(name="Dropout", function="dropout", what="an element", example="4, 10")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout(input, self.p, self.training, self.inplace)
+
+
+class Dropout1d(_Dropout, nn.Dropout1d):
+    __doc__ = _MODULE_DOC.format(name="Dropout1d", function="dropout1d", what="a channel", example="4, 10, 7")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout1d(input, self.p, self.training, self.inplace)
+
+
+class Dropout2d(_Dropout, nn.Dropout2d):
+    __doc__ = _MODULE_DOC.format(name="Dropout2d", function="dropout2d", what="a channel", example="4, 10, 7, 7")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout2d(input, self.p, self.training, self.inplace)
+
+
+class Dropout3d(_Dropout, nn.Dropout3d):
+    __doc__ = _MODULE_DOC.format(name="Dropout3d", function="dropout3d", what="a channel", example="4, 10, 3, 7, 7")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout3d(input, self.p, self.training, self.inplace)

@@ -1,0 +1,61 @@
+"""What happens to work that no kernel covers: torch's own op does it, and says so once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.autograd import forward_ad
+
+Mode = Literal["warn", "error", "silent"]
+
+
+class FallbackWarning(UserWarning):
+    """A call went to torch's own op: correct, but neither faster nor smaller. Given once for each op and reason."""
+
+
+_mode: Mode = "warn"
+_warned: set[tuple[str, str]] = set()
+
+
+def set_fallback(mode: Mode) -> None:
+    """Chooses what a call does that no kernel covers (another device, complex numbers, forward-mode AD, torch.func).
+
+    Args:
+        mode: ``"warn"`` (the default) calls torch's op and gives one :class:`FallbackWarning` for each op and reason,
+            ``"silent"`` just calls it, ``"error"`` raises NotImplementedError.
+
+    Raises:
+        ValueError: another mode.
+
+    Example:
+        >>> fastnorm.set_fallback("error")
+        >>> fastnorm.set_fallback("warn")
+    """
+    global _mode
+    if mode not in ("warn", "error", "silent"):
+        raise ValueError(f"set_fallback: mode must be 'warn', 'error' or 'silent', got {mode!r}")
+    _mode = mode
+    _warned.clear()
+
+
+def uncovered_transform(op: str) -> str | None:
+    """The transform around this call that kernels cannot see through, in words, or None."""
+    if forward_ad._current_level >= 0:
+        return f"{op}: no kernel for forward-mode automatic differentiation"
+    if torch._C._are_functorch_transforms_active():
+        return f"{op}: no kernel inside a torch.func transform"
+    return None
+
+
+def call_torch(reason: str, torch_op: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Calls torch_op in place of a kernel, for a reason that starts with the op's name, as :func:`set_fallback` says."""
+    if _mode == "error":
+        raise NotImplementedError(reason)
+    op, _, why = reason.partition(": ")
+    if _mode == "warn" and (op, why) not in _warned:
+        _warned.add((op, why))
+        warnings.warn(f"{reason}; using torch's own op", FallbackWarning, stacklevel=4)
+    return torch_op(*args, **kwargs)
