@@ -39,6 +39,8 @@ Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t chann
   const bool dense = is_dense(input, args.shape.layout);
   const Tensor x = dense ? input : in_layout(input, args.shape.layout);
   const Tensor y = inplace && dense ? input : inplace ? x : empty_in_layout(x, args.shape.layout);
+  // What torch checks when an op writes into a tensor: no inference tensor outside of inference mode, and autograd hears of it.
+  if (inplace && dense) input.unsafeGetTensorImpl()->bump_version();
   if (input.numel() > 0) {
     args.dtype = dtype_of(x);
     args.seed = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[0]);

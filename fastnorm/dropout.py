@@ -42,8 +42,8 @@ def _dropout(
     if not training or p == 0.0:
         return input
     differentiated = input.requires_grad and torch.is_grad_enabled()
-    if inplace and differentiated and input.is_leaf:
-        raise RuntimeError(f"{op}: inplace=True on a leaf tensor that requires grad, whose value the graph needs")
+    if inplace and differentiated and (input.is_leaf or (input._is_view() and input._base.is_leaf)):
+        raise RuntimeError(f"{op}: inplace=True on a leaf tensor that requires grad, or a view of one, whose value the graph needs")
     reason = uncovered_transform(op)
     if reason is None:
         try:
@@ -76,7 +76,7 @@ def dropout(
 
     Raises:
         ValueError: p outside [0, 1], or NaN.
-        RuntimeError: inplace on a leaf that requires grad.
+        RuntimeError: inplace on a leaf that requires grad, or a view of one.
 
     Example:
         >>> x = torch.ones(4, 1000)
