@@ -3,7 +3,9 @@
 // elements, contiguous:      memory order is logical order; a task owns kTaskElements.
 // elements, channels_last:   a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive s of one
 //                            channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks rows of channels.
-// channels:                  one bit a channel, drawn once a task, then a multiplication.
+// channels, contiguous:      a task owns kTaskElements, whichever channels they belong to: a few samples of any size, or
+//                            many small channels, occupy all threads alike.
+// channels, channels_last:   the bits of one sample's channels mask each of its rows.
 #include "../dropout.h"
 
 #include "parallel.h"
@@ -25,7 +27,8 @@ uint64_t transpose_8x8(uint64_t x) {
   return x ^ t ^ t << 28;
 }
 
-template <typename T>
+// kShifted: alpha dropout's forward. Dropout, and the backward of both, only multiply.
+template <typename T, bool kShifted>
 struct DropoutKernel {
   using P = Pack<T>;
   using acc_t = acc_type<T>;
@@ -35,23 +38,34 @@ struct DropoutKernel {
   const int64_t N = a.shape.N, C = a.shape.C, S = a.shape.S;
   const KeepBits keep{a.seed, a.offset, a.level.threshold};
   const P scale{static_cast<acc_t>(a.level.scale)}, zero{acc_t(0)};
+  const P shift_kept{static_cast<acc_t>(a.level.shift_kept)}, shift_dropped{static_cast<acc_t>(a.level.shift_dropped)};
   const bool stream = a.shape.numel() * size_of(a.dtype) >= stream_threshold();
 
-  // Scalar math: y[i] = x[i] * (bit i ? scale : 0)
+  // Scalar math: y[i] = x[i] * (bit i ? scale : 0) + (bit i ? shift_kept : shift_dropped)
   void apply(int64_t at, int64_t n, const uint8_t* bits) const {
     const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
     for_packs<T>(n, [&](int64_t i, auto count, int) {
-      const P factor = choose(load_bits<T>(bits + i / 8, count), scale, zero);
-      put(P::load(x + at + i, count) * factor, at + i, count, past_caches);
+      const uint32_t here = load_bits<T>(bits + i / 8, count);
+      const P factor = choose(here, scale, zero), value = P::load(x + at + i, count);
+      if constexpr (kShifted) {
+        put(fmadd(value, factor, choose(here, shift_kept, shift_dropped)), at + i, count, past_caches);
+      } else {
+        put(value * factor, at + i, count, past_caches);
+      }
     });
   }
 
-  // y = x * (keep ? scale : 0) for a run that is dropped as a whole
+  // The same for a run that is kept or dropped as a whole.
   void apply_uniform(int64_t at, int64_t n, bool kept) const {
-    const P factor = kept ? scale : zero;
+    const P factor = kept ? scale : zero, shift = kept ? shift_kept : shift_dropped;
     const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
     for_packs<T>(n, [&](int64_t i, auto count, int) {
-      put(P::load(x + at + i, count) * factor, at + i, count, past_caches);
+      const P value = P::load(x + at + i, count);
+      if constexpr (kShifted) {
+        put(fmadd(value, factor, shift), at + i, count, past_caches);
+      } else {
+        put(value * factor, at + i, count, past_caches);
+      }
     });
   }
 
@@ -118,10 +132,17 @@ struct DropoutKernel {
 
   void whole_channels() const {
     if (a.shape.layout == Layout::kContiguous) {
-      parallel_for((N * C + 63) / 64, a.shape.numel(), [&](int64_t task) {
-        const uint64_t bits = keep.of_group(static_cast<uint64_t>(task * 64 / kElementsPerPhilox));
-        const int64_t end = std::min(N * C, (task + 1) * 64);
-        for (int64_t i = task * 64; i < end; ++i) apply_uniform(i * S, S, bits >> (i % 64) & 1);
+      const int64_t numel = a.shape.numel();
+      parallel_for((numel + kTaskElements - 1) / kTaskElements, numel, [&](int64_t task) {
+        const int64_t end = std::min(numel, (task + 1) * kTaskElements);
+        int64_t i = task * kTaskElements, channel = i / S, next = (channel + 1) * S;
+        uint64_t bits = keep.of_group(static_cast<uint64_t>(channel / 64 * 8));
+        while (i < end) {
+          apply_uniform(i, std::min(next, end) - i, bits >> (channel % 64) & 1);
+          i = next;
+          next += S;
+          if (++channel % 64 == 0 && i < end) bits = keep.of_group(static_cast<uint64_t>(channel / 8));
+        }
         if (stream) stream_fence();
       });
       return;
@@ -150,7 +171,14 @@ struct DropoutKernel {
 }  // namespace
 
 void dropout(const Dropout& a) {
-  visit(a.dtype, [&](auto type) { DropoutKernel<decltype(type)>{a}.run(); });
+  const bool shifted = a.level.shift_kept != 0 || a.level.shift_dropped != 0;
+  visit(a.dtype, [&](auto type) {
+    if (shifted) {
+      DropoutKernel<decltype(type), true>{a}.run();
+    } else {
+      DropoutKernel<decltype(type), false>{a}.run();
+    }
+  });
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
