@@ -29,8 +29,8 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
   TORCH_CHECK(state.scalar_type() == at::kLong && state.numel() == 2 && state.is_contiguous() && state.is_cpu(), op,
               ": state must be two contiguous numbers of type Long on the CPU, got shape ", state.sizes(), " of type ",
               state.scalar_type());
-  TORCH_CHECK(channel_dims >= 0 && channel_dims <= std::min<int64_t>(2, input.dim()), op, ": channel_dims must be in [0, ",
-              std::min<int64_t>(2, input.dim()), "], got ", channel_dims);
+  TORCH_CHECK(channel_dims >= 0 && channel_dims <= std::min<int64_t>(2, input.dim()), op,
+              ": channel_dims must be in [0, ", std::min<int64_t>(2, input.dim()), "], got ", channel_dims);
 
   Dropout args{};
   Layout layout = Layout::kContiguous;  // of x and y
@@ -38,7 +38,8 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
     args.shape = shape_of(input);
     args.by_channel = channel_dims == 2 && args.shape.S != 1;  // one position a channel: an element is a channel
     layout = args.shape.layout;
-  } else if (channel_dims == 1) {  // samples lie one after the other in either layout, and it does not matter how each lies
+  } else if (channel_dims ==
+             1) {  // samples lie one after the other in either layout, and it does not matter how each lies
     const int64_t N = input.size(0);
     args.shape = {1, N, N ? input.numel() / N : 0, Layout::kContiguous};
     args.by_channel = true;
@@ -50,7 +51,8 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
   const bool dense = is_dense(input, layout);
   const Tensor x = dense ? input : in_layout(input, layout);
   const Tensor y = inplace && dense ? input : inplace ? x : empty_in_layout(x, layout);
-  // What torch checks when an op writes into a tensor: no inference tensor outside of inference mode, and autograd hears of it.
+  // What torch checks when an op writes into a tensor: no inference tensor outside of inference mode, and autograd
+  // hears of it.
   if (inplace && dense) input.unsafeGetTensorImpl()->bump_version();
   if (input.numel() > 0) {
     args.dtype = dtype_of(x);

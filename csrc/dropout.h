@@ -3,13 +3,14 @@
 //   y[i] = keep[i] ? x[i] * scale + shift_kept : x[i] * 0 + shift_dropped
 //   keep[i] = bits(seed, offset, index(i)) >= threshold                                             (philox.h)
 //
-// Dropout has no shifts; it is forward and backward, for the map is linear and its own adjoint. A dropped NaN or inf stays NaN, as
-// in torch.
+// Dropout has no shifts; it is forward and backward, for the map is linear and its own adjoint. A dropped NaN or inf
+// stays NaN, as in torch.
 //
-// Alpha dropout (Klambauer et al. 2017, arXiv:1706.02515) sets what it drops to alpha', the value SELU saturates at, and maps
-// the result so that an input of mean 0 and variance 1 keeps both:
+// Alpha dropout (Klambauer et al. 2017, arXiv:1706.02515) sets what it drops to alpha', the value SELU saturates at,
+// and maps the result so that an input of mean 0 and variance 1 keeps both:
 //
-//   y[i] = a * (keep[i] ? x[i] : alpha') + b,   a = ((1 - q) * (1 + q * alpha'^2))^(-1/2),   b = -a * q * alpha',   q = P(dropped)
+//   y[i] = a * (keep[i] ? x[i] : alpha') + b,   a = ((1 - q) * (1 + q * alpha'^2))^(-1/2),   b = -a * q * alpha',   q =
+//   P(dropped)
 //
 // and its backward is dropout with scale = a.
 #pragma once
@@ -37,8 +38,8 @@ inline DropoutLevel alpha_dropout_level(double p) {
 }  // namespace
 
 struct Dropout {
-  Shape shape;       // (N, C, S); a tensor without channels is (1, 1, numel), one draw a sample is (1, N, numel / N)
-  bool by_channel;   // one draw a channel: index(n, c, s) = n * C + c; otherwise one an element: (n * C + c) * S + s
+  Shape shape;      // (N, C, S); a tensor without channels is (1, 1, numel), one draw a sample is (1, N, numel / N)
+  bool by_channel;  // one draw a channel: index(n, c, s) = n * C + c; otherwise one an element: (n * C + c) * S + s
   Dtype dtype;
   uint64_t seed, offset;
   DropoutLevel level;

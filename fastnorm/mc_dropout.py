@@ -44,7 +44,9 @@ def mc_dropout(model: Model, *, also: tuple[type[nn.Module], ...] = ()) -> Itera
     kinds = (nn.modules.dropout._DropoutNd, *also)  # the base of torch.nn's dropout layers and of fastnorm's
     layers = [(layer, layer.training) for layer in model.modules() if isinstance(layer, kinds)]
     if not layers:
-        raise ValueError(f"mc_dropout: model must have at least one dropout layer, got {type(model).__name__} with none")
+        raise ValueError(
+            f"mc_dropout: model must have at least one dropout layer, got {type(model).__name__} with none"
+        )
     try:
         for layer, _ in layers:
             layer.training = True  # and not its children's: train() would descend

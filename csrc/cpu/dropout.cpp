@@ -1,9 +1,12 @@
 // Dropout on the CPU: the mask is drawn 64 elements at a time, from the element's logical index, and never stored.
 //
 // elements, contiguous:      memory order is logical order; a task owns kTaskElements.
-// elements, channels_last:   a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive s of one
-//                            channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks rows of channels.
-// channels, contiguous:      a task owns kTaskElements, whichever channels they belong to: a few samples of any size, or
+// elements, channels_last:   a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive
+// s of one
+//                            channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks rows of
+//                            channels.
+// channels, contiguous:      a task owns kTaskElements, whichever channels they belong to: a few samples of any size,
+// or
 //                            many small channels, occupy all threads alike.
 // channels, channels_last:   the bits of one sample's channels mask each of its rows.
 #include "../dropout.h"
