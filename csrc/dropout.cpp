@@ -38,8 +38,7 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
     args.shape = shape_of(input);
     args.by_channel = channel_dims == 2 && args.shape.S != 1;  // one position a channel: an element is a channel
     layout = args.shape.layout;
-  } else if (channel_dims ==
-             1) {  // samples lie one after the other in either layout, and it does not matter how each lies
+  } else if (channel_dims == 1) {  // samples lie one after the other in either layout; how each lies does not matter
     const int64_t N = input.size(0);
     args.shape = {1, N, N ? input.numel() / N : 0, Layout::kContiguous};
     args.by_channel = true;
@@ -51,8 +50,7 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
   const bool dense = is_dense(input, layout);
   const Tensor x = dense ? input : in_layout(input, layout);
   const Tensor y = inplace && dense ? input : inplace ? x : empty_in_layout(x, layout);
-  // What torch checks when an op writes into a tensor: no inference tensor outside of inference mode, and autograd
-  // hears of it.
+  // As torch does where an op writes: refuse an inference tensor outside of inference mode, and let autograd know.
   if (inplace && dense) input.unsafeGetTensorImpl()->bump_version();
   if (input.numel() > 0) {
     args.dtype = dtype_of(x);

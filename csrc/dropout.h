@@ -9,8 +9,8 @@
 // Alpha dropout (Klambauer et al. 2017, arXiv:1706.02515) sets what it drops to alpha', the value SELU saturates at,
 // and maps the result so that an input of mean 0 and variance 1 keeps both:
 //
-//   y[i] = a * (keep[i] ? x[i] : alpha') + b,   a = ((1 - q) * (1 + q * alpha'^2))^(-1/2),   b = -a * q * alpha',   q =
-//   P(dropped)
+//   y[i] = a * (keep[i] ? x[i] : alpha') + b,   q = P(dropped)
+//   a = ((1 - q) * (1 + q * alpha'^2))^(-1/2),   b = -a * q * alpha'
 //
 // and its backward is dropout with scale = a.
 #pragma once

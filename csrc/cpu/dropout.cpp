@@ -1,14 +1,13 @@
 // Dropout on the CPU: the mask is drawn 64 elements at a time, from the element's logical index, and never stored.
 //
-// elements, contiguous:      memory order is logical order; a task owns kTaskElements.
-// elements, channels_last:   a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive
-// s of one
-//                            channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks rows of
-//                            channels.
-// channels, contiguous:      a task owns kTaskElements, whichever channels they belong to: a few samples of any size,
-// or
-//                            many small channels, occupy all threads alike.
-// channels, channels_last:   the bits of one sample's channels mask each of its rows.
+// elements, contiguous:     memory order is logical order; a thread owns a stretch of it.
+// elements, channels_last:  a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive
+//                           s of one channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks
+//                           rows of channels.
+// channels, contiguous:     a thread owns a stretch of memory, wherever in a channel that begins and ends: a few large
+//                           samples occupy all threads as many small channels do.
+// channels, channels_last:  a thread owns a stretch of rows; the bits of a sample's channels are drawn once and mask
+//                           each of its rows.
 #include "../dropout.h"
 
 #include "parallel.h"
@@ -17,7 +16,6 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTaskElements = 1 << 14;
 constexpr int64_t kTaskRows = 64;
 
 // bit 8 * i + j of the result is bit 8 * j + i of x (Hacker's Delight, 7-3)
@@ -82,11 +80,10 @@ struct DropoutKernel {
 
   void contiguous() const {
     const int64_t numel = a.shape.numel();
-    parallel_for((numel + kTaskElements - 1) / kTaskElements, numel, [&](int64_t task) {
-      const int64_t end = std::min(numel, (task + 1) * kTaskElements);
-      for (int64_t i = task * kTaskElements; i < end; i += 64) {
-        const uint64_t bits = keep.of_group(static_cast<uint64_t>(i / kElementsPerPhilox));
-        apply(i, std::min<int64_t>(64, end - i), reinterpret_cast<const uint8_t*>(&bits));
+    parallel_for_ranges((numel + 63) / 64, numel, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        const uint64_t bits = keep.of_group(static_cast<uint64_t>(group * 64 / kElementsPerPhilox));
+        apply(group * 64, std::min<int64_t>(64, numel - group * 64), reinterpret_cast<const uint8_t*>(&bits));
       }
       if (stream) stream_fence();
     });
@@ -134,40 +131,48 @@ struct DropoutKernel {
   }
 
   void whole_channels() const {
-    if (a.shape.layout == Layout::kContiguous) {
-      const int64_t numel = a.shape.numel();
-      parallel_for((numel + kTaskElements - 1) / kTaskElements, numel, [&](int64_t task) {
-        const int64_t end = std::min(numel, (task + 1) * kTaskElements);
-        int64_t i = task * kTaskElements, channel = i / S, next = (channel + 1) * S;
-        uint64_t bits = keep.of_group(static_cast<uint64_t>(channel / 64 * 8));
-        while (i < end) {
-          apply_uniform(i, std::min(next, end) - i, bits >> (channel % 64) & 1);
-          i = next;
-          next += S;
-          if (++channel % 64 == 0 && i < end) bits = keep.of_group(static_cast<uint64_t>(channel / 8));
-        }
-        if (stream) stream_fence();
-      });
-      return;
-    }
-    const int64_t row_bytes = (C + 7) / 8, chunks = (S + kTaskRows - 1) / kTaskRows;
-    parallel_for(N * chunks, a.shape.numel(), [&](int64_t task) {
-      const int64_t n = task / chunks, s0 = task % chunks * kTaskRows, rows = std::min(kTaskRows, S - s0);
-      const ScratchArray<uint8_t> bits(row_bytes);
-      for (int64_t c = 0; c < C; c += 8) {  // eight indices need at most two blocks
-        const uint64_t index = static_cast<uint64_t>(n * C + c);
-        const uint64_t two = keep.of_group(index / kElementsPerPhilox);
-        bits[c / 8] = static_cast<uint8_t>(two >> (index % kElementsPerPhilox));
+    const int64_t numel = a.shape.numel();
+    parallel_for_ranges((numel + 63) / 64, numel, [&](int64_t begin, int64_t end) {
+      end = std::min(numel, end * 64);
+      int64_t i = begin * 64, channel = i / S, next = (channel + 1) * S;
+      uint64_t bits = keep.of_group(static_cast<uint64_t>(channel / 64 * 64 / kElementsPerPhilox));
+      while (i < end) {
+        apply_uniform(i, std::min(next, end) - i, bits >> (channel % 64) & 1);
+        i = next;
+        next += S;
+        if (++channel % 64 == 0) bits = keep.of_group(static_cast<uint64_t>(channel / kElementsPerPhilox));
       }
-      for (int64_t r = 0; r < rows; ++r) apply((n * S + s0 + r) * C, C, bits.data());
       if (stream) stream_fence();
     });
   }
 
+  void whole_channels_last() const {
+    parallel_for_ranges(N * S, a.shape.numel(), [&](int64_t begin, int64_t end) {
+      const ScratchArray<uint8_t> bits((C + 7) / 8);
+      for (int64_t row = begin; row < end;) {
+        const int64_t n = row / S, next = std::min(end, (n + 1) * S);
+        sample_bits(n, bits.data());
+        for (; row < next; ++row) apply(row * C, C, bits.data());
+      }
+      if (stream) stream_fence();
+    });
+  }
+
+  // One bit for each channel of sample n. A draw of 64 bits from a whole block on holds 57 channels or more.
+  void sample_bits(int64_t n, uint8_t* out) const {
+    constexpr int64_t kBytes = 7;
+    const int64_t bytes = (C + 7) / 8;
+    for (int64_t b = 0; b < bytes; b += kBytes) {
+      const uint64_t index = static_cast<uint64_t>(n * C + b * 8);
+      const uint64_t bits = keep.of_group(index / kElementsPerPhilox) >> (index % kElementsPerPhilox);
+      std::memcpy(out + b, &bits, static_cast<size_t>(std::min(kBytes, bytes - b)));
+    }
+  }
+
   void run() const {
-    if (a.by_channel) return whole_channels();
-    if (a.shape.layout == Layout::kContiguous) return contiguous();
-    return channels_last();
+    const bool last = a.shape.layout == Layout::kChannelsLast;
+    if (a.by_channel) return last ? whole_channels_last() : whole_channels();
+    return last ? channels_last() : contiguous();
   }
 };
 
