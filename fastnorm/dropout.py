@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnorm import _C
-from fastnorm.fallback import call_torch, uncovered_transform
+from fastnorm.fallback import apply_of, call_torch, uncovered_transform
 
 
 class DropoutFunction(torch.autograd.Function):
-    """y = input * mask / (1 - p), the mask a function of ``state`` (a seed and an offset) and the index alone.
+    """y = input * mask / (1 - p), the mask a function of ``state`` (seed and offset) and the element's index alone.
 
     Kept for backward: the state. The map is linear and its own adjoint, so backward is the same function of the
     gradient, and derivatives of every order are.
@@ -25,13 +25,13 @@ class DropoutFunction(torch.autograd.Function):
         y = _C.dropout(input, p, state, channel_dims, inplace)
         if inplace:
             ctx.mark_dirty(input)
-        ctx.p, ctx.state, ctx.channel_dims = p, state, channel_dims
+        ctx.setting = p, state, channel_dims
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         function = DropoutFunction.apply if torch.is_grad_enabled() else _C.dropout
-        return function(dy, ctx.p, ctx.state, ctx.channel_dims, False), None, None, None, None
+        return function(dy, *ctx.setting, False), None, None, None, None
 
 
 class AlphaDropoutFunction(torch.autograd.Function):
@@ -45,13 +45,13 @@ class AlphaDropoutFunction(torch.autograd.Function):
         y = _C.alpha_dropout(input, p, state, channel_dims, inplace)
         if inplace:
             ctx.mark_dirty(input)
-        ctx.p, ctx.state, ctx.channel_dims = p, state, channel_dims
+        ctx.setting = p, state, channel_dims
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         function = AlphaDropoutBackwardFunction.apply if torch.is_grad_enabled() else _C.alpha_dropout_backward
-        return function(dy, ctx.p, ctx.state, ctx.channel_dims), None, None, None, None
+        return function(dy, *ctx.setting), None, None, None, None
 
 
 class AlphaDropoutBackwardFunction(torch.autograd.Function):
@@ -59,12 +59,16 @@ class AlphaDropoutBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, p: float, state: Tensor, channel_dims: int) -> Tensor:
-        ctx.p, ctx.state, ctx.channel_dims = p, state, channel_dims
+        ctx.setting = p, state, channel_dims
         return _C.alpha_dropout_backward(dy, p, state, channel_dims)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        return AlphaDropoutBackwardFunction.apply(ddx, ctx.p, ctx.state, ctx.channel_dims), None, None, None
+        return AlphaDropoutBackwardFunction.apply(ddx, *ctx.setting), None, None, None
+
+
+_apply_dropout = apply_of(DropoutFunction)
+_apply_alpha_dropout = apply_of(AlphaDropoutFunction)
 
 
 def _dropout(
@@ -92,9 +96,9 @@ def _dropout(
         try:
             state = _C.dropout_state(generator)
             if alpha:
-                function = AlphaDropoutFunction.apply if differentiated else _C.alpha_dropout
+                function = _apply_alpha_dropout if differentiated else _C.alpha_dropout
             else:
-                function = DropoutFunction.apply if differentiated else _C.dropout
+                function = _apply_dropout if differentiated else _C.dropout
             return function(input, p, state, channel_dims, inplace)
         except NotImplementedError as uncovered:
             reason = f"{op}: {str(uncovered).partition(': ')[2]}"
@@ -224,13 +228,14 @@ def alpha_dropout(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Alpha dropout (Klambauer et al. 2017, arXiv:1706.02515): keeps the mean 0 and variance 1 that SELU networks live on.
+    """Alpha dropout (Klambauer et al. 2017, arXiv:1706.02515): an input of mean 0 and variance 1 keeps both.
 
         y[i] = a * (input[i] if keep[i] else alpha') + b,   P(keep[i]) = 1 - p
         alpha' = -1.7580993,   a = ((1 - p) * (1 + p * alpha'^2))^(-1/2),   b = -a * p * alpha'
 
-    alpha' is the value that SELU saturates at. The mask, and the p that a and b are computed from, are those of :func:`dropout`:
-    one seed gives both the same mask. p = 1 gives zeros; a dropped NaN or inf gives NaN, both as in torch.
+    alpha' is the value that SELU saturates at. The mask, and the p that a and b are computed from, are those of
+    :func:`dropout`: one seed gives both the same mask. p = 1 gives zeros; a dropped NaN or inf gives NaN, both as in
+    torch.
 
     Args:
         input: any shape; float64, float32, bfloat16 or float16.
@@ -289,12 +294,12 @@ def drop_path(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training each sample of a residual branch is dropped as a whole.
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training drops whole samples of a residual branch.
 
         y[n, ...] = input[n, ...] * keep[n] / (1 - p),   P(keep[n]) = 1 - p
 
-    The mask, and the rounding of p, are those of :func:`dropout` at the sample's index. The order of the arguments is that of timm's
-    drop_path; torchvision's stochastic_depth(input, p, "row", training) is the same.
+    The mask, and the rounding of p, are those of :func:`dropout` at the sample's index. The arguments are in the order
+    of timm's drop_path; torchvision's stochastic_depth(input, p, "row", training) computes the same.
 
     Args:
         input: (N, *), float64, float32, bfloat16 or float16; contiguous and channels_last tensors are read as they lie.

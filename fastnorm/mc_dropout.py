@@ -14,14 +14,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @contextmanager
 def mc_dropout(model: Model, *, also: tuple[type[nn.Module], ...] = ()) -> Iterator[Model]:
-    """Keeps dropout on inside a ``with`` block (Gal & Ghahramani 2016, arXiv:1506.02142), whatever mode the model is in.
+    """Keeps dropout on inside a ``with`` block, whatever the model's mode (Gal & Ghahramani 2016, arXiv:1506.02142).
 
-    Every dropout layer of the model goes to training mode: torch.nn's and fastnorm's Dropout, Dropout1d/2d/3d, AlphaDropout,
-    FeatureAlphaDropout, and DropPath. Everything else, batch normalisation above all, stays as it is. At the end, also after
-    an exception, each of these layers gets back the flag that it had. Blocks may be nested.
+    Every dropout layer of the model goes to training mode: torch.nn's and fastnorm's Dropout, Dropout1d/2d/3d,
+    AlphaDropout, FeatureAlphaDropout, and DropPath. Everything else, batch normalisation above all, stays as it is. At
+    the end, also after an exception, each of these layers gets back the flag that it had. Blocks may be nested.
 
-    Dropout inside of another layer (torch.nn.LSTM, torch.nn.MultiheadAttention) is a matter of that layer's own mode and stays as
-    it is; ``also`` can name such types, or dropout layers of other libraries.
+    Dropout inside of another layer (torch.nn.LSTM, torch.nn.MultiheadAttention) follows that layer's own mode and stays
+    as it is; ``also`` can name such types, or dropout layers of other libraries.
 
     Args:
         model: usually in eval mode.
@@ -68,10 +68,10 @@ def mc_predict(
 ) -> MCPrediction:
     """Runs a model several times with dropout on: the mean is its prediction, the standard deviation its uncertainty.
 
-        mean = sum_t y_t / T,   std = sqrt(sum_t (y_t - mean)^2 / (T - 1)),   y_t = model(*args, **kwargs) with the t-th masks
+        mean = sum_t y_t / T,   std = sqrt(sum_t (y_t - mean)^2 / (T - 1)),   y_t = model(*args, **kwargs), t = 1 .. T
 
-    Both are accumulated pass by pass by Welford's method, in float32, or float64 for a model that returns float64, and keep that
-    type. No gradients. (Gal & Ghahramani 2016, arXiv:1506.02142.)
+    Both are accumulated pass by pass by Welford's method, in float32, or float64 for a model that returns float64, and
+    keep that type. No gradients. (Gal & Ghahramani 2016, arXiv:1506.02142.)
 
     Args:
         model: returns one tensor. Its other layers run in the mode they are in: call ``model.eval()`` before, or batch
