@@ -38,44 +38,37 @@ struct DropoutKernel {
   T* y = static_cast<T*>(a.y);
   const int64_t N = a.shape.N, C = a.shape.C, S = a.shape.S;
   const KeepBits keep{a.seed, a.offset, a.level.threshold};
-  const P scale{static_cast<acc_t>(a.level.scale)}, zero{acc_t(0)};
+  const P scale{static_cast<acc_t>(a.level.scale)};
   const P shift_kept{static_cast<acc_t>(a.level.shift_kept)}, shift_dropped{static_cast<acc_t>(a.level.shift_dropped)};
   const bool stream = a.shape.numel() * size_of(a.dtype) >= stream_threshold();
 
   // Scalar math: y[i] = x[i] * (bit i ? scale : 0) + (bit i ? shift_kept : shift_dropped)
-  void apply(int64_t at, int64_t n, const uint8_t* bits) const {
-    const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
+  FASTNORM_LOOP void apply(int64_t at, int64_t n, const uint8_t* bits) const {
+    const P kept = scale, dropped(acc_t(0)), to_kept = shift_kept, to_dropped = shift_dropped;
+    map_run(at, n, [&](const P& value, int64_t i, auto count) {
       const uint32_t here = load_bits<T>(bits + i / 8, count);
-      const P factor = choose(here, scale, zero), value = P::load(x + at + i, count);
-      if constexpr (kShifted) {
-        put(fmadd(value, factor, choose(here, shift_kept, shift_dropped)), at + i, count, past_caches);
-      } else {
-        put(value * factor, at + i, count, past_caches);
-      }
+      const P factor = choose(here, kept, dropped);
+      if constexpr (!kShifted) return value * factor;
+      return fmadd(value, factor, choose(here, to_kept, to_dropped));
     });
   }
 
   // The same for a run that is kept or dropped as a whole.
-  void apply_uniform(int64_t at, int64_t n, bool kept) const {
-    const P factor = kept ? scale : zero, shift = kept ? shift_kept : shift_dropped;
-    const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
-      const P value = P::load(x + at + i, count);
-      if constexpr (kShifted) {
-        put(fmadd(value, factor, shift), at + i, count, past_caches);
-      } else {
-        put(value * factor, at + i, count, past_caches);
-      }
+  FASTNORM_LOOP void apply_uniform(int64_t at, int64_t n, bool keeps) const {
+    const P factor = keeps ? scale : P(acc_t(0)), shift = keeps ? shift_kept : shift_dropped;
+    map_run(at, n, [&](const P& value, int64_t, auto) {
+      if constexpr (!kShifted) return value * factor;
+      return fmadd(value, factor, shift);
     });
   }
 
-  template <typename Count>
-  void put(const P& p, int64_t at, Count count, bool past_caches) const {
-    if constexpr (std::is_same_v<Count, Full>) {
-      if (past_caches) return p.stream(y + at);
-    }
-    p.store(y + at, count);
+  template <typename F>
+  void map_run(int64_t at, int64_t n, const F& f) const {
+    const T* from = x + at;
+    T* to = y + at;
+    const bool past_caches = stream && fills_lines(to, n);
+    for_packs<T>(
+        n, [&](int64_t i, auto count, int) { put(f(P::load(from + i, count), i, count), to + i, count, past_caches); });
   }
 
   void contiguous() const {
