@@ -31,8 +31,14 @@ Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::opti
 // -> int64 [2]: the seed and offset of one mask, taken from `generator` (the CPU's default one if none is given).
 Tensor dropout_state(const std::optional<at::Generator>& generator);
 
-// -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions share a draw, 0: one an
+// -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions have a draw each, 0: one an
 // element.
 Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
+
+// -> a * (mask ? input : alpha') + b (dropout.h), of the same mask.
+Tensor alpha_dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
+
+// -> dx = a * mask * grad_output
+Tensor alpha_dropout_backward(const Tensor& grad_output, double p, const Tensor& state, int64_t channel_dims);
 
 }  // namespace fastnorm

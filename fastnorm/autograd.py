@@ -1,6 +1,6 @@
 """The torch.autograd.Function classes, one for each op, over the native functions of ``fastnorm._C``."""
 
 from fastnorm.batch_norm import BatchNormFunction
-from fastnorm.dropout import DropoutFunction
+from fastnorm.dropout import AlphaDropoutFunction, DropoutFunction
 
-__all__ = ["BatchNormFunction", "DropoutFunction"]
+__all__ = ["AlphaDropoutFunction", "BatchNormFunction", "DropoutFunction"]

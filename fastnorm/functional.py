@@ -1,6 +1,23 @@
 """The ops as functions, with torch.nn.functional's positional signatures and a few keywords more."""
 
 from fastnorm.batch_norm import batch_norm
-from fastnorm.dropout import dropout, dropout1d, dropout2d, dropout3d
+from fastnorm.dropout import (
+    alpha_dropout,
+    drop_path,
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    feature_alpha_dropout,
+)
 
-__all__ = ["batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d"]
+__all__ = [
+    "alpha_dropout",
+    "batch_norm",
+    "drop_path",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_alpha_dropout",
+]

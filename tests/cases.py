@@ -122,24 +122,41 @@ def _seed(seed: int) -> int:
     return int(_C.dropout_state(torch.Generator().manual_seed(seed))[0]) & (2**64 - 1)
 
 
+_DRAWN_DIMS = {"dropout": 0, "dropout2d": 2, "alpha_dropout": 0, "feature_alpha_dropout": 2, "drop_path": 1}
+
+
 def _dropout_case(p: float, function: str = "dropout") -> Case:
-    channel_dims = 0 if function == "dropout" else 2
-    run = getattr(fn, function)
+    channel_dims = _DRAWN_DIMS[function]
+    mask = {0: fn.dropout, 1: fn.drop_path, 2: fn.dropout2d}[channel_dims]
+    wanted = reference.alpha_dropout if "alpha" in function else reference.dropout
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(7)
+
+    def run_torch(x: Tensor) -> Tensor:
+        factor = mask(torch.ones_like(x), p, True, generator=generator())
+        if "alpha" not in function or p == 1:
+            return x * factor
+        return torch_alpha_dropout(x, factor != 0, p)
+
     return Case(
         name=f"{function}-{p}",
-        op="dropout",
-        fastnorm=lambda x: run(x, p, generator=torch.Generator().manual_seed(7)),
-        reference=lambda x: reference.dropout(x, p, _seed(7), channel_dims=channel_dims),
-        torch=lambda x: (
-            x
-            * (fn.dropout2d if channel_dims else fn.dropout)(
-                torch.ones_like(x), p, generator=torch.Generator().manual_seed(7)
-            )
-        ),
-        shapes=IMAGE_SHAPES if channel_dims else (*IMAGE_SHAPES, (1,), (1000,), (3, 1023), (2, 3, 5, 7, 11)),
+        op=function.replace("feature_", "").replace("2d", ""),
+        fastnorm=lambda x: getattr(fn, function)(x, p, True, generator=generator()),
+        reference=lambda x: wanted(x, p, _seed(7), channel_dims=channel_dims),
+        torch=run_torch,
+        shapes=IMAGE_SHAPES if channel_dims == 2 else (*IMAGE_SHAPES, (1,), (1000,), (3, 1023), (2, 3, 5, 7, 11)),
         kept=lambda x: 16,
         saves_input=False,
     )
+
+
+def torch_alpha_dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """The operations of torch's own alpha dropout, in its order, with a given mask."""
+    alpha = 1.7580993408473766
+    a = 1 / ((alpha**2 * p + 1) * (1 - p)) ** 0.5
+    noise = keep.to(x.dtype)
+    return x * (noise * a) + ((noise - 1) * (alpha * a) + alpha * a * p)
 
 
 CASES: tuple[Case, ...] = (
@@ -151,4 +168,7 @@ CASES: tuple[Case, ...] = (
     ),
     *(_dropout_case(p) for p in (0.001, 0.5, 1.0)),
     _dropout_case(0.3, "dropout2d"),
+    *(_dropout_case(p, "alpha_dropout") for p in (0.001, 0.5, 1.0)),
+    _dropout_case(0.3, "feature_alpha_dropout"),
+    *(_dropout_case(p, "drop_path") for p in (0.25, 0.5)),
 )

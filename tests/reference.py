@@ -105,3 +105,18 @@ def dropout(x: Tensor, p: float, seed: int, *, channel_dims: int = 0) -> Tensor:
     drawn = x.shape[:channel_dims] if channel_dims else x.shape
     keep = dropout_keep(math.prod(drawn), p, seed).view(list(drawn) + [1] * (x.dim() - len(drawn)))
     return x * keep * (0.0 if p >= 1 else 65536 / (65536 - dropout_threshold(p)))
+
+
+def alpha_dropout(x: Tensor, p: float, seed: int, *, channel_dims: int = 0) -> Tensor:
+    """a * (keep ? x : alpha') + b; a and b keep mean 0 and variance 1 for the p that is drawn. Zeros for p = 1."""
+    if p >= 1:
+        return x * 0.0
+    selu_scale, selu_alpha = 1.0507009873554805, 1.6732632423543772  # Klambauer et al. 2017, equation 14
+    saturation = -selu_scale * selu_alpha
+    drawn = x.shape[:channel_dims] if channel_dims else x.shape
+    keep = dropout_keep(math.prod(drawn), p, seed).view(list(drawn) + [1] * (x.dim() - len(drawn)))
+    q = dropout_threshold(p) / 65536
+    # of keep ? x : alpha', for x of mean 0 and variance 1: mean q alpha', variance (1 - q) + q alpha'^2 - mean^2
+    mean = q * saturation
+    a = (1 - q + q * saturation**2 - mean**2) ** -0.5
+    return a * (torch.where(keep, x, torch.full_like(x, saturation)) - mean)
