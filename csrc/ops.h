@@ -33,4 +33,18 @@ Tensor dropout_state(const std::optional<at::Generator>& generator);
 // -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions share a draw, 0: one an element.
 Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
+// layer_norm, or rms_norm without `subtract_mean`. -> y, mean, rstd, mask: what backward needs of the statistics and of the
+// activation (layer_norm.h), undefined without `keep`, the mean undefined for rms_norm.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, at::IntArrayRef normalized_shape,
+                                                              const OptionalTensor& weight, const OptionalTensor& bias,
+                                                              const OptionalTensor& residual, double eps,
+                                                              std::optional<std::string_view> activation, bool subtract_mean,
+                                                              bool keep);
+
+// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
+    const Tensor& grad_output, const Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& mean,
+    const Tensor& rstd, std::optional<std::string_view> activation, bool subtract_mean, std::array<bool, 4> wanted);
+
 }  // namespace fastnorm

@@ -2,5 +2,7 @@
 
 from fastnorm.batch_norm import batch_norm
 from fastnorm.dropout import dropout, dropout1d, dropout2d, dropout3d
+from fastnorm.layer_norm import layer_norm
+from fastnorm.rms_norm import rms_norm
 
-__all__ = ["batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d"]
+__all__ = ["batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "layer_norm", "rms_norm"]
