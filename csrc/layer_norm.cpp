@@ -12,7 +12,8 @@ namespace fastnorm {
 
 static const char* op_name(bool subtract_mean) { return subtract_mean ? "layer_norm" : "rms_norm"; }
 
-// A parameter: normalized_shape, in the input's type or float32. torch's rms_norm promotes other types, its layer_norm refuses them.
+// A parameter: normalized_shape, in the input's type or float32. torch's rms_norm promotes other types, its layer_norm
+// refuses them.
 static void check_parameter(const char* op, const char* name, const OptionalTensor& t, const Tensor& input,
                             at::IntArrayRef normalized_shape, bool torch_promotes) {
   if (!is_given(t)) return;
@@ -24,8 +25,8 @@ static void check_parameter(const char* op, const char* name, const OptionalTens
   const bool fits = type == wanted || (low_precision && type == at::kFloat);
   TORCH_CHECK_NOT_IMPLEMENTED(fits || !torch_promotes, op, ": no kernel for a ", name, " of type ", type,
                               " with an input of type ", wanted);
-  TORCH_CHECK(fits, op, ": ", name, " must be of type ", wanted, low_precision ? " or Float" : "", " for an input of type ",
-              wanted, ", got ", type);
+  TORCH_CHECK(fits, op, ": ", name, " must be of type ", wanted, low_precision ? " or Float" : "",
+              " for an input of type ", wanted, ", got ", type);
 }
 
 // The input as rows: M of them, N elements each.
@@ -33,8 +34,8 @@ struct Rows {
   int64_t M, N;
 };
 
-static Rows check_shapes(bool subtract_mean, const Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-                         const OptionalTensor& bias, const OptionalTensor& residual) {
+static Rows check_shapes(bool subtract_mean, const Tensor& input, at::IntArrayRef normalized_shape,
+                         const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual) {
   const char* op = op_name(subtract_mean);
   check_supported(op, input);
   TORCH_CHECK(!normalized_shape.empty(), op, ": normalized_shape must have at least one dimension, got []");
@@ -58,13 +59,15 @@ static OptionalTensor dense(const OptionalTensor& t) {
   return is_given(t) ? OptionalTensor(in_layout(*t, Layout::kContiguous)) : OptionalTensor();
 }
 
-static at::ScalarType rstd_type(const Tensor& input) { return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+static at::ScalarType rstd_type(const Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, at::IntArrayRef normalized_shape,
                                                               const OptionalTensor& weight, const OptionalTensor& bias,
                                                               const OptionalTensor& residual, double eps,
-                                                              std::optional<std::string_view> activation, bool subtract_mean,
-                                                              bool keep) {
+                                                              std::optional<std::string_view> activation,
+                                                              bool subtract_mean, bool keep) {
   const Rows rows = check_shapes(subtract_mean, input, normalized_shape, weight, bias, residual);
   const Activation act = activation_of(op_name(subtract_mean), activation);
 
@@ -123,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
               op, ": mean and rstd must be what layer_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows bits{rows.M, rows.N};
-    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == bits.rows * bits.bytes_per_row() && mask->is_contiguous() &&
-                    mask->device() == input.device(),
+    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == bits.rows * bits.bytes_per_row() &&
+                    mask->is_contiguous() && mask->device() == input.device(),
                 op, ": mask must be what layer_norm_forward returned");
   }
 

@@ -1,12 +1,13 @@
-// The contract between layer_norm.cpp (checks, allocation) and the kernels (cpu/layer_norm.cpp), for layer_norm and rms_norm:
-// the second is the first without the mean.
+// The contract between layer_norm.cpp (checks, allocation) and the kernels (cpu/layer_norm.cpp), for layer_norm and
+// rms_norm: the second is the first without the mean.
 //
-//   xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps),  mean and var (biased) of each row   (Ba, Kiros & Hinton 2016)
-//   xhat = x * rstd,           rstd = 1 / sqrt(mean(x^2) + eps)                                 (Zhang & Sennrich 2019)
-//   z    = xhat * weight + bias (+ residual),   y = activation(z)
+//   xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps),  mean and var (biased) of each row   (Ba, Kiros & Hinton
+//   2016) xhat = x * rstd,           rstd = 1 / sqrt(mean(x^2) + eps)                                 (Zhang & Sennrich
+//   2019) z    = xhat * weight + bias (+ residual),   y = activation(z)
 //
 //   dz = dy * activation'(z),   dbias = sum over rows of dz,   dweight = sum over rows of dz * xhat,   dresidual = dz
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   g = dz * weight     mean(g) only where forward subtracted the mean
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   g = dz * weight     mean(g) only where forward subtracted the
+//   mean
 #pragma once
 
 #include "activation.h"
@@ -16,9 +17,10 @@
 
 namespace fastnorm {
 
-// x, y, residual and their gradients: [M, N] of dtype, contiguous. weight, bias: [N] of param_dtype, or null. Statistics, kept
-// for backward: mean [M] float64, so that backward sees the mean that forward saw where |mean| >> std, null for rms_norm; rstd [M]
-// float32, float64 for float64 input. mask: see mask.h, a row of bits a row; only for relu and leaky_relu with a residual, else null.
+// x, y, residual and their gradients: [M, N] of dtype, contiguous. weight, bias: [N] of param_dtype, or null.
+// Statistics, kept for backward: mean [M] float64, so that backward sees the mean that forward saw where |mean| >> std,
+// null for rms_norm; rstd [M] float32, float64 for float64 input. mask: see mask.h, a row of bits a row; only for relu
+// and leaky_relu with a residual, else null.
 
 struct LayerNormForward {
   int64_t M, N;  // rows; elements normalised in each

@@ -146,7 +146,9 @@ def layer_norm(
         >>> y.shape
         torch.Size([4, 10, 16])
     """
-    return _norm("layer_norm", _torch_layer_norm, input, normalized_shape, weight, bias, residual, eps, activation, True)
+    return _norm(
+        "layer_norm", _torch_layer_norm, input, normalized_shape, weight, bias, residual, eps, activation, True
+    )
 
 
 def _norm(
@@ -227,7 +229,13 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual, activation=self.activation
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            activation=self.activation,
         )
 
     def extra_repr(self) -> str:

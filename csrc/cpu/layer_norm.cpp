@@ -1,15 +1,18 @@
 // Layer and RMS normalisation on the CPU. Each row is reduced by itself, and read once from memory:
 //
-// forward    a task owns a group of rows: statistics in two sweeps (mean, then deviations from it), a third one normalises, all of
-//            them in the first-level cache. Rows beyond kChunk elements go by chunks; a few of them, chunk by chunk on all threads.
-// backward   rows: a task owns a part, which it takes by groups of rows: a first sweep reduces g and g * xhat of each row, a second
-//            writes dx and adds the group's dz and dz * xhat to one float32 sum a column, flushed to float64 every kBlockRows
-//            rows. The parts' sums are merged at the end.
-//            strips (few rows, or very long ones): blocks of rows that stay in the last-level cache, reduced by chunks,
-//            then written by strips of columns, each strip summed over all rows by one task.
+// forward    a task owns a group of rows: statistics in two sweeps (mean, then deviations from it), a third one
+// normalises, all of
+//            them in the first-level cache. Rows beyond kChunk elements go by chunks; a few of them, chunk by chunk on
+//            all threads.
+// backward   rows: a task owns a part, which it takes by groups of rows: a first sweep reduces g and g * xhat of each
+// row, a second
+//            writes dx and adds the group's dz and dz * xhat to one float32 sum a column, flushed to float64 every
+//            kBlockRows rows. The parts' sums are merged at the end. strips (few rows, or very long ones): blocks of
+//            rows that stay in the last-level cache, reduced by chunks, then written by strips of columns, each strip
+//            summed over all rows by one task.
 //
-// Sums are float32 within a chunk or block and float64 beyond. A row's result depends on nothing but the row: neither on the
-// number of threads nor on the rows around it.
+// Sums are float32 within a chunk or block and float64 beyond. A row's result depends on nothing but the row: neither
+// on the number of threads nor on the rows around it.
 #include "../layer_norm.h"
 
 #include <cmath>
@@ -19,7 +22,8 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// Rows that are swept together: one accumulator each hides the latency of an addition, and the parameters are loaded once for all.
+// Rows that are swept together: one accumulator each hides the latency of an addition, and the parameters are loaded
+// once for all.
 template <typename T>
 constexpr int kGroup = std::max(1, 4 / Pack<T>::kVecs);
 
@@ -38,7 +42,8 @@ struct ColumnParameters {
   }
 };
 
-// Columns first .. first + n of weight and bias in the arithmetic's type, readable in whole packs: where they lie, or a copy.
+// Columns first .. first + n of weight and bias in the arithmetic's type, readable in whole packs: where they lie, or a
+// copy.
 template <typename T>
 class ParameterArrays {
  public:
@@ -131,7 +136,8 @@ void row_moments(const T* x, int64_t N, int64_t n, bool subtract_mean, Moments* 
       double squares = total(s2, r);
       if (!std::is_same_v<acc_t, double> && out_of_range(squares, squares)) {
         squares = 0;
-        for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(x[r * N + i]) * static_cast<double>(x[r * N + i]);
+        for (int64_t i = 0; i < n; ++i)
+          squares += static_cast<double>(x[r * N + i]) * static_cast<double>(x[r * N + i]);
       }
       moments[r] = {count_all, 0, squares};
     }
@@ -201,8 +207,8 @@ struct RowsForward {
                  const ColumnParameters<T>& parameters) const {
     const int64_t i = row * N + first;
     const Affine<RowWise<T>> affine{uniform<T>(s), parameters};
-    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row() + first / 8), n,
-                        affine, stream);
+    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row() + first / 8),
+                        n, affine, stream);
   }
 
   template <Activation kAct, int kRows>
@@ -256,10 +262,10 @@ struct RowsForward {
 
 // ---- backward
 
-constexpr int64_t kLongRow = 1 << 15;        // elements; a group of longer rows would leave the second-level cache
-constexpr int64_t kFewRows = 64;             // too few to be split into parts that keep a float64 sum a column each
-constexpr int64_t kSmall = 1 << 16;          // elements one task takes anyway
-constexpr int64_t kStripsBlock = 1 << 20;    // elements that stay in the last-level cache
+constexpr int64_t kLongRow = 1 << 15;      // elements; a group of longer rows would leave the second-level cache
+constexpr int64_t kFewRows = 64;           // too few to be split into parts that keep a float64 sum a column each
+constexpr int64_t kSmall = 1 << 16;        // elements one task takes anyway
+constexpr int64_t kStripsBlock = 1 << 20;  // elements that stay in the last-level cache
 constexpr int64_t kLeastPartRows = 16;
 constexpr int64_t kLeastPartElements = 1 << 15;
 
@@ -267,7 +273,8 @@ constexpr int64_t kLeastPartElements = 1 << 15;
 struct RowTasks {
   int64_t M, rows;
 
-  RowTasks(int64_t M_, int64_t N) : M(M_), rows(std::max((M_ + kMaxParts - 1) / kMaxParts, (kLeastPartElements + N - 1) / N)) {
+  RowTasks(int64_t M_, int64_t N)
+      : M(M_), rows(std::max((M_ + kMaxParts - 1) / kMaxParts, (kLeastPartElements + N - 1) / N)) {
     rows = (rows + kLeastPartRows - 1) / kLeastPartRows * kLeastPartRows;
   }
   int64_t size() const { return (M + rows - 1) / rows; }
@@ -354,13 +361,15 @@ struct RowsBackward {
   };
   RowGradient row_gradient(int64_t row, const Sums& sums) const {
     const double factor = -static_cast<double>(rstd[row]) / static_cast<double>(N);
-    return {static_cast<acc_t>(sums.dz_xhat * factor), a.subtract_mean ? static_cast<acc_t>(sums.dz * factor) : acc_t(0)};
+    return {static_cast<acc_t>(sums.dz_xhat * factor),
+            a.subtract_mean ? static_cast<acc_t>(sums.dz * factor) : acc_t(0)};
   }
 
-  // dx and dresidual of n columns; dz and dz * xhat added to dbias[] and dweight[], which can be written in whole packs.
+  // dx and dresidual of n columns; dz and dz * xhat added to dbias[] and dweight[], which can be written in whole
+  // packs.
   template <Activation kAct, int kRows>
-  void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters, const RowGradient* coefficients,
-             acc_t* dweight, acc_t* dbias) const {
+  void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
+             const RowGradient* coefficients, acc_t* dweight, acc_t* dbias) const {
     const int64_t at = row * N + first;
     const auto rows = group(row, first, parameters, std::make_integer_sequence<int, kRows>{});
     P slope[kRows], offset[kRows];
@@ -384,7 +393,8 @@ struct RowsBackward {
         const int64_t to = at + r * N + i;
         if (dresidual) dz.store(dresidual + to, count);
         if (dx == nullptr) continue;
-        const P d = fmadd(parameters.scaled(dz, i), rows[r].affine.standardize.rstd[i], fmadd(xhat, slope[r], offset[r]));
+        const P d =
+            fmadd(parameters.scaled(dz, i), rows[r].affine.standardize.rstd[i], fmadd(xhat, slope[r], offset[r]));
         if constexpr (std::is_same_v<decltype(count), Full>) {
           if (past_caches) {
             d.stream(dx + to);
@@ -415,7 +425,8 @@ struct RowsBackward {
   void by_rows() const {
     const RowTasks tasks(M, N);
     const ParameterArrays<T> parameters(a, 0, N);
-    const ScratchArray<double> partial(wants_columns ? tasks.size() * 2 * N : 0);  // a row of dweight and one of dbias each
+    const ScratchArray<double> partial(wants_columns ? tasks.size() * 2 * N
+                                                     : 0);  // a row of dweight and one of dbias each
     parallel_for(tasks.size(), M * N, [&](int64_t task) {
       const ColumnSums sums(wants_columns ? N : 0);
       double *dweight = partial.data() + task * 2 * N, *dbias = dweight + N;
@@ -425,7 +436,8 @@ struct RowsBackward {
           Sums total[kRows];
           if (dx)
             for (int64_t k = 0; k < chunks; ++k) {
-              const ColumnParameters<T> at{offset_by((*parameters).weight, k * kChunk), offset_by((*parameters).bias, k * kChunk)};
+              const ColumnParameters<T> at{offset_by((*parameters).weight, k * kChunk),
+                                           offset_by((*parameters).bias, k * kChunk)};
               reduce<kAct, kRows>(row, k * kChunk, chunk_length(k), at, total);
             }
           RowGradient coefficients[kRows];

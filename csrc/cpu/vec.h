@@ -1,6 +1,6 @@
-// Pack<T>: the unit every CPU kernel works in. A pack is a whole number of at::vec vectors in the arithmetic's type (float64 for
-// float64, float32 for the rest) that holds as many elements as one vector of T, and at least eight, so that its mask bits are
-// whole bytes on every instruction set.
+// Pack<T>: the unit every CPU kernel works in. A pack is a whole number of at::vec vectors in the arithmetic's type
+// (float64 for float64, float32 for the rest) that holds as many elements as one vector of T, and at least eight, so
+// that its mask bits are whole bytes on every instruction set.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -265,9 +265,11 @@ inline double lane_sum(at::vec::Vectorized<double> v) {
 }
 inline double lane_sum(at::vec::Vectorized<float> v) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+  return _mm512_reduce_add_pd(
+      _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
 #elif defined(CPU_CAPABILITY_AVX2)
-  const __m256d four = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+  const __m256d four =
+      _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 #else
@@ -285,8 +287,8 @@ double lane_sum(const Pack<T>& p) {
   return lane_sum(all);
 }
 
-// Calls f(i, Full, u) for each whole pack of n elements, kUnroll of them together with u = 0 .. kUnroll - 1 (independent
-// accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what is left.
+// Calls f(i, Full, u) for each whole pack of n elements, kUnroll of them together with u = 0 .. kUnroll - 1
+// (independent accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what is left.
 template <typename T, int kUnroll = 1, typename F>
 void for_packs(int64_t n, const F& f) {
   constexpr int kSize = Pack<T>::kSize;
