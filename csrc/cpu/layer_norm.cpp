@@ -34,9 +34,9 @@ template <typename T>
 struct ColumnParameters {
   const acc_type<T>*weight, *bias;
 
-  Pack<T> scaled(const Pack<T>& p, int64_t i) const { return weight ? p * Pack<T>::load_acc(weight + i) : p; }
+  [[gnu::always_inline]] Pack<T> scaled(const Pack<T>& p, int64_t i) const { return weight ? p * Pack<T>::load_acc(weight + i) : p; }
 
-  Pack<T> operator()(const Pack<T>& xhat, int64_t i) const {
+  [[gnu::always_inline]] Pack<T> operator()(const Pack<T>& xhat, int64_t i) const {
     if (weight && bias) return fmadd(xhat, Pack<T>::load_acc(weight + i), Pack<T>::load_acc(bias + i));
     return bias ? xhat + Pack<T>::load_acc(bias + i) : scaled(xhat, i);
   }
@@ -101,7 +101,7 @@ struct Affine<RowWise<T>> {
   Standardize<Uniform<T>> standardize;
   ColumnParameters<T> parameters;
 
-  Pack<T> operator()(const Pack<T>& x, int64_t i) const { return parameters(standardize(x, i), i); }
+  [[gnu::always_inline]] Pack<T> operator()(const Pack<T>& x, int64_t i) const { return parameters(standardize(x, i), i); }
 };
 
 // ---- statistics
@@ -355,14 +355,14 @@ struct RowsBackward {
     for (int r = 0; r < kRows; ++r) total[r] += Sums{lane_sum(g_sum[r]), lane_sum(g_xhat_sum[r])};
   }
 
-  // dx = g * rstd + xhat * slope + offset
+  // The means of g and g * xhat over a row: dx = (g - (xhat * mean_g_xhat + mean_g)) * rstd, zero exactly for rows of
+  // one.
   struct RowGradient {
-    acc_t slope, offset;
+    acc_t mean_g, mean_g_xhat;
   };
-  RowGradient row_gradient(int64_t row, const Sums& sums) const {
-    const double factor = -static_cast<double>(rstd[row]) / static_cast<double>(N);
-    return {static_cast<acc_t>(sums.dz_xhat * factor),
-            a.subtract_mean ? static_cast<acc_t>(sums.dz * factor) : acc_t(0)};
+  RowGradient row_gradient(const Sums& sums) const {
+    const double n = static_cast<double>(N);
+    return {a.subtract_mean ? static_cast<acc_t>(sums.dz / n) : acc_t(0), static_cast<acc_t>(sums.dz_xhat / n)};
   }
 
   // dx and dresidual of n columns; dz and dz * xhat added to dbias[] and dweight[], which can be written in whole
@@ -372,10 +372,10 @@ struct RowsBackward {
              const RowGradient* coefficients, acc_t* dweight, acc_t* dbias) const {
     const int64_t at = row * N + first;
     const auto rows = group(row, first, parameters, std::make_integer_sequence<int, kRows>{});
-    P slope[kRows], offset[kRows];
+    P mean_g[kRows], mean_g_xhat[kRows];
     for (int r = 0; r < kRows; ++r) {
-      slope[r] = P(coefficients[r].slope);
-      offset[r] = P(coefficients[r].offset);
+      mean_g[r] = P(coefficients[r].mean_g);
+      mean_g_xhat[r] = P(coefficients[r].mean_g_xhat);
     }
     const bool past_caches = stream && reinterpret_cast<uintptr_t>(dx + at) % kStreamAlignment == 0 &&
                              (kRows == 1 || N * sizeof(T) % kStreamAlignment == 0);
@@ -393,15 +393,15 @@ struct RowsBackward {
         const int64_t to = at + r * N + i;
         if (dresidual) dz.store(dresidual + to, count);
         if (dx == nullptr) continue;
-        const P d =
-            fmadd(parameters.scaled(dz, i), rows[r].affine.standardize.rstd[i], fmadd(xhat, slope[r], offset[r]));
+        const P d = parameters.scaled(dz, i) - fmadd(xhat, mean_g_xhat[r], mean_g[r]);
+        const P dx_i = d * rows[r].affine.standardize.rstd[i];
         if constexpr (std::is_same_v<decltype(count), Full>) {
           if (past_caches) {
-            d.stream(dx + to);
+            dx_i.stream(dx + to);
             continue;
           }
         }
-        d.store(dx + to, count);
+        dx_i.store(dx + to, count);
       }
       if (wants_columns) {
         (P::load_acc(dbias + i) + dz_sum).store_acc(dbias + i);
@@ -441,7 +441,7 @@ struct RowsBackward {
               reduce<kAct, kRows>(row, k * kChunk, chunk_length(k), at, total);
             }
           RowGradient coefficients[kRows];
-          for (int r = 0; r < kRows; ++r) coefficients[r] = row_gradient(row + r, total[r]);
+          for (int r = 0; r < kRows; ++r) coefficients[r] = row_gradient(total[r]);
           write<kAct, kRows>(row, 0, N, *parameters, coefficients, sums.dweight(), sums.dbias());
         });
         if (wants_columns) {
@@ -491,7 +491,7 @@ struct RowsBackward {
       for (int64_t row = begin; row < end; ++row) {
         Sums sums;
         for (int64_t k = 0; k < (dx ? chunks : 0); ++k) sums += partial[(row - begin) * chunks + k];
-        coefficients[row - begin] = row_gradient(row, sums);
+        coefficients[row - begin] = row_gradient(sums);
       }
       parallel_for_reversed(chunks, (end - begin) * N, [&](int64_t chunk) {
         const int64_t first = chunk * kChunk, n = chunk_length(chunk);
