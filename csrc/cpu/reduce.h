@@ -42,7 +42,7 @@ Moments chunk_moments_float64(const T* x, const Runs& chunk) {
 
 // Scalar math: m = sum(x) / n;  s1 = sum(x - m);  s2 = sum((x - m)^2)
 template <typename T>
-Moments chunk_moments(const T* x, const Runs& chunk) {
+FASTNORM_LOOP Moments chunk_moments(const T* x, const Runs& chunk) {
   using acc_t = acc_type<T>;
   using P = Pack<T>;
   constexpr int kUnroll = 8 / P::kVecs;
