@@ -29,21 +29,16 @@ constexpr int kGroup = std::max(1, 4 / Pack<T>::kVecs);
 
 // ---- parameters
 
-// A weight and a bias for each column, each null where there is none.
+// A weight and a bias for each column, in the arithmetic's type, readable in whole packs.
 template <typename T>
 struct ColumnParameters {
-  const acc_type<T>*weight, *bias;
+  PerColumn<T> weight, bias;
 
-  [[gnu::always_inline]] Pack<T> scaled(const Pack<T>& p, int64_t i) const { return weight ? p * Pack<T>::load_acc(weight + i) : p; }
-
-  [[gnu::always_inline]] Pack<T> operator()(const Pack<T>& xhat, int64_t i) const {
-    if (weight && bias) return fmadd(xhat, Pack<T>::load_acc(weight + i), Pack<T>::load_acc(bias + i));
-    return bias ? xhat + Pack<T>::load_acc(bias + i) : scaled(xhat, i);
-  }
+  Pack<T> operator()(const Pack<T>& xhat, int64_t i) const { return fmadd(xhat, weight[i], bias[i]); }
 };
 
-// Columns first .. first + n of weight and bias in the arithmetic's type, readable in whole packs: where they lie, or a
-// copy.
+// Columns first .. first + n of them: where they lie, or in a copy; ones and zeros where there are none, for a test in
+// the loop would double its code.
 template <typename T>
 class ParameterArrays {
  public:
@@ -51,21 +46,22 @@ class ParameterArrays {
 
   template <typename Args>
   ParameterArrays(const Args& a, int64_t first, int64_t n)
-      : copied_(!(a.param_dtype == kAccDtype && n % Pack<T>::kSize == 0) && (a.weight || a.bias)),
-        stride_(n + kPadding),
-        copies_(copied_ ? 2 * stride_ : 0),
-        parameters_{place(a.weight, a.param_dtype, first, n, 0), place(a.bias, a.param_dtype, first, n, 1)} {}
+      : in_place_(a.weight && a.bias && a.param_dtype == kAccDtype && n % Pack<T>::kSize == 0),
+        stride_((n / Pack<T>::kSize + 1) * Pack<T>::kSize),
+        copies_(in_place_ ? 0 : 2 * stride_),
+        parameters_{PerColumn<T>(place(a.weight, a.param_dtype, first, n, 0)),
+                    PerColumn<T>(place(a.bias, a.param_dtype, first, n, 1))} {}
 
   const ColumnParameters<T>& operator*() const { return parameters_; }
 
  private:
   static constexpr Dtype kAccDtype = std::is_same_v<acc_t, double> ? Dtype::kFloat64 : Dtype::kFloat32;
-  static constexpr int64_t kPadding = 64;  // more than any pack
 
   const acc_t* place(const void* from, Dtype dtype, int64_t first, int64_t n, int64_t index) const {
-    if (from == nullptr) return nullptr;
-    if (!copied_) return static_cast<const acc_t*>(from) + first;
+    if (in_place_) return static_cast<const acc_t*>(from) + first;
     acc_t* to = copies_.data() + index * stride_;
+    std::fill(to, to + stride_, acc_t(index == 0 ? 1 : 0));
+    if (from == nullptr) return to;
     visit(dtype, [&](auto type) {
       using U = decltype(type);
       if constexpr (std::is_same_v<acc_type<U>, acc_t>)
@@ -73,11 +69,10 @@ class ParameterArrays {
           Pack<U>::load(static_cast<const U*>(from) + first + i, count).store_acc(to + i);
         });
     });
-    for (int64_t i = n; i < n + Pack<T>::kSize; ++i) to[i] = 0;
     return to;
   }
 
-  bool copied_;
+  bool in_place_;
   int64_t stride_;
   ScratchArray<acc_t> copies_;
   ColumnParameters<T> parameters_;
@@ -101,7 +96,7 @@ struct Affine<RowWise<T>> {
   Standardize<Uniform<T>> standardize;
   ColumnParameters<T> parameters;
 
-  [[gnu::always_inline]] Pack<T> operator()(const Pack<T>& x, int64_t i) const { return parameters(standardize(x, i), i); }
+  Pack<T> operator()(const Pack<T>& x, int64_t i) const { return parameters(standardize(x, i), i); }
 };
 
 // ---- statistics
@@ -109,7 +104,7 @@ struct Affine<RowWise<T>> {
 // Moments of kRows rows of n <= kChunk elements, N apart; about zero if the mean is not to be subtracted.
 // Scalar math: m = sum x / n;  s1 = sum (x - m);  s2 = sum (x - m)^2
 template <int kRows, int kUnroll, typename T>
-void row_moments(const T* x, int64_t N, int64_t n, bool subtract_mean, Moments* moments) {
+FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_mean, Moments* moments) {
   using P = Pack<T>;
   using acc_t = acc_type<T>;
   const double count_all = static_cast<double>(n), reciprocal = 1.0 / count_all;
@@ -298,9 +293,9 @@ struct RowsBackward {
   const bool stream = stream_output(M * N, a.dtype);
   const bool wants_columns = a.dweight || a.dbias;
 
-  // With exp and erf in the loop the arithmetic has parallelism enough, and the code is large.
+  // With an activation the arithmetic has parallelism enough, and the code is large.
   template <Activation kAct>
-  static constexpr int kGroupOf = kAct == Activation::kSilu || kAct == Activation::kGelu ? 1 : kGroup<T>;
+  static constexpr int kGroupOf = kAct == Activation::kNone ? kGroup<T> : 1;
 
   int64_t chunk_length(int64_t chunk) const { return std::min(kChunk, N - chunk * kChunk); }
 
@@ -339,7 +334,8 @@ struct RowsBackward {
   // Adds to total[r] the sums over n <= kChunk columns of g and g * xhat.
   // Scalar math: g = dz * weight;  total.dz += g;  total.dz_xhat += g * xhat
   template <Activation kAct, int kRows>
-  void reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters, Sums* total) const {
+  FASTNORM_LOOP void reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
+                            Sums* total) const {
     const auto rows = group(row, first, parameters, std::make_integer_sequence<int, kRows>{});
     P g_sum[kRows], g_xhat_sum[kRows];
     for (int r = 0; r < kRows; ++r) g_sum[r] = g_xhat_sum[r] = P(0);
@@ -347,7 +343,7 @@ struct RowsBackward {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const P x_i = P::load(rows[r].gradient.x + i, count);
-        const P g = parameters.scaled(rows[r].gradient.template dz<kAct>(i, count, x_i, rows[r].affine), i);
+        const P g = rows[r].gradient.template dz<kAct>(i, count, x_i, rows[r].affine) * parameters.weight[i];
         g_sum[r] = g_sum[r] + g;
         g_xhat_sum[r] = fmadd(g, rows[r].affine.standardize(x_i, i).keep(count), g_xhat_sum[r]);
       }
@@ -368,8 +364,8 @@ struct RowsBackward {
   // dx and dresidual of n columns; dz and dz * xhat added to dbias[] and dweight[], which can be written in whole
   // packs.
   template <Activation kAct, int kRows>
-  void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
-             const RowGradient* coefficients, acc_t* dweight, acc_t* dbias) const {
+  FASTNORM_LOOP void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
+                           const RowGradient* coefficients, acc_t* dweight, acc_t* dbias) const {
     const int64_t at = row * N + first;
     const auto rows = group(row, first, parameters, std::make_integer_sequence<int, kRows>{});
     P mean_g[kRows], mean_g_xhat[kRows];
@@ -393,7 +389,7 @@ struct RowsBackward {
         const int64_t to = at + r * N + i;
         if (dresidual) dz.store(dresidual + to, count);
         if (dx == nullptr) continue;
-        const P d = parameters.scaled(dz, i) - fmadd(xhat, mean_g_xhat[r], mean_g[r]);
+        const P d = dz * parameters.weight[i] - fmadd(xhat, mean_g_xhat[r], mean_g[r]);
         const P dx_i = d * rows[r].affine.standardize.rstd[i];
         if constexpr (std::is_same_v<decltype(count), Full>) {
           if (past_caches) {
@@ -436,8 +432,8 @@ struct RowsBackward {
           Sums total[kRows];
           if (dx)
             for (int64_t k = 0; k < chunks; ++k) {
-              const ColumnParameters<T> at{offset_by((*parameters).weight, k * kChunk),
-                                           offset_by((*parameters).bias, k * kChunk)};
+              const ColumnParameters<T> at{PerColumn<T>((*parameters).weight.values + k * kChunk),
+                                           PerColumn<T>((*parameters).bias.values + k * kChunk)};
               reduce<kAct, kRows>(row, k * kChunk, chunk_length(k), at, total);
             }
           RowGradient coefficients[kRows];
