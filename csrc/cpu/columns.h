@@ -95,7 +95,7 @@ FASTNORM_LOOP void merge_tile_moments(const T* x, int64_t stride, int64_t rows, 
   const int columns = tile_columns<kTile, T>(count);
   for (int j = 0; j < columns; ++j) {
     Moments block;
-    if (!std::is_same_v<acc_t, double> && out_of_range(lane_s1[j], lane_s2[j])) {
+    if (!std::is_same_v<acc_t, double> && out_of_range(lane_m[j], lane_s1[j], lane_s2[j])) {
       block = chunk_moments_float64(x + j, Runs{0, rows, stride, 1});
     } else {
       block = shifted_moments(static_cast<double>(rows), lane_m[j], lane_s1[j], lane_s2[j]);

@@ -55,13 +55,9 @@ struct DropoutKernel {
   void multiply(int64_t at, int64_t n, const F& factor) const {
     const T* from = x + at;
     T* to = y + at;
-    const bool past_caches = stream && reinterpret_cast<uintptr_t>(to) % kStreamAlignment == 0;
+    const bool past_caches = stream && fills_lines(to, n);
     for_packs<T>(n, [&](int64_t i, auto count, int) {
-      const P p = P::load(from + i, count) * factor(i, count);
-      if constexpr (std::is_same_v<decltype(count), Full>) {
-        if (past_caches) return p.stream(to + i);
-      }
-      p.store(to + i, count);
+      put(P::load(from + i, count) * factor(i, count), to + i, count, past_caches);
     });
   }
 

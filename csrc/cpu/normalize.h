@@ -47,28 +47,12 @@ FASTNORM_LOOP void normalize_run(const T* x, const T* residual, T* y, uint8_t* m
                                  bool stream) {
   using P = Pack<T>;
   const Affine<C> local = affine;  // in registers: a store to y might be one to what is only referred to
-  const auto sweep = [&](int64_t begin, int64_t end, const auto& put) {
-    for_packs<T>(end - begin, [&](int64_t j, auto count, int) {
-      const int64_t i = begin + j;
-      P z = local(P::load(x + i, count), i);
-      if (residual) z = z + P::load(residual + i, count);
-      if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
-      put(activate<kAct>(z), y + i, count);
-    });
-  };
-  const auto store = [](const P& p, T* to, auto count) { p.store(to, count); };
-  if (!stream) return sweep(0, n, store);
-
-  const auto misaligned = reinterpret_cast<uintptr_t>(y) % kStreamAlignment;
-  const int64_t head = misaligned ? static_cast<int64_t>((kStreamAlignment - misaligned) / sizeof(T)) : 0;
-  if (head >= n || (mask && head % 8)) return sweep(0, n, store);
-  sweep(0, head, store);
-  sweep(head, n, [](const P& p, T* to, auto count) {
-    if constexpr (std::is_same_v<decltype(count), Full>) {
-      p.stream(to);
-    } else {
-      p.store(to, count);
-    }
+  stream = stream && fills_lines(y, n);
+  for_packs<T>(n, [&](int64_t i, auto count, int) {
+    P z = local(P::load(x + i, count), i);
+    if (residual) z = z + P::load(residual + i, count);
+    if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
+    put(activate<kAct>(z), y + i, count, stream);
   });
 }
 
@@ -149,7 +133,7 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const InputGradient<C> by = coefficient;
-  stream = stream && reinterpret_cast<uintptr_t>(dx) % kStreamAlignment == 0;
+  stream = stream && fills_lines(dx, n);
   for_packs<T>(n, [&](int64_t i, auto count, int) {
     const P x = P::load(from.x + i, count);
     const P dz = from.template dz<kAct>(i, count, x, local);
@@ -158,10 +142,7 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
     P d = dz;
     if (!by.constant_statistics) d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);
     d = d * local.scale[i];
-    if constexpr (std::is_same_v<decltype(count), Full>) {
-      if (stream) return d.stream(dx + i);
-    }
-    d.store(dx + i, count);
+    put(d, dx + i, count, stream);
   });
 }
 
