@@ -59,34 +59,43 @@ static OptionalTensor dense(const OptionalTensor& t) {
   return is_given(t) ? OptionalTensor(in_layout(*t, Layout::kContiguous)) : OptionalTensor();
 }
 
-static at::ScalarType rstd_type(const Tensor& input) {
+// The tensor that backward gets: mean, rstd and rest as rows of [3, M], or rstd alone.
+static int64_t kept_numbers(bool subtract_mean) { return subtract_mean ? 3 : 1; }
+static at::ScalarType statistics_type(const Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
+template <typename P, typename Args>
+static void set_statistics(Args& args, P* p) {
+  args.rstd = p;
+  if (!args.subtract_mean) return;
+  const int64_t bytes = args.M * (args.dtype == Dtype::kFloat64 ? 8 : 4);
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  args.mean = reinterpret_cast<Byte*>(p) + bytes;
+  args.rest = reinterpret_cast<Byte*>(p) + 2 * bytes;
+}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, at::IntArrayRef normalized_shape,
-                                                              const OptionalTensor& weight, const OptionalTensor& bias,
-                                                              const OptionalTensor& residual, double eps,
-                                                              std::optional<std::string_view> activation,
-                                                              bool subtract_mean, bool keep) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      at::IntArrayRef normalized_shape, double eps,
+                                                      std::optional<std::string_view> activation, bool subtract_mean,
+                                                      bool keep) {
   const Rows rows = check_shapes(subtract_mean, input, normalized_shape, weight, bias, residual);
   const Activation act = activation_of(op_name(subtract_mean), activation);
 
   const Tensor x = in_layout(input, Layout::kContiguous);
   const Tensor y = empty_in_layout(x, Layout::kContiguous);
-  Tensor mean, rstd, mask;
+  Tensor statistics, mask;
   if (keep) {
     const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
-    if (subtract_mean) mean = at::empty({rows.M}, options.dtype(at::kDouble));
-    rstd = at::empty({rows.M}, options.dtype(rstd_type(input)));
+    statistics = at::empty({kept_numbers(subtract_mean), rows.M}, options.dtype(statistics_type(input)));
     if (is_given(residual) && is_piecewise_linear(act)) {
       const MaskRows bits{rows.M, rows.N};
       mask = at::empty({bits.rows, bits.bytes_per_row()}, options.dtype(at::kByte));
     }
   }
   if (input.numel() == 0) {
-    if (mean.defined()) mean.zero_();
-    if (rstd.defined()) rstd.fill_(1);
-    return {y, mean, rstd, mask};
+    if (keep) statistics.zero_();
+    return {y, statistics, mask};
   }
   const OptionalTensor w = dense(weight), b = dense(bias), r = dense(residual);
 
@@ -103,27 +112,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
   args.weight = data_or_null(w);
   args.bias = data_or_null(b);
   args.y = y.mutable_data_ptr();
-  args.mean = mean.defined() ? mean.mutable_data_ptr<double>() : nullptr;
-  args.rstd = rstd.defined() ? rstd.mutable_data_ptr() : nullptr;
+  if (keep) set_statistics(args, statistics.mutable_data_ptr());
   args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   cpu::layer_norm_forward(args);
-  return {y, mean, rstd, mask};
+  return {y, statistics, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
-    const Tensor& grad_output, const Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& mean,
-    const Tensor& rstd, std::optional<std::string_view> activation, bool subtract_mean, std::array<bool, 4> wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                                               const OptionalTensor& residual,
+                                                               const OptionalTensor& mask, const Tensor& statistics,
+                                                               at::IntArrayRef normalized_shape,
+                                                               std::optional<std::string_view> activation,
+                                                               bool subtract_mean, std::array<bool, 4> wanted) {
   const char* op = op_name(subtract_mean);
   const Rows rows = check_shapes(subtract_mean, input, normalized_shape, weight, bias, residual);
   check_like_input(op, "grad_output", grad_output, input);
   const Activation act = activation_of(op, activation);
-  const auto is_statistic = [&](const Tensor& t, at::ScalarType type) {
-    return t.scalar_type() == type && t.numel() == rows.M && t.is_contiguous() && t.device() == input.device();
-  };
-  TORCH_CHECK(is_statistic(rstd, rstd_type(input)) && is_given(mean) == subtract_mean &&
-                  (!is_given(mean) || is_statistic(*mean, at::kDouble)),
-              op, ": mean and rstd must be what layer_norm_forward returned");
+  TORCH_CHECK(statistics.scalar_type() == statistics_type(input) && statistics.is_contiguous() &&
+                  statistics.numel() == kept_numbers(subtract_mean) * rows.M && statistics.device() == input.device(),
+              op, ": statistics must be what layer_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows bits{rows.M, rows.N};
     TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == bits.rows * bits.bytes_per_row() &&
@@ -152,8 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
   args.residual = data_or_null(r);
   args.weight = data_or_null(w);
   args.bias = data_or_null(b);
-  args.mean = is_given(mean) ? mean->const_data_ptr<double>() : nullptr;
-  args.rstd = rstd.const_data_ptr();
+  set_statistics(args, statistics.const_data_ptr());
   args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
   args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;

@@ -18,9 +18,12 @@
 namespace fastnorm {
 
 // x, y, residual and their gradients: [M, N] of dtype, contiguous. weight, bias: [N] of param_dtype, or null.
-// Statistics, kept for backward: mean [M] float64, so that backward sees the mean that forward saw where |mean| >> std,
-// null for rms_norm; rstd [M] float32, float64 for float64 input. mask: see mask.h, a row of bits a row; only for relu
-// and leaky_relu with a residual, else null.
+//
+// mean, rstd, rest: [M] of float32, float64 for float64 input: xhat = (x - mean) * rstd + rest as forward computed it
+// (affine.h). rest holds what the mean lost when it was rounded, so backward keeps its digits where |mean| >> std. mean
+// and rest are null for rms_norm.
+//
+// mask: see mask.h, a row of bits a row; kept only for relu and leaky_relu with a residual, else null.
 
 struct LayerNormForward {
   int64_t M, N;  // rows; elements normalised in each
@@ -33,8 +36,7 @@ struct LayerNormForward {
   const void *weight, *bias;
 
   void* y;
-  double* mean;  // or null: not kept
-  void* rstd;    // or null: not kept
+  void *mean, *rstd, *rest;  // each or null: not kept
   uint8_t* mask;
 
   MaskRows mask_rows() const { return {M, N}; }
@@ -48,8 +50,7 @@ struct LayerNormBackward {
 
   const void *x, *dy, *residual;  // residual for silu and gelu, else null
   const void *weight, *bias;
-  const double* mean;
-  const void* rstd;
+  const void *mean, *rstd, *rest;
   const uint8_t* mask;
 
   void *dx, *dresidual;   // each or null: not wanted

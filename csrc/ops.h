@@ -35,18 +35,21 @@ Tensor dropout_state(const std::optional<at::Generator>& generator);
 // element.
 Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
-// layer_norm, or rms_norm without `subtract_mean`. -> y, mean, rstd, mask: what backward needs of the statistics and of
-// the activation (layer_norm.h), undefined without `keep`, the mean undefined for rms_norm.
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, at::IntArrayRef normalized_shape,
-                                                              const OptionalTensor& weight, const OptionalTensor& bias,
-                                                              const OptionalTensor& residual, double eps,
-                                                              std::optional<std::string_view> activation,
-                                                              bool subtract_mean, bool keep);
+// layer_norm, or rms_norm without `subtract_mean`. -> y, and with `keep`, else undefined, what backward needs:
+// statistics (float32, float64 for float64: [3, M], rms_norm [1, M]; layer_norm.h) and the mask.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      at::IntArrayRef normalized_shape, double eps,
+                                                      std::optional<std::string_view> activation, bool subtract_mean,
+                                                      bool keep);
 
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
-    const Tensor& grad_output, const Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& mean,
-    const Tensor& rstd, std::optional<std::string_view> activation, bool subtract_mean, std::array<bool, 4> wanted);
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                                               const OptionalTensor& residual,
+                                                               const OptionalTensor& mask, const Tensor& statistics,
+                                                               at::IntArrayRef normalized_shape,
+                                                               std::optional<std::string_view> activation,
+                                                               bool subtract_mean, std::array<bool, 4> wanted);
 
 }  // namespace fastnorm

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm.activation import add_and_activate, check_activation
+from fastnorm.activation import check_activation
 from fastnorm.layer_norm import _norm
 
-_EPS = {torch.float64: torch.finfo(torch.float64).eps}
-_EPS_OF_THE_REST = torch.finfo(torch.float32).eps
+_EPS_FLOAT64 = torch.finfo(torch.float64).eps
+_EPS_FLOAT32 = torch.finfo(torch.float32).eps
 
 
 def rms_norm(
@@ -22,19 +21,19 @@ def rms_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """RMS normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), with a residual and an activation in the same kernel.
+    """RMS normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), with a residual and an activation fused.
 
         y = activation(x * rstd * weight + residual),   rstd = 1 / sqrt(mean(x^2) + eps)
 
     where the mean is over the elements that the last dimensions, ``normalized_shape``, hold together.
 
     Args:
-        input: (*, normalized_shape), float64, float32, bfloat16 or float16; rows that are not contiguous take one copy. The
-            output is contiguous.
+        input: (*, normalized_shape), float64, float32, bfloat16 or float16; rows that are not contiguous take one
+            copy. The output is contiguous.
         normalized_shape: the sizes of the dimensions to normalise over, the input's last.
         weight: normalized_shape, of the input's type or, for bfloat16 and float16, float32; may be None.
-        eps: added to the mean of squares, in units of input squared. None: the machine epsilon of the type that the arithmetic is
-            done in, as in torch: 2.2e-16 for a float64 input, 1.2e-7 for the others.
+        eps: added to the mean of squares, in units of input squared. None: the machine epsilon of the type that the
+            arithmetic is done in, as in torch: 2.2e-16 for a float64 input, 1.2e-7 for the others.
         residual: added before the activation; input's shape and type.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"`` or ``"gelu"`` (the erf form).
 
@@ -48,21 +47,13 @@ def rms_norm(
         >>> y.shape
         torch.Size([4, 10, 16])
     """
+    return _norm(input, weight, None, residual, (normalized_shape, _eps_of(input, eps), activation, False))
+
+
+def _eps_of(input: Tensor, eps: float | None) -> float:
     if eps is None:
-        eps = _EPS.get(input.dtype, _EPS_OF_THE_REST)
-    return _norm("rms_norm", _torch_rms_norm, input, normalized_shape, weight, None, residual, eps, activation, False)
-
-
-def _torch_rms_norm(
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: None,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    return add_and_activate(F.rms_norm(input, normalized_shape, weight, eps), residual, activation)
+        return _EPS_FLOAT64 if input.dtype == torch.float64 else _EPS_FLOAT32
+    return eps
 
 
 class RMSNorm(nn.RMSNorm):
@@ -96,9 +87,10 @@ class RMSNorm(nn.RMSNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return rms_norm(
-            input, self.normalized_shape, self.weight, self.eps, residual=residual, activation=self.activation
-        )
+        parameters = self._parameters  # see LayerNorm.forward
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        setting = (self.normalized_shape, _eps_of(input, self.eps), self.activation, False)
+        return _norm(input, weight, None, residual, setting)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")

@@ -129,7 +129,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
     });
     for (int r = 0; r < kRows; ++r) {
       double squares = total(s2, r);
-      if (!std::is_same_v<acc_t, double> && out_of_range(squares, squares)) {
+      if (!std::is_same_v<acc_t, double> && out_of_range(0, squares, squares)) {
         squares = 0;
         for (int64_t i = 0; i < n; ++i)
           squares += static_cast<double>(x[r * N + i]) * static_cast<double>(x[r * N + i]);
@@ -159,7 +159,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
   });
   for (int r = 0; r < kRows; ++r) {
     const double deviations = total(s1, r), squares = total(s2, r);
-    if (!std::is_same_v<acc_t, double> && out_of_range(deviations, squares)) {
+    if (!std::is_same_v<acc_t, double> && out_of_range(m[r], deviations, squares)) {
       moments[r] = chunk_moments_float64(x + r * N, Runs{0, 1, 0, n});
     } else {
       moments[r] = shifted_moments(count_all, m[r], deviations, squares);
@@ -176,16 +176,17 @@ struct RowsForward {
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
-  acc_t* rstd = static_cast<acc_t*>(a.rstd);
+  acc_t *mean = static_cast<acc_t*>(a.mean), *rstd = static_cast<acc_t*>(a.rstd), *rest = static_cast<acc_t*>(a.rest);
   const int64_t M = a.M, N = a.N, chunks = (N + kChunk - 1) / kChunk;
   const MaskRows mask = a.mask_rows();
   const bool stream = stream_output(M * N, a.dtype);
 
   SliceStandardize<acc_t> finish(int64_t row, const Moments& m) const {
-    const acc_t r = static_cast<acc_t>(1.0 / std::sqrt(m.biased_variance() + a.eps));
-    if (a.mean) a.mean[row] = m.mean;
-    if (rstd) rstd[row] = r;
-    return {m.mean, static_cast<double>(r)};
+    const SliceStandardize<acc_t> s(m.mean, 1.0 / std::sqrt(m.biased_variance() + a.eps));
+    if (mean) mean[row] = s.mean;
+    if (rstd) rstd[row] = s.rstd;
+    if (rest) rest[row] = s.rest;
+    return s;
   }
 
   int64_t chunk_length(int64_t chunk) const { return std::min(kChunk, N - chunk * kChunk); }
@@ -285,7 +286,9 @@ struct RowsBackward {
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
   const T* residual = static_cast<const T*>(a.residual);
+  const acc_t* mean = static_cast<const acc_t*>(a.mean);
   const acc_t* rstd = static_cast<const acc_t*>(a.rstd);
+  const acc_t* rest = static_cast<const acc_t*>(a.rest);
   T* dx = static_cast<T*>(a.dx);
   T* dresidual = static_cast<T*>(a.dresidual);
   const int64_t M = a.M, N = a.N, chunks = (N + kChunk - 1) / kChunk;
@@ -304,7 +307,8 @@ struct RowsBackward {
     return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * mask.bytes_per_row() + first / 8)};
   }
   Affine<RowWise<T>> affine(int64_t row, const ColumnParameters<T>& parameters) const {
-    return {uniform<T>(SliceStandardize<acc_t>(a.mean ? a.mean[row] : 0.0, rstd[row])), parameters};
+    const auto at = [&](const acc_t* p) { return Uniform<T>(p ? p[row] : acc_t(0)); };
+    return {{at(mean), at(rstd), at(rest)}, parameters};
   }
 
   struct Row {
@@ -373,8 +377,7 @@ struct RowsBackward {
       mean_g[r] = P(coefficients[r].mean_g);
       mean_g_xhat[r] = P(coefficients[r].mean_g_xhat);
     }
-    const bool past_caches = stream && reinterpret_cast<uintptr_t>(dx + at) % kStreamAlignment == 0 &&
-                             (kRows == 1 || N * sizeof(T) % kStreamAlignment == 0);
+    const bool past_caches = stream && fills_lines(dx + at, n) && (kRows == 1 || fills_lines(dx + at, N));
     for_packs<T>(n, [&](int64_t i, auto count, int) {
       P dz_sum(0), dz_xhat_sum(0);
 #pragma GCC unroll 4
@@ -391,13 +394,7 @@ struct RowsBackward {
         if (dx == nullptr) continue;
         const P d = dz * parameters.weight[i] - fmadd(xhat, mean_g_xhat[r], mean_g[r]);
         const P dx_i = d * rows[r].affine.standardize.rstd[i];
-        if constexpr (std::is_same_v<decltype(count), Full>) {
-          if (past_caches) {
-            dx_i.stream(dx + to);
-            continue;
-          }
-        }
-        dx_i.store(dx + to, count);
+        put(dx_i, dx + to, count, past_caches);
       }
       if (wants_columns) {
         (P::load_acc(dbias + i) + dz_sum).store_acc(dbias + i);
