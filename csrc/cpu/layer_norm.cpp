@@ -101,6 +101,19 @@ struct Affine<RowWise<T>> {
 
 // ---- statistics
 
+// The sum of squares where float32 cannot hold them. Rows of zeros are told apart first: padding is full of them.
+template <typename T>
+double sum_of_squares_float64(const T* x, int64_t n) {
+  Pack<T> magnitudes(0);
+  for_packs<T>(n, [&](int64_t i, auto count, int) {
+    magnitudes = magnitudes + map<T>([](auto v) { return v.abs(); }, Pack<T>::load(x + i, count));
+  });
+  double squares = 0;
+  if (lane_sum(magnitudes) == 0) return squares;
+  for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return squares;
+}
+
 // Moments of kRows rows of n <= kChunk elements, N apart; about zero if the mean is not to be subtracted.
 // Scalar math: m = sum x / n;  s1 = sum (x - m);  s2 = sum (x - m)^2
 template <int kRows, int kUnroll, typename T>
@@ -129,11 +142,8 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
     });
     for (int r = 0; r < kRows; ++r) {
       double squares = total(s2, r);
-      if (!std::is_same_v<acc_t, double> && out_of_range(0, squares, squares)) {
-        squares = 0;
-        for (int64_t i = 0; i < n; ++i)
-          squares += static_cast<double>(x[r * N + i]) * static_cast<double>(x[r * N + i]);
-      }
+      if constexpr (!std::is_same_v<acc_t, double>)
+        if (out_of_range(1, squares, squares)) squares = sum_of_squares_float64(x + r * N, n);
       moments[r] = {count_all, 0, squares};
     }
     return;
