@@ -40,5 +40,21 @@ Tensor alpha_dropout(const Tensor& input, double p, const Tensor& state, int64_t
 
 // -> dx = a * mask * grad_output
 Tensor alpha_dropout_backward(const Tensor& grad_output, double p, const Tensor& state, int64_t channel_dims);
+// layer_norm, or rms_norm without `subtract_mean`. -> y, and with `keep`, else undefined, what backward needs:
+// statistics (float32, float64 for float64: [3, M], rms_norm [1, M]; layer_norm.h) and the mask.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      at::IntArrayRef normalized_shape, double eps,
+                                                      std::optional<std::string_view> activation, bool subtract_mean,
+                                                      bool keep);
+
+// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                                               const OptionalTensor& residual,
+                                                               const OptionalTensor& mask, const Tensor& statistics,
+                                                               at::IntArrayRef normalized_shape,
+                                                               std::optional<std::string_view> activation,
+                                                               bool subtract_mean, std::array<bool, 4> wanted);
 
 }  // namespace fastnorm

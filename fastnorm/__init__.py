@@ -6,6 +6,8 @@ from fastnorm.build import build_info
 from fastnorm.dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from fastnorm.fallback import FallbackWarning, set_fallback
 from fastnorm.mc_dropout import MCPrediction, mc_dropout, mc_predict
+from fastnorm.layer_norm import LayerNorm
+from fastnorm.rms_norm import RMSNorm
 from fastnorm.version import __version__
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "FallbackWarning",
     "FeatureAlphaDropout",
     "MCPrediction",
+    "LayerNorm",
+    "RMSNorm",
     "__version__",
     "autograd",
     "build_info",

@@ -4,3 +4,7 @@ from fastnorm.batch_norm import BatchNormFunction
 from fastnorm.dropout import AlphaDropoutFunction, DropoutFunction
 
 __all__ = ["AlphaDropoutFunction", "BatchNormFunction", "DropoutFunction"]
+from fastnorm.dropout import DropoutFunction
+from fastnorm.layer_norm import LayerNormFunction
+
+__all__ = ["BatchNormFunction", "DropoutFunction", "LayerNormFunction"]

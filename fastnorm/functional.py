@@ -21,3 +21,8 @@ __all__ = [
     "dropout3d",
     "feature_alpha_dropout",
 ]
+from fastnorm.dropout import dropout, dropout1d, dropout2d, dropout3d
+from fastnorm.layer_norm import layer_norm
+from fastnorm.rms_norm import rms_norm
+
+__all__ = ["batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "layer_norm", "rms_norm"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Case:
     kept: Callable[[Tensor], int] = field(default=lambda x: 0)
     saves_input: bool = True
     saves: tuple[int, ...] | None = None  # which of the parameters may be kept; None: all
+    keeps_layout: bool = True  # the output lies as the input does; else it is contiguous
     # Allowance in units in the last place, beside torch's own error, for results whose exact value is near zero; exp
     # and erf add their own two to four.
     units: int = 4
@@ -157,6 +159,80 @@ def torch_alpha_dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
     a = 1 / ((alpha**2 * p + 1) * (1 - p)) ** 0.5
     noise = keep.to(x.dtype)
     return x * (noise * a) + ((noise - 1) * (alpha * a) + alpha * a * p)
+# ---- layer_norm and rms_norm
+
+# Rows below, at and above a vector's length, a group of rows, a chunk of a row; few and many of them.
+ROW_SHAPES = (
+    (1, 6),
+    (7, 3, 5),
+    (5, 3, 1023),
+    (2, 5, 17, 31),
+    (131, 64),
+    (67, 33, 32),
+    (70, 1025),
+    (3, 4097),
+    (66, 2, 2500),
+)
+
+
+def _row_parameters(x: Tensor, generator: torch.Generator, dims: int, bias: bool, residual: bool) -> list[Tensor]:
+    """weight, and bias and residual if wanted."""
+    shape = x.shape[x.dim() - dims :]
+    made = [torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5]
+    if bias:
+        made.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+    if residual:
+        made.append(torch.randn(x.shape, generator=generator, dtype=torch.float64))
+    return [t.to(x.dtype) for t in made]
+
+
+def _row_norm_case(op: str, act: str | None, residual: bool, leading: int | None = None) -> Case:
+    """Over the last dimension, or over all but the `leading` first ones."""
+    layer = op == "layer_norm"
+    norm, torch_norm = (fn.layer_norm, F.layer_norm) if layer else (fn.rms_norm, F.rms_norm)
+
+    def dims(x: Tensor) -> int:
+        return 1 if leading is None else x.dim() - leading
+
+    def arguments(x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[tuple, Tensor | None]:
+        """What the functions take by position, and the residual."""
+        shape = x.shape[x.dim() - dims(x) :]
+        return (x, shape, *tensors[: 1 + layer], 1e-5), tensors[-1] if residual else None
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        positional, z = arguments(x, tensors)
+        return norm(*positional, residual=z, activation=act)
+
+    def run_torch(x: Tensor, *tensors: Tensor) -> Tensor:
+        positional, z = arguments(x, tensors)
+        y = torch_norm(*positional)
+        return TORCH_ACTIVATION[act](y if z is None else y + z)
+
+    def run_reference(x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
+        bias, z = tensors[0] if layer else None, tensors[-1] if residual else None
+        return reference.row_norm(x, dims(x), weight, bias, z, subtract_mean=layer, act=act)
+
+    bits = residual and act in ("relu", "leaky_relu")
+    where = "" if leading is None else f"-but-{leading}"
+    return Case(
+        name=f"{op}{where}{'-residual' if residual else ''}{f'-{act}' if act else ''}",
+        op=op,
+        fastnorm=run,
+        reference=run_reference,
+        torch=run_torch,
+        parameters=partial(_row_parameters, dims=1, bias=layer, residual=residual)
+        if leading is None
+        else lambda x, generator: _row_parameters(x, generator, x.dim() - leading, layer, residual),
+        shapes=ROW_SHAPES,
+        empty=((0, 3, 4), (2, 3, 0)),
+        kept=lambda x: (
+            (12 if layer else 4) * (x.numel() // math.prod(x.shape[x.dim() - dims(x) :]))
+            + (mask_bytes(x) if bits else 0)
+        ),
+        keeps_layout=False,
+        saves=tuple(range(2 + layer)) if act in ("silu", "gelu") else tuple(range(1 + layer)),
+        units=8 if act in ("silu", "gelu") else 4,
+    )
 
 
 CASES: tuple[Case, ...] = (
@@ -166,6 +242,16 @@ CASES: tuple[Case, ...] = (
         for act in ACTIVATIONS
         for residual in (False, True)
     ),
+    *(
+        _row_norm_case(op, act, residual)
+        for op in ("layer_norm", "rms_norm")
+        for act in ACTIVATIONS
+        for residual in (False, True)
+    ),
+    _row_norm_case("layer_norm", None, False, leading=1),
+    _row_norm_case("layer_norm", "leaky_relu", True, leading=1),
+    _row_norm_case("rms_norm", "gelu", True, leading=1),
+    _row_norm_case("layer_norm", None, False, leading=0),
     *(_dropout_case(p) for p in (0.001, 0.5, 1.0)),
     _dropout_case(0.3, "dropout2d"),
     *(_dropout_case(p, "alpha_dropout") for p in (0.001, 0.5, 1.0)),

@@ -67,6 +67,26 @@ def running_statistics(x: Tensor, mean: Tensor, var: Tensor, momentum: float) ->
     return (1 - momentum) * mean + momentum * batch_mean, (1 - momentum) * var + momentum * batch_var
 
 
+def row_norm(
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    subtract_mean: bool = True,
+    eps: float = 1e-5,
+    act: str | None = None,
+) -> Tensor:
+    """Layer normalisation over the last `dims` dimensions, or without the mean RMS normalisation."""
+    over = list(range(x.dim() - dims, x.dim()))
+    d = x - x.mean(over, keepdim=True) if subtract_mean else x
+    z = d / torch.sqrt((d**2).mean(over, keepdim=True) + eps)
+    z = z if weight is None else z * weight
+    z = z if bias is None else z + bias
+    return activation(z if residual is None else z + residual, act)
+
+
 def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
     """Philox4x32 (Salmon et al. 2011, section 3.3) of counters (n, 4) uint32; returns (n, 4) uint32."""
     low = np.uint64(0xFFFFFFFF)
