@@ -33,4 +33,12 @@ Tensor dropout_state(const std::optional<at::Generator>& generator);
 // -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions share a draw, 0: one an element.
 Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
+// -> y. `region` "inter" or "intra", `convention` "torch" or "paper".
+Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alpha, double beta, double k,
+                                   std::string_view region, std::string_view convention);
+
+// -> dx.
+Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta,
+                                    double k, std::string_view region, std::string_view convention);
+
 }  // namespace fastnorm

@@ -5,6 +5,7 @@ from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.build import __version__, build_info
 from fastnorm.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from fastnorm.fallback import FallbackWarning, set_fallback
+from fastnorm.local_response_norm import LocalResponseNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -15,6 +16,7 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "FallbackWarning",
+    "LocalResponseNorm",
     "__version__",
     "autograd",
     "build_info",

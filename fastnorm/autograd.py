@@ -2,5 +2,6 @@
 
 from fastnorm.batch_norm import BatchNormFunction
 from fastnorm.dropout import DropoutFunction
+from fastnorm.local_response_norm import LocalResponseNormFunction
 
-__all__ = ["BatchNormFunction", "DropoutFunction"]
+__all__ = ["BatchNormFunction", "DropoutFunction", "LocalResponseNormFunction"]

@@ -2,5 +2,6 @@
 
 from fastnorm.batch_norm import batch_norm
 from fastnorm.dropout import dropout, dropout1d, dropout2d, dropout3d
+from fastnorm.local_response_norm import local_response_norm
 
-__all__ = ["batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d"]
+__all__ = ["batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "local_response_norm"]
