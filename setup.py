@@ -13,11 +13,29 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 INSTRUCTION_SETS = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c", "-Wno-uninitialized"]
+    INSTRUCTION_SETS["AVX512"] = [
+        "-mavx512f",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512bw",
+        "-mfma",
+        "-mf16c",
+        "-Wno-uninitialized",
+    ]
 
 # Contraction is off because kernels say themselves where they fuse a multiplication and an addition: backward must
 # recompute what forward computed, bit for bit.
-CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-g0",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+]
 
 
 class build_ext(BuildExtension):
@@ -41,7 +59,8 @@ class build_ext(BuildExtension):
 def check_no_shared_names(objects, instruction_set):
     """Fails if an object compiled for `instruction_set` offers a function under a weak name that others may offer too.
 
-    The linker keeps any one of several weak definitions, so a processor without the instruction set could come to run it.
+    The linker keeps any one of several weak definitions, so a processor without the instruction set could come to run
+    it.
     """
     if shutil.which("nm") is None:
         return

@@ -13,7 +13,7 @@ enum class Activation : int32_t {
   kGelu,       // z * Phi(z), Phi the normal distribution function (the erf form)
 };
 
-constexpr float kLeakySlope = 0.01f;  // torch.nn.LeakyReLU's default
+constexpr double kLeakySlope = 0.01;  // torch.nn.LeakyReLU's default
 
 // Piecewise linear in z: all that backward needs to know of z is whether !(z <= 0), one bit.
 inline bool is_piecewise_linear(Activation a) { return a == Activation::kRelu || a == Activation::kLeakyRelu; }

@@ -6,8 +6,9 @@
 namespace fastnorm {
 namespace {  // internal linkage: see isa.h
 
-// z = (x - mean) * scale + shift. The mean is split in a value of the arithmetic's type and a remainder that goes into the shift, so
-// x - mean keeps its digits at |mean| >> std and a constant channel gives bias exactly; x * scale + shift would do neither.
+// z = (x - mean) * scale + shift. The mean is split in a value of the arithmetic's type and a remainder that goes into
+// the shift, so x - mean keeps its digits at |mean| >> std and a constant channel gives bias exactly; x * scale + shift
+// would do neither.
 template <typename acc_t>
 struct SliceAffine {
   acc_t mean, scale, shift;
@@ -24,13 +25,16 @@ struct SliceStandardize {
   acc_t mean, rstd, rest;
 
   FASTNORM_HOST_DEVICE SliceStandardize(double mean_, double rstd_)
-      : mean(static_cast<acc_t>(mean_)), rstd(static_cast<acc_t>(rstd_)), rest(static_cast<acc_t>(lost(mean_) * rstd_)) {}
+      : mean(static_cast<acc_t>(mean_)),
+        rstd(static_cast<acc_t>(rstd_)),
+        rest(static_cast<acc_t>(lost(mean_) * rstd_)) {}
 
  private:
   FASTNORM_HOST_DEVICE static double lost(double mean) { return static_cast<double>(static_cast<acc_t>(mean)) - mean; }
 };
 
-// dx = (g - m1 - xhat * m2) * factor, where m1 and m2 are the means over the slice of g and g * xhat, written in x - mean:
+// dx = (g - m1 - xhat * m2) * factor, where m1 and m2 are the means over the slice of g and g * xhat, written in x -
+// mean:
 //   dx = (g - (x - mean) * slope - offset) * factor
 template <typename acc_t>
 struct SliceGradient {
@@ -38,8 +42,8 @@ struct SliceGradient {
 
   FASTNORM_HOST_DEVICE SliceGradient(double count, double mean, double rstd, double sum_g, double sum_g_xhat)
       : slope(static_cast<acc_t>(rstd * sum_g_xhat / count)),
-        offset(static_cast<acc_t>(
-            sum_g / count + (static_cast<double>(static_cast<acc_t>(mean)) - mean) * rstd * sum_g_xhat / count)) {}
+        offset(static_cast<acc_t>(sum_g / count + (static_cast<double>(static_cast<acc_t>(mean)) - mean) * rstd *
+                                                      sum_g_xhat / count)) {}
 };
 
 }  // namespace

@@ -41,7 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   TORCH_CHECK(is_given(running_mean) == is_given(running_var), kOp,
               ": running_mean and running_var must be given together, got only ",
               is_given(running_mean) ? "running_mean" : "running_var");
-  TORCH_CHECK(training || is_given(running_mean), kOp, ": running_mean and running_var must be given if training=False");
+  TORCH_CHECK(training || is_given(running_mean), kOp,
+              ": running_mean and running_var must be given if training=False");
   if (is_given(running_mean) && training) {
     TORCH_CHECK(running_mean->is_contiguous() && running_var->is_contiguous(), kOp,
                 ": running_mean and running_var must be contiguous to be updated");
@@ -57,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   const Activation act = activation_of(kOp, activation);
 
   const Shape shape = shape_of(input);
-  TORCH_CHECK_VALUE(!training || shape.N * shape.S != 1, kOp, ": expected more than 1 value per channel in training, got input shape ",
-                    input.sizes());
+  TORCH_CHECK_VALUE(!training || shape.N * shape.S != 1, kOp,
+                    ": expected more than 1 value per channel in training, got input shape ", input.sizes());
 
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);
@@ -73,12 +74,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   }
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
     const MaskRows rows = mask_rows(shape);
-    mask = at::empty({rows.rows, rows.bytes_per_row()}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    mask = at::empty({rows.rows, rows.bytes_per_row()},
+                     input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
   }
-  const auto dense = [](const OptionalTensor& t) { return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor(); };
+  const auto dense = [](const OptionalTensor& t) {
+    return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
+  };
   const OptionalTensor w = dense(weight), b = dense(bias);
   const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
-  const OptionalTensor rm = training ? running_mean : dense(running_mean), rv = training ? running_var : dense(running_var);
+  const OptionalTensor rm = training ? running_mean : dense(running_mean),
+                       rv = training ? running_var : dense(running_var);
 
   BatchNormForward args{};
   args.shape = shape;
@@ -128,11 +133,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
               kOp, ": mean and rstd must be what batch_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows rows = mask_rows(shape);
-    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() && mask->is_contiguous(),
-                kOp, ": mask must be what batch_norm_forward returned");
+    TORCH_CHECK(
+        mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() && mask->is_contiguous(),
+        kOp, ": mask must be what batch_norm_forward returned");
   }
 
-  const auto dense = [](const OptionalTensor& t) { return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor(); };
+  const auto dense = [](const OptionalTensor& t) {
+    return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
+  };
   const OptionalTensor w = dense(weight), b = dense(bias);
   const Tensor x = in_layout(input, shape.layout), dy = in_layout(grad_output, shape.layout);
   const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
@@ -167,16 +175,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
 
 // Plain loops: only a double backward comes here.
 Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {
-  const Activation act = activation_of(kOp, activation);
+  const double below = activation_of(kOp, activation) == Activation::kRelu ? 0.0 : kLeakySlope;
   const Shape shape = shape_of(input);
   const MaskRows rows = mask_rows(shape);
-  const Tensor slopes = empty_in_layout(input.to(at::kFloat), shape.layout);
-  float* out = slopes.mutable_data_ptr<float>();
+  const Tensor slopes = empty_in_layout(input.to(at::kDouble), shape.layout);
+  double* out = slopes.mutable_data_ptr<double>();
   const uint8_t* bits = mask.const_data_ptr<uint8_t>();
-  const float below = act == Activation::kRelu ? 0.0f : kLeakySlope;
   for (int64_t i = 0; i < shape.numel(); ++i) {
     const int64_t row = i / rows.length, j = i % rows.length;
-    out[i] = bits[row * rows.bytes_per_row() + j / 8] >> (j % 8) & 1 ? 1.0f : below;
+    out[i] = bits[row * rows.bytes_per_row() + j / 8] >> (j % 8) & 1 ? 1.0 : below;
   }
   return slopes.to(input.scalar_type());
 }

@@ -1,4 +1,5 @@
-// The contract between batch_norm.cpp (checks, allocation) and the kernels (cpu/batch_norm.cpp): plain pointers and sizes.
+// The contract between batch_norm.cpp (checks, allocation) and the kernels (cpu/batch_norm.cpp): plain pointers and
+// sizes.
 //
 //   xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps),  var biased
 //   z    = xhat * weight + bias (+ residual),   y = activation(z)
@@ -19,8 +20,9 @@
 
 namespace fastnorm {
 
-// x, y, residual and their gradients: [N, C, S] of dtype in shape.layout, dense. weight, bias: [C] of param_dtype, or null.
-// mean, rstd: [C] float64 whatever dtype is: 16 bytes a channel buy a backward that sees the mean the forward saw.
+// x, y, residual and their gradients: [N, C, S] of dtype in shape.layout, dense. weight, bias: [C] of param_dtype, or
+// null. mean, rstd: [C] float64 whatever dtype is: 16 bytes a channel buy a backward that sees the mean the forward
+// saw.
 //
 // mask: see mask.h, rows by mask_rows(); kept only for relu and leaky_relu with a residual, else null.
 
@@ -31,7 +33,8 @@ struct BatchNormForward {
   bool training;              // statistics of this batch, or the running ones
   bool skip_nonfinite_stats;  // a batch with an inf or NaN leaves the running statistics alone
   double eps;
-  double momentum;  // weight of the new value in the running statistics; NaN: cumulative average, 1 / num_batches_tracked
+  double
+      momentum;  // weight of the new value in the running statistics; NaN: cumulative average, 1 / num_batches_tracked
 
   const void *x, *residual;  // residual or null
   const void *weight, *bias;
@@ -54,18 +57,17 @@ struct BatchNormBackward {
   const double *mean, *rstd;
   const uint8_t* mask;  // or null
 
-  void *dx, *dresidual;    // each or null: not wanted
+  void *dx, *dresidual;   // each or null: not wanted
   void *dweight, *dbias;  // of param_dtype, each or null
 };
 
 namespace {  // internal linkage: see isa.h
 
-// Planes this small are not worth a vector loop each: the tensor is seen as a matrix [N, C * S], like channels_last's [N * S, C].
+// Planes this small are not worth a vector loop each: the tensor is seen as a matrix [N, C * S], like channels_last's
+// [N * S, C].
 constexpr int64_t kSmallPlane = 16;
 
-inline bool by_columns(const Shape& shape) {
-  return shape.layout == Layout::kChannelsLast || shape.S < kSmallPlane;
-}
+inline bool by_columns(const Shape& shape) { return shape.layout == Layout::kChannelsLast || shape.S < kSmallPlane; }
 
 // A matrix whose rows hold `width` elements; column j belongs to channel (j / S) % C. Narrow rows are folded, several
 // to a row, so that even three channels fill the vectors; the last `rest` elements are a row that is not full.

@@ -12,13 +12,15 @@ inline void check_supported(const char* op, const Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(input.is_cpu() && input.layout() == at::kStrided && !input.is_quantized(), op,
                               ": no kernel for a ", input.layout(), " tensor on ", input.device());
   const auto type = input.scalar_type();
-  TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op,
-                              ": no kernel for ", type);
-  TORCH_CHECK_NOT_IMPLEMENTED(!input.is_conj() && !input.is_neg(), op, ": no kernel for a lazily conjugated or negated tensor");
+  TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+                              op, ": no kernel for ", type);
+  TORCH_CHECK_NOT_IMPLEMENTED(!input.is_conj() && !input.is_neg(), op,
+                              ": no kernel for a lazily conjugated or negated tensor");
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
-  TORCH_CHECK(t.device() == input.device(), op, ": ", name, " must be on ", input.device(), " like input, got ", t.device());
+  TORCH_CHECK(t.device() == input.device(), op, ": ", name, " must be on ", input.device(), " like input, got ",
+              t.device());
 }
 
 // A parameter or statistic: one number a channel, in the input's type or float32.
@@ -44,7 +46,8 @@ inline void check_like_input(const char* op, const char* name, const OptionalTen
   if (!is_given(t)) return;
   check_same_device(op, name, *t, input);
   TORCH_CHECK(t->layout() == at::kStrided, op, ": ", name, " must be a strided tensor, got ", t->layout());
-  TORCH_CHECK(t->sizes() == input.sizes(), op, ": ", name, " must have input's shape ", input.sizes(), ", got ", t->sizes());
+  TORCH_CHECK(t->sizes() == input.sizes(), op, ": ", name, " must have input's shape ", input.sizes(), ", got ",
+              t->sizes());
   TORCH_CHECK(t->scalar_type() == input.scalar_type(), op, ": ", name, " must be of input's type ", input.scalar_type(),
               ", got ", t->scalar_type());
 }

@@ -27,14 +27,15 @@ Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t chann
   TORCH_CHECK(state.scalar_type() == at::kLong && state.numel() == 2 && state.is_contiguous() && state.is_cpu(), kOp,
               ": state must be two contiguous numbers of type Long on the CPU, got shape ", state.sizes(), " of type ",
               state.scalar_type());
-  TORCH_CHECK(channel_dims >= 0 && channel_dims <= input.dim(), kOp, ": channel_dims must be in [0, ", input.dim(), "], got ",
-              channel_dims);
+  TORCH_CHECK(channel_dims >= 0 && channel_dims <= input.dim(), kOp, ": channel_dims must be in [0, ", input.dim(),
+              "], got ", channel_dims);
 
   Dropout args{};
   args.by_channel = channel_dims > 0;
   args.shape = {1, 1, input.numel(), Layout::kContiguous};
   if (channel_dims == 2 || (channel_dims == 0 && input.dim() > 2)) args.shape = shape_of(input);
-  if (channel_dims == 1) args.shape = {1, input.size(0), input.size(0) ? input.numel() / input.size(0) : 0, Layout::kContiguous};
+  if (channel_dims == 1)
+    args.shape = {1, input.size(0), input.size(0) ? input.numel() / input.size(0) : 0, Layout::kContiguous};
 
   const bool dense = is_dense(input, args.shape.layout);
   const Tensor x = dense ? input : in_layout(input, args.shape.layout);

@@ -1,9 +1,10 @@
-// Every kernel of csrc/cpu is compiled once per instruction set, each time inside a namespace of that name, and chosen at run
-// time as torch chooses its own (ATEN_CPU_CAPABILITY=default|avx2|avx512 forces one). So one build runs on any processor.
+// Every kernel of csrc/cpu is compiled once per instruction set, each time inside a namespace of that name, and chosen
+// at run time as torch chooses its own (ATEN_CPU_CAPABILITY=default|avx2|avx512 forces one). So one build runs on any
+// processor.
 //
 // What kernels share with the host in a header has internal linkage (an unnamed namespace). An inline function with a
-// global name would be emitted by several instruction sets, the linker would keep any one of them, and an old processor would meet
-// AVX512 instructions in code that it runs: setup.py checks the objects for such names.
+// global name would be emitted by several instruction sets, the linker would keep any one of them, and an old processor
+// would meet AVX512 instructions in code that it runs: setup.py checks the objects for such names.
 #pragma once
 
 namespace fastnorm {
@@ -15,23 +16,31 @@ Isa isa();  // the best that both this processor and this build have
 }  // namespace fastnorm
 
 #if defined(__x86_64__)
-#define FASTNORM_DECLARE_CPU_KERNEL(name, Args)                  \
-  namespace fastnorm::cpu {                                      \
-  namespace DEFAULT { void name(const Args&); }                  \
-  namespace AVX2 { void name(const Args&); }                     \
-  namespace AVX512 { void name(const Args&); }                   \
-  inline void name(const Args& args) {                           \
-    switch (isa()) {                                             \
-      case Isa::kAvx512: return AVX512::name(args);              \
-      case Isa::kAvx2: return AVX2::name(args);                  \
-      case Isa::kDefault: return DEFAULT::name(args);            \
-    }                                                            \
-  }                                                              \
+#define FASTNORM_DECLARE_CPU_KERNEL(name, Args)       \
+  namespace fastnorm::cpu {                           \
+  namespace DEFAULT {                                 \
+  void name(const Args&);                             \
+  }                                                   \
+  namespace AVX2 {                                    \
+  void name(const Args&);                             \
+  }                                                   \
+  namespace AVX512 {                                  \
+  void name(const Args&);                             \
+  }                                                   \
+  inline void name(const Args& args) {                \
+    switch (isa()) {                                  \
+      case Isa::kAvx512: return AVX512::name(args);   \
+      case Isa::kAvx2: return AVX2::name(args);       \
+      case Isa::kDefault: return DEFAULT::name(args); \
+    }                                                 \
+  }                                                   \
   }
 #else  // Arm: NEON is part of the default
-#define FASTNORM_DECLARE_CPU_KERNEL(name, Args)                  \
-  namespace fastnorm::cpu {                                      \
-  namespace DEFAULT { void name(const Args&); }                  \
-  inline void name(const Args& args) { DEFAULT::name(args); }    \
+#define FASTNORM_DECLARE_CPU_KERNEL(name, Args)               \
+  namespace fastnorm::cpu {                                   \
+  namespace DEFAULT {                                         \
+  void name(const Args&);                                     \
+  }                                                           \
+  inline void name(const Args& args) { DEFAULT::name(args); } \
   }
 #endif

@@ -1,13 +1,13 @@
-// The one bit an element that a norm keeps for backward where it fuses a residual with relu or leaky_relu: !(z <= 0). The residual
-// itself is not kept then; without one, backward recomputes the sign of z from x.
+// The one bit an element that a norm keeps for backward where it fuses a residual with relu or leaky_relu: !(z <= 0).
+// The residual itself is not kept then; without one, backward recomputes the sign of z from x.
 #pragma once
 
 #include <cstdint>
 
 namespace fastnorm {
 
-// Bits go by rows of elements that are contiguous in memory, lowest bit first, each row padded to a byte, so that no two tasks
-// write one byte. What a row is, the contract of each op says.
+// Bits go by rows of elements that are contiguous in memory, lowest bit first, each row padded to a byte, so that no
+// two tasks write one byte. What a row is, the contract of each op says.
 struct MaskRows {
   int64_t rows, length;
 

@@ -10,8 +10,8 @@
 
 namespace fastnorm {
 
-// -> y, mean, rstd, mask. `momentum` None: cumulative average. `keep_mask`: return what backward needs of the activation if
-// that is one bit an element (batch_norm.h), else an undefined tensor.
+// -> y, mean, rstd, mask. `momentum` None: cumulative average. `keep_mask`: return what backward needs of the
+// activation if that is one bit an element (batch_norm.h), else an undefined tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
@@ -24,13 +24,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd, bool training,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
-// -> the derivative of a piecewise linear activation at every element, in input's type, from the mask of batch_norm_forward.
+// -> the derivative of a piecewise linear activation at every element, in input's type, from the mask of
+// batch_norm_forward.
 Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation);
 
 // -> int64 [2]: the seed and offset of one mask, taken from `generator` (the CPU's default one if none is given).
 Tensor dropout_state(const std::optional<at::Generator>& generator);
 
-// -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions share a draw, 0: one an element.
+// -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions share a draw, 0: one an
+// element.
 Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
 // -> y. `region` "inter" or "intra", `convention` "torch" or "paper".

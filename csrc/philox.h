@@ -1,6 +1,6 @@
-// Philox4x32-10, the counter-based generator of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"), and how a
-// dropout mask is read from it. A mask is a pure function of (seed, offset, p, index), so it is the same for any data
-// type, layout, thread count, instruction set and device, and backward draws it again instead of keeping it.
+// Philox4x32-10, the counter-based generator of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"), and
+// how a dropout mask is read from it. A mask is a pure function of (seed, offset, p, index), so it is the same for any
+// data type, layout, thread count, instruction set and device, and backward draws it again instead of keeping it.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,8 @@ struct Philox4x32 {
 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
-constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // Weyl increments of the key: golden ratio, sqrt(3) - 1
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u,
+                   kPhiloxW1 = 0xBB67AE85u;  // Weyl increments of the key: golden ratio, sqrt(3) - 1
 constexpr int kPhiloxRounds = 10;
 constexpr int kElementsPerPhilox = 8;
 
@@ -44,9 +45,9 @@ FASTNORM_HOST_DEVICE inline Philox4x32 dropout_bits(uint64_t seed, uint64_t offs
 
 }  // namespace
 
-// The probability that is drawn: p rounded to a multiple of 2^-16. An element is dropped iff its 16 bits are below `threshold`,
-// and the kept ones are scaled by the reciprocal of exactly what is kept, so that E[y] = x whatever the rounding did. p = 1 is
-// "all kept, times zero".
+// The probability that is drawn: p rounded to a multiple of 2^-16. An element is dropped iff its 16 bits are below
+// `threshold`, and the kept ones are scaled by the reciprocal of exactly what is kept, so that E[y] = x whatever the
+// rounding did. p = 1 is "all kept, times zero".
 struct DropoutLevel {
   uint32_t threshold;  // 0 (nothing dropped: p < 2^-17) .. 65535
   double scale;        // 1 / (1 - threshold / 65536), or 0 for p = 1

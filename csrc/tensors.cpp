@@ -60,13 +60,15 @@ static void advise_huge_pages(void* p, size_t bytes) {
   constexpr uintptr_t kHugePage = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal costs nothing
+  if (end > begin)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal costs nothing
 #endif
 }
 
 Tensor empty_in_layout(const Tensor& x, Layout layout) {
-  Tensor y = layout == Layout::kContiguous ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous))
-                                           : at::empty_strided(x.sizes(), strides_in(x, layout), x.options());
+  Tensor y = layout == Layout::kContiguous
+                 ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous))
+                 : at::empty_strided(x.sizes(), strides_in(x, layout), x.options());
   constexpr size_t kWorthHugePages = 8 << 20;
   if (y.is_cpu() && y.nbytes() >= kWorthHugePages) advise_huge_pages(y.mutable_data_ptr(), y.nbytes());
   return y;

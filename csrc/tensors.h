@@ -17,7 +17,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 Dtype dtype_of(const Tensor& t);
 
-// (N, C, S) of a tensor (N, C, *spatial) with at least two dimensions; the layout is channels_last where only that is dense.
+// (N, C, S) of a tensor (N, C, *spatial) with at least two dimensions; the layout is channels_last where only that is
+// dense.
 Shape shape_of(const Tensor& t);
 
 // `t` itself if it lies densely in `layout`, else one copy that does.
@@ -26,15 +27,17 @@ Tensor in_layout(const Tensor& t, Layout layout);
 // Whether t is dense as (N, C, *spatial), or as (N, *spatial, C).
 bool is_dense(const Tensor& t, Layout layout);
 
-// A new tensor of x's sizes, type and device, dense in `layout`. Large ones ask the system for huge pages before the first write: faulting
-// in 4 KiB pages one by one takes longer than a kernel's own work.
+// A new tensor of x's sizes, type and device, dense in `layout`. Large ones ask the system for huge pages before the
+// first write: faulting in 4 KiB pages one by one takes longer than a kernel's own work.
 Tensor empty_in_layout(const Tensor& x, Layout layout);
 
 // The activation of this name, none for no name; ValueError for an unknown one.
 Activation activation_of(const char* op, std::optional<std::string_view> name);
 
 inline const void* data_or_null(const OptionalTensor& t) { return t && t->defined() ? t->const_data_ptr() : nullptr; }
-inline void* mutable_data_or_null(const OptionalTensor& t) { return t && t->defined() ? t->mutable_data_ptr() : nullptr; }
+inline void* mutable_data_or_null(const OptionalTensor& t) {
+  return t && t->defined() ? t->mutable_data_ptr() : nullptr;
+}
 inline bool is_given(const OptionalTensor& t) { return t && t->defined(); }
 
 }  // namespace fastnorm

@@ -1,11 +1,12 @@
-"""Fused normalisation and dropout kernels for PyTorch: drop-in modules, the same numbers, faster, less kept for backward."""
+"""Fused normalisation and dropout kernels for PyTorch: the same modules and numbers, faster, less kept for backward."""
 
 from fastnorm import autograd, functional
 from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from fastnorm.build import __version__, build_info
+from fastnorm.build import build_info
 from fastnorm.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from fastnorm.fallback import FallbackWarning, set_fallback
 from fastnorm.local_response_norm import LocalResponseNorm
+from fastnorm.version import __version__
 
 __all__ = [
     "BatchNorm1d",

@@ -17,8 +17,8 @@ from fastnorm.fallback import call_torch, uncovered_transform
 class BatchNormFunction(torch.autograd.Function):
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), see :func:`batch_norm`.
 
-    Kept for backward: x, weight, bias, two numbers a channel; with a residual and relu or leaky_relu one bit an element, with a
-    residual and silu or gelu the residual. The activation's other masks are recomputed from x.
+    Kept for backward: x, weight, bias, two numbers a channel; with a residual and relu or leaky_relu one bit an
+    element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        *saved, setting, wanted = args
+        *saved, setting, _ = args
         ctx.save_for_backward(dy, *saved)
         ctx.setting = setting
         ctx.set_materialize_grads(False)
@@ -77,10 +77,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
             residual = torch.zeros_like(input).requires_grad_()
 
         def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            if training:
-                z = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
-            else:
-                z = _affine(input, mean, rstd, weight, bias).to(input.dtype)
+            z = _composite(input, weight, bias, None if training else (mean, rstd), eps)
             if slopes is None:
                 return add_and_activate(z, residual, activation)
             return (z if residual is None else z + residual) * slopes
@@ -89,11 +86,26 @@ class BatchNormBackwardFunction(torch.autograd.Function):
         return ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None, None
 
 
-def _affine(input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _composite(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: tuple[Tensor, Tensor] | None, eps: float
+) -> Tensor:
+    """Batch normalisation in elementary ops, differentiable any number of times.
+
+    torch's own op is not: its double backward takes the statistics for constants.
+    """
     shape = [1, -1] + [1] * (input.dim() - 2)
-    z = (input - mean.to(input.dtype).view(shape)) * rstd.to(input.dtype).view(shape)
+    x = input if input.dtype == torch.float64 else input.float()
+    if statistics is None:
+        dims = [d for d in range(input.dim()) if d != 1]
+        centred = x - x.mean(dims, keepdim=True)
+        rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    else:
+        mean, rstd = (s.to(x.dtype).view(shape) for s in statistics)
+        centred = x - mean
+    z = centred * rstd
     z = z if weight is None else z * weight.view(shape)
-    return z if bias is None else z + bias.view(shape)
+    z = z if bias is None else z + bias.view(shape)
+    return z.to(input.dtype)
 
 
 def _gradient(
@@ -129,26 +141,27 @@ def batch_norm(
     skip_nonfinite_stats: bool = False,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
-    """Batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167), with a residual and an activation in the same kernel.
+    """Batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167), residual and activation in the same kernel.
 
         y = activation((x - mean) * rstd * weight + bias + residual),   rstd = 1 / sqrt(var + eps)
 
-    In training, mean and var (biased) are those of each channel over the batch and the spatial positions, and the running
-    statistics take them in, the variance unbiased: ``running = (1 - momentum) * running + momentum * new``. Otherwise mean and
-    var are the running statistics.
+    In training, mean and var (biased) are those of each channel over the batch and the spatial positions, and the
+    running statistics take them in, the variance unbiased: ``running = (1 - momentum) * running + momentum * new``.
+    Otherwise mean and var are the running statistics.
 
     Args:
-        input: (N, C, *), float64, float32, bfloat16 or float16. Contiguous and channels_last tensors are read as they lie,
-            other strides take one copy. The output has the input's layout.
+        input: (N, C, *), float64, float32, bfloat16 or float16. Contiguous and channels_last tensors are read as they
+            lie, other strides take one copy. The output has the input's layout.
         running_mean, running_var: (C), of the input's type or float32; may be None in training.
         weight, bias: (C), of the input's type or, for bfloat16 and float16, float32; each may be None.
         training: use the batch's statistics, and update the running ones.
-        momentum: weight of the new value, in [0, 1]; None for the cumulative average, which needs ``num_batches_tracked``.
+        momentum: weight of the new value, in [0, 1]; None for the cumulative average, which needs
+            ``num_batches_tracked``.
         eps: added to the variance, in units of input squared.
         residual: added before the activation; input's shape and type.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"`` or ``"gelu"`` (the erf form).
-        skip_nonfinite_stats: a batch whose mean or variance is inf or NaN in any channel, as after an overflow under automatic
-            mixed precision, leaves the running statistics and num_batches_tracked alone.
+        skip_nonfinite_stats: a batch whose mean or variance is inf or NaN in any channel, as after an overflow under
+            automatic mixed precision, leaves the running statistics and num_batches_tracked alone.
         num_batches_tracked: one int64, counted up in training.
 
     Raises:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 
 from fastnorm import _C
-
-__version__ = "0.1.0"
+from fastnorm.version import __version__
 
 
 def build_info() -> dict[str, object]:
     """Versions, instruction set in use, CUDA architectures and threads.
 
     Returns:
-        ``fastnorm``, ``torch``, ``torch_built_with`` (the torch version that the extension was compiled against), ``compiler``,
-        ``instruction_set`` (of the CPU kernels in this process: AVX512, AVX2, NEON or default), ``cuda_architectures``
-        (compiled in, empty in a CPU-only build) and ``threads``.
+        ``fastnorm``, ``torch``, ``torch_built_with`` (the torch version that the extension was compiled against),
+        ``compiler``, ``instruction_set`` (of the CPU kernels in this process: AVX512, AVX2, NEON or default),
+        ``cuda_architectures`` (compiled in, empty in a CPU-only build) and ``threads``.
 
     Example:
         >>> fastnorm.build_info()["fastnorm"]

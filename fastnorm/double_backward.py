@@ -1,4 +1,4 @@
-"""Second and higher derivatives: torch differentiates a composite of its own ops that computes what the kernels compute."""
+"""Second and higher derivatives: torch differentiates a composite of its own ops that computes what a kernel does."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from fastnorm.fallback import call_torch, uncovered_transform
 
 
 class DropoutFunction(torch.autograd.Function):
-    """y = input * mask / (1 - p), the mask a function of ``state`` (a seed and an offset) and the element's index alone.
+    """y = input * mask / (1 - p), the mask a function of ``state`` (a seed and an offset) and the index alone.
 
-    Kept for backward: the state. The map is linear and its own adjoint, so backward is the same function of the gradient, and
-    derivatives of every order are.
+    Kept for backward: the state. The map is linear and its own adjoint, so backward is the same function of the
+    gradient, and derivatives of every order are.
     """
 
     @staticmethod
@@ -35,7 +35,14 @@ class DropoutFunction(torch.autograd.Function):
 
 
 def _dropout(
-    op: str, torch_op: Any, input: Tensor, p: float, training: bool, inplace: bool, generator: torch.Generator | None, channel_dims: int
+    op: str,
+    torch_op: Any,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    generator: torch.Generator | None,
+    channel_dims: int,
 ) -> Tensor:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: p must be in [0, 1], got {p}")
@@ -56,23 +63,28 @@ def _dropout(
 
 
 def dropout(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: torch.Generator | None = None
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014): in training each element is zeroed with probability p, the others scaled.
+    """Inverted dropout (Srivastava et al. 2014): zeroes elements with probability p, scales the others.
 
         y[i] = input[i] * keep[i] / (1 - p),   P(keep[i]) = 1 - p
 
-    The mask comes from Philox4x32-10 (Salmon et al. 2011), 16 bits an element, at the element's index in logical order: one
-    seed gives one mask whatever the data type, the layout or the number of threads. p is rounded to a multiple of 2**-16, and the
-    scale is the reciprocal of what is then kept. A dropped NaN or inf gives NaN, as in torch.
+    The mask comes from Philox4x32-10 (Salmon et al. 2011), 16 bits an element, at the element's index in logical order:
+    one seed gives one mask whatever the data type, the layout or the number of threads. p is rounded to a multiple of
+    2**-16, and the scale is the reciprocal of what is then kept. A dropped NaN or inf gives NaN, as in torch.
 
     Args:
         input: any shape; float64, float32, bfloat16 or float16.
         p: probability of an element to be zeroed, in [0, 1].
         training: False returns the input.
         inplace: write the result into the input.
-        generator: where the seed comes from, 64 bits a call; torch's default CPU generator if None, so torch.manual_seed
-            and torch.random.fork_rng act as they do on torch's dropout.
+        generator: where the seed comes from, 64 bits a call; torch's default CPU generator if None, so
+            torch.manual_seed and torch.random.fork_rng act as they do on torch's dropout.
 
     Raises:
         ValueError: p outside [0, 1], or NaN.
@@ -87,7 +99,8 @@ def dropout(
     return _dropout("dropout", F.dropout, input, p, training, inplace, generator, 0)
 
 
-_CHANNELS_DOC = """Zeroes whole channels with probability p and scales the others (Tompson et al. 2015, arXiv:1411.4280).
+_CHANNELS_DOC = """Zeroes whole channels with probability p and scales the others (Tompson et al. 2015,
+arXiv:1411.4280).
 
         y[n, c, ...] = input[n, c, ...] * keep[n, c] / (1 - p)
 
@@ -102,7 +115,12 @@ _CHANNELS_DOC = """Zeroes whole channels with probability p and scales the other
 
 
 def dropout1d(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: torch.Generator | None = None
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: input must have shape (N, C, L) or (C, L), got {list(input.shape)}")
@@ -110,37 +128,48 @@ def dropout1d(
 
 
 def dropout2d(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: torch.Generator | None = None
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    if input.dim() < 2:
-        raise RuntimeError(f"dropout2d: input must have shape (N, C, H, W), got {list(input.shape)}")
-    if input.dim() != 4:
-        instead = "dropout1d" if input.dim() == 3 else "dropout"
-        warnings.warn(
-            f"dropout2d: input should have shape (N, C, H, W), got {list(input.shape)}; it is read as (N, C, *), as torch "
-            f"does for now. Use {instead} instead",
-            stacklevel=2,
-        )
+    _check_channels("dropout2d", "(N, C, H, W)", input, (4,))
     return _dropout("dropout2d", F.dropout2d, input, p, training, inplace, generator, 2)
 
 
 def dropout3d(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: torch.Generator | None = None
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    if input.dim() < 2:
-        raise RuntimeError(f"dropout3d: input must have shape (N, C, D, H, W) or (C, D, H, W), got {list(input.shape)}")
-    if input.dim() not in (4, 5):
-        warnings.warn(
-            f"dropout3d: input should have shape (N, C, D, H, W) or (C, D, H, W), got {list(input.shape)}; it is read as "
-            "(N, C, *), as torch does for now. Use dropout instead",
-            stacklevel=2,
-        )
+    _check_channels("dropout3d", "(N, C, D, H, W) or (C, D, H, W)", input, (4, 5))
     return _dropout("dropout3d", F.dropout3d, input, p, training, inplace, generator, 1 if input.dim() == 4 else 2)
 
 
-dropout1d.__doc__ = _CHANNELS_DOC.format(shape="(N, C, L) or (C, L)", errors="RuntimeError: another number of dimensions.")
+def _check_channels(op: str, wanted: str, input: Tensor, ranks: tuple[int, ...]) -> None:
+    """Other ranks are read as (N, C, *) with a warning, as torch does for now."""
+    if input.dim() < 2:
+        raise RuntimeError(f"{op}: input must have shape {wanted}, got {list(input.shape)}")
+    if input.dim() not in ranks:
+        instead = "dropout1d" if input.dim() == 3 else "dropout"
+        warnings.warn(
+            f"{op}: input should have shape {wanted}, got {list(input.shape)}, which is read as (N, C, *); "
+            f"use {instead} instead",
+            stacklevel=4,
+        )
+
+
+dropout1d.__doc__ = _CHANNELS_DOC.format(
+    shape="(N, C, L) or (C, L)", errors="RuntimeError: another number of dimensions."
+)
 dropout2d.__doc__ = _CHANNELS_DOC.format(
-    shape="(N, C, H, W); other shapes are read as (N, C, *) with a warning", errors="RuntimeError: fewer than two dimensions."
+    shape="(N, C, H, W); other shapes are read as (N, C, *) with a warning",
+    errors="RuntimeError: fewer than two dimensions.",
 )
 dropout3d.__doc__ = _CHANNELS_DOC.format(
     shape="(N, C, D, H, W) or (C, D, H, W); other shapes are read as (N, C, *) with a warning",

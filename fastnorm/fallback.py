@@ -51,7 +51,7 @@ def uncovered_transform(op: str) -> str | None:
 
 
 def call_torch(reason: str, torch_op: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Calls torch_op in place of a kernel, for a reason that starts with the op's name, as :func:`set_fallback` says."""
+    """Calls torch_op in place of a kernel as :func:`set_fallback` says; the reason starts with the op's name."""
     if _mode == "error":
         raise NotImplementedError(reason)
     op, _, why = reason.partition(": ")

@@ -59,7 +59,7 @@ Pack<T> activate_backward(const Pack<T>& dy, const Pack<T>& z) {
 template <Activation kAct, typename T>
 Pack<T> activate_backward(const Pack<T>& dy, uint32_t positive) {
   static_assert(kAct == Activation::kRelu || kAct == Activation::kLeakyRelu);
-  const Pack<T> slope(kAct == Activation::kRelu ? 0.0f : kLeakySlope);
+  const Pack<T> slope(static_cast<acc_type<T>>(kAct == Activation::kRelu ? 0.0 : kLeakySlope));
   return choose(positive, dy, kAct == Activation::kRelu ? slope : dy * slope);
 }
 

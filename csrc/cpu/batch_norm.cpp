@@ -1,8 +1,11 @@
 // Batch normalisation on the CPU. Two ways through memory:
 //
-// planes   (contiguous, planes of 16 elements or more): a task owns a channel, reads it once from memory for its moments and once
-//          more, backwards, from the cache to normalise it. Too few channels for the threads: the same chunks, in two parallel sweeps.
-// columns  (channels_last, and contiguous with tiny planes): a matrix whose columns are channels. Blocks of rows give partial moments
+// planes   (contiguous, planes of 16 elements or more): a task owns a channel, reads it once from memory for its
+// moments and once
+//          more, backwards, from the cache to normalise it. Too few channels for the threads: the same chunks, in two
+//          parallel sweeps.
+// columns  (channels_last, and contiguous with tiny planes): a matrix whose columns are channels. Blocks of rows give
+// partial moments
 //          of every column, merged in a fixed order; the second sweep goes backwards.
 //
 // Sums are float32 within a chunk or block and float64 beyond, in an order fixed by the shape alone.
@@ -61,7 +64,7 @@ struct PlanesForward {
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
   const int64_t C = a.shape.C, S = a.shape.S;
-  const Chunks chunks{Runs{0, a.shape.N, C * S, S}};  // of a channel, from its first element
+  const Chunks chunks{Runs{0, a.shape.N, C* S, S}};  // of a channel, from its first element
   const MaskBits mask{a.mask, mask_rows(a.shape)};
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
@@ -131,7 +134,7 @@ struct PlanesBackward {
   T* dx = static_cast<T*>(a.dx);
   T* dresidual = static_cast<T*>(a.dresidual);
   const int64_t C = a.shape.C, S = a.shape.S;
-  const Chunks chunks{Runs{0, a.shape.N, C * S, S}};
+  const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
@@ -277,8 +280,8 @@ struct ColumnsForward {
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
       parts.for_rows_reversed(part, [&](int64_t row, int64_t columns) {
         const int64_t i = row * width;
-        normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row()), columns,
-                            affine, stream);
+        normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row()),
+                            columns, affine, stream);
       });
       if (stream) stream_fence();
     });
@@ -305,7 +308,8 @@ struct ColumnsBackward {
   }
 
   template <Activation kAct>
-  void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize, Sums* total) const {
+  void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
+                    Sums* total) const {
     const ScratchArray<double> dz(parts.size() * width), dz_xhat(parts.size() * width);
     parallel_for(parts.size(), a.shape.numel(), [&](int64_t part) {
       double *s = &dz[part * width], *sx = &dz_xhat[part * width];

@@ -69,7 +69,8 @@ int tile_columns(Partial n) {
 // Moments of `rows` elements in each column of a tile, merged into mean[] and m2[], which hold `before` rows already.
 // Scalar math: m = sum_r x[r] / rows;  s1 = sum_r (x[r] - m);  s2 = sum_r (x[r] - m)^2
 template <int kTile, typename T, typename Count>
-void merge_tile_moments(const T* x, int64_t stride, int64_t rows, Count count, double before, double* mean, double* m2) {
+void merge_tile_moments(const T* x, int64_t stride, int64_t rows, Count count, double before, double* mean,
+                        double* m2) {
   using P = Pack<T>;
   using acc_t = acc_type<T>;
   P m[kTile], s1[kTile], s2[kTile];
@@ -106,7 +107,8 @@ void merge_tile_moments(const T* x, int64_t stride, int64_t rows, Count count, d
   }
 }
 
-// Sums of dz and dz * xhat over rows begin .. end of a tile, added to dz[] and dz_xhat[]. gradient_at(row) gives the row's RunGradient.
+// Sums of dz and dz * xhat over rows begin .. end of a tile, added to dz[] and dz_xhat[]. gradient_at(row) gives the
+// row's RunGradient.
 template <Activation kAct, int kTile, typename T, typename Count, typename Rows>
 void add_tile_sums(const Rows& gradient_at, int64_t begin, int64_t end, int64_t j, Count count,
                    const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize, double* dz,

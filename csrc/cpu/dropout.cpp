@@ -1,8 +1,10 @@
 // Dropout on the CPU: the mask is drawn 64 elements at a time, from the element's logical index, and never stored.
 //
 // elements, contiguous:      memory order is logical order; a task owns kTaskElements.
-// elements, channels_last:   a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive s of one
-//                            channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks rows of channels.
+// elements, channels_last:   a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive
+// s of one
+//                            channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks rows of
+//                            channels.
 // channels:                  one bit a channel, drawn once a task, then a multiplication.
 #include "../dropout.h"
 
@@ -50,9 +52,8 @@ struct DropoutKernel {
   void apply_uniform(int64_t at, int64_t n, bool kept) const {
     const P factor = kept ? scale : zero;
     const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
-      put(P::load(x + at + i, count) * factor, at + i, count, past_caches);
-    });
+    for_packs<T>(
+        n, [&](int64_t i, auto count, int) { put(P::load(x + at + i, count) * factor, at + i, count, past_caches); });
   }
 
   template <typename Count>

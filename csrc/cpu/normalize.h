@@ -1,5 +1,6 @@
-// The inner loops that every norm shares: normalise a run, reduce its gradients, write its dx. What the coefficients belong to (one
-// set a run, or one an element of the run) is a template parameter, as is the activation; the residual is there or not.
+// The inner loops that every norm shares: normalise a run, reduce its gradients, write its dx. What the coefficients
+// belong to (one set a run, or one an element of the run) is a template parameter, as is the activation; the residual
+// is there or not.
 #pragma once
 
 #include "../affine.h"
@@ -42,7 +43,8 @@ struct Affine {
 
 // Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0)
 template <Activation kAct, typename T, typename C>
-void normalize_run(const T* x, const T* residual, T* y, uint8_t* mask, int64_t n, const Affine<C>& affine, bool stream) {
+void normalize_run(const T* x, const T* residual, T* y, uint8_t* mask, int64_t n, const Affine<C>& affine,
+                   bool stream) {
   using P = Pack<T>;
   const auto sweep = [&](int64_t begin, int64_t end, const auto& put) {
     for_packs<T>(end - begin, [&](int64_t j, auto count, int) {

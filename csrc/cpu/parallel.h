@@ -33,8 +33,8 @@ class Scratch {
 
 namespace {
 
-// Calls task(i) for 0 <= i < tasks, consecutive ones on one thread. What a task does may depend on i and the shape, never on the
-// thread or their number: that is what makes results the same for any number of threads.
+// Calls task(i) for 0 <= i < tasks, consecutive ones on one thread. What a task does may depend on i and the shape,
+// never on the thread or their number: that is what makes results the same for any number of threads.
 template <typename F>
 void parallel_for(int64_t tasks, int64_t elements, const F& task) {
   parallel_ranges(
@@ -45,7 +45,8 @@ void parallel_for(int64_t tasks, int64_t elements, const F& task) {
       &task);
 }
 
-// The same, each thread from its last task to its first: a second sweep then begins with what the first left in the cache.
+// The same, each thread from its last task to its first: a second sweep then begins with what the first left in the
+// cache.
 template <typename F>
 void parallel_for_reversed(int64_t tasks, int64_t elements, const F& task) {
   parallel_ranges(

@@ -7,7 +7,8 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// 32-bit words live in the low halves of 64-bit lanes; what a product leaves in the high halves is ignored by the next one.
+// 32-bit words live in the low halves of 64-bit lanes; what a product leaves in the high halves is ignored by the next
+// one.
 #if defined(CPU_CAPABILITY_AVX512)
 struct Lanes {
   static constexpr int kSize = 8;
@@ -45,9 +46,7 @@ struct Lanes {
   static Lanes all(uint64_t x) { return {_mm256_set1_epi64x(static_cast<int64_t>(x))}; }
   Lanes times(Lanes m) const { return {_mm256_mul_epu32(v, m.v)}; }
   Lanes high() const { return {_mm256_srli_epi64(v, 32)}; }
-  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
-    return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)};
-  }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
 
   static uint64_t keep(const Lanes (&r)[4], uint32_t threshold) {
     const __m256i t = _mm256_set1_epi16(static_cast<int16_t>(threshold));

@@ -1,5 +1,6 @@
-// Mean and sum of squared deviations, exactly enough: within a chunk of at most kChunk elements two sweeps in the arithmetic's
-// type (the mean, then deviations from it, with the first-order correction), across chunks Chan's merge in float64.
+// Mean and sum of squared deviations, exactly enough: within a chunk of at most kChunk elements two sweeps in the
+// arithmetic's type (the mean, then deviations from it, with the first-order correction), across chunks Chan's merge in
+// float64.
 #pragma once
 
 #include <cmath>

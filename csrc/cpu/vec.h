@@ -1,6 +1,6 @@
-// Pack<T>: the unit every CPU kernel works in. A pack is a whole number of at::vec vectors in the arithmetic's type (float64 for
-// float64, float32 for the rest) that holds as many elements as one vector of T, and at least eight, so that its mask bits are
-// whole bytes on every instruction set.
+// Pack<T>: the unit every CPU kernel works in. A pack is a whole number of at::vec vectors in the arithmetic's type
+// (float64 for float64, float32 for the rest) that holds as many elements as one vector of T, and at least eight, so
+// that its mask bits are whole bytes on every instruction set.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -252,8 +252,8 @@ void store_bits(uint8_t* p, uint32_t bits, Partial n) {
   std::memcpy(p, &bits, (n.count + 7) / 8);
 }
 
-// Calls f(i, Full, u) for each whole pack of n elements, kUnroll of them together with u = 0 .. kUnroll - 1 (independent
-// accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what is left.
+// Calls f(i, Full, u) for each whole pack of n elements, kUnroll of them together with u = 0 .. kUnroll - 1
+// (independent accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what is left.
 template <typename T, int kUnroll = 1, typename F>
 void for_packs(int64_t n, const F& f) {
   constexpr int kSize = Pack<T>::kSize;

@@ -1,0 +1,107 @@
+"""What every op computes, in float64, from its formula: plain differentiable arithmetic, none of torch.nn.functional.
+
+These functions share no code with the library. A gradient's reference is autograd through them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def activation(z: Tensor, name: str | None) -> Tensor:
+    if name is None:
+        return z
+    if name == "relu":
+        return torch.where(z <= 0, torch.zeros_like(z), z)
+    if name == "leaky_relu":
+        return torch.where(z <= 0, 0.01 * z, z)
+    if name == "silu":
+        return z / (1 + torch.exp(-z))
+    if name == "gelu":
+        return z * (1 + torch.erf(z / math.sqrt(2))) / 2
+    raise ValueError(name)
+
+
+def _per_channel(v: Tensor, like: Tensor) -> Tensor:
+    return v.view([1, -1] + [1] * (like.dim() - 2))
+
+
+def affine(
+    xhat: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, act: str | None
+) -> Tensor:
+    """y = activation(xhat * weight + bias + residual), weight and bias one number a channel."""
+    z = xhat if weight is None else xhat * _per_channel(weight, xhat)
+    z = z if bias is None else z + _per_channel(bias, xhat)
+    return activation(z if residual is None else z + residual, act)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    act: str | None = None,
+) -> Tensor:
+    """Batch statistics if `statistics` is None, else the given mean and variance."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    if statistics is None:
+        mean = x.mean(dims, keepdim=True)
+        var = ((x - mean) ** 2).mean(dims, keepdim=True)
+    else:
+        mean, var = (_per_channel(s, x) for s in statistics)
+    return affine((x - mean) / torch.sqrt(var + eps), weight, bias, residual, act)
+
+
+def running_statistics(x: Tensor, mean: Tensor, var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """(mean, var) after a batch x in training: the new value weighs `momentum`, the variance is unbiased."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    batch_mean = x.mean(dims)
+    batch_var = ((x - _per_channel(batch_mean, x)) ** 2).sum(dims) / (x.numel() / x.shape[1] - 1)
+    return (1 - momentum) * mean + momentum * batch_mean, (1 - momentum) * var + momentum * batch_var
+
+
+def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
+    """Philox4x32 (Salmon et al. 2011, section 3.3) of counters (n, 4) uint32; returns (n, 4) uint32."""
+    low = np.uint64(0xFFFFFFFF)
+    c = [counter[:, i].astype(np.uint64) for i in range(4)]
+    k0, k1 = (np.uint64(k) for k in key)
+    for _ in range(rounds):
+        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ k0, p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ k1, p0 & low]
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.stack(c, axis=1).astype(np.uint32)
+
+
+def dropout_keep(count: int, p: float, seed: int, offset: int = 0) -> Tensor:
+    """Which of the elements 0 .. count - 1 are kept: 16 bits of Philox each, dropped if below round(p * 2^16)."""
+    blocks = np.arange((count + 7) // 8, dtype=np.uint64)
+    counter = np.stack(
+        [
+            blocks & 0xFFFFFFFF,
+            blocks >> 32,
+            np.full_like(blocks, offset & 0xFFFFFFFF),
+            np.full_like(blocks, offset >> 32),
+        ],
+        axis=1,
+    )
+    words = philox4x32(counter.astype(np.uint32), (seed & 0xFFFFFFFF, seed >> 32))
+    halves = np.stack([words & 0xFFFF, words >> 16], axis=2).reshape(-1)[:count]
+    return torch.from_numpy(halves >= dropout_threshold(p))
+
+
+def dropout_threshold(p: float) -> int:
+    return 0 if p >= 1 else min(65535, round(p * 65536))
+
+
+def dropout(x: Tensor, p: float, seed: int, *, channel_dims: int = 0) -> Tensor:
+    """x * keep / (1 - p), p as it is drawn; one draw an index of the first `channel_dims` dimensions, or an element."""
+    drawn = x.shape[:channel_dims] if channel_dims else x.shape
+    keep = dropout_keep(math.prod(drawn), p, seed).view(list(drawn) + [1] * (x.dim() - len(drawn)))
+    return x * keep * (0.0 if p >= 1 else 65536 / (65536 - dropout_threshold(p)))
