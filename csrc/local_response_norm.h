@@ -1,10 +1,11 @@
-// The contract between local_response_norm.cpp (checks, allocation) and the kernels (cpu/local_response_norm.cpp): plain pointers and
-// sizes.
+// The contract between local_response_norm.cpp (checks, allocation) and the kernels (cpu/local_response_norm.cpp):
+// plain pointers and sizes.
 //
-//   y[i] = x[i] * scale[i]^-beta,   scale[i] = k + a * sum x[j]^2 over the window of i   (Krizhevsky et al. 2012, section 3.3)
+//   y[i] = x[i] * scale[i]^-beta,   scale[i] = k + a * sum x[j]^2 over the window of i   (Krizhevsky et al. 2012,
+//   section 3.3)
 //
-// The window of i is i - before .. i + after, clipped at the edges, along the channels (inter) or along both axes of the plane
-// (intra). Its size is not in the formula: `a` is alpha, divided by the size where the convention says so.
+// The window of i is i - before .. i + after, clipped at the edges, along the channels (inter) or along both axes of
+// the plane (intra). Its size is not in the formula: `a` is alpha, divided by the size where the convention says so.
 //
 //   dx[i] = dy[i] * scale[i]^-beta - 2 * a * beta * x[i] * sum u[j] over the j whose window holds i,
 //   u[j]  = dy[j] * x[j] * scale[j]^(-beta - 1);   those j are i - after .. i + before: the window mirrored

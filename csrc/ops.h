@@ -40,7 +40,7 @@ Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alp
                                    std::string_view region, std::string_view convention);
 
 // -> dx.
-Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta,
-                                    double k, std::string_view region, std::string_view convention);
+Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
+                                    double beta, double k, std::string_view region, std::string_view convention);
 
 }  // namespace fastnorm

@@ -1,15 +1,16 @@
-// Local response normalisation on the CPU. A task takes its share of the tensor tile by tile; a tile goes through buffers of the
-// arithmetic's type that stay in the first two levels of cache:
+// Local response normalisation on the CPU. A task takes its share of the tensor tile by tile; a tile goes through
+// buffers of the arithmetic's type that stay in the first two levels of cache:
 //
 //   squares   x^2 with zeros around it, as far as the windows reach
-//   sums      of the squares over the window, one axis after the other, each as sums of the flat buffer shifted against itself
-//   y         from x and the sums, straight to memory
+//   sums      of the squares over the window, one axis after the other, each as sums of the flat buffer shifted against
+//   itself y         from x and the sums, straight to memory
 //
 // Backward puts u = dy * x * scale^(-beta - 1) between zeros likewise and sums it over the mirrored window.
 //
-// What differs between the four cases (inter and intra, contiguous and channels_last) is only how a tile's runs of contiguous
-// elements lie in memory and in the buffer: see plan(). Every window is summed afresh, in an order that depends on its size alone: a
-// running sum that adds what enters and subtracts what leaves would keep the rounding error of every large value it has seen.
+// What differs between the four cases (inter and intra, contiguous and channels_last) is only how a tile's runs of
+// contiguous elements lie in memory and in the buffer: see plan(). Every window is summed afresh, in an order that
+// depends on its size alone: a running sum that adds what enters and subtracts what leaves would keep the rounding
+// error of every large value it has seen.
 #include "../local_response_norm.h"
 
 #include <algorithm>
@@ -33,13 +34,16 @@ void visit_power(double beta, const F& f) {
   return f(std::integral_constant<Power, Power::kAny>{});
 }
 
-// 1 / sqrt(s) to 11 bits or more; anything for s that is not a normal positive number.
+// 1 / sqrt(s) to 13 bits or more; anything for s that is not a normal positive number.
 template <typename Vec>
 Vec rough_rsqrt(Vec s) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<Vec, at::vec::Vectorized<float>>) return _mm512_rsqrt14_ps(s);
 #elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<Vec, at::vec::Vectorized<float>>) return _mm256_rsqrt_ps(s);
+  if constexpr (std::is_same_v<Vec, at::vec::Vectorized<float>>) {
+    const Vec r = _mm256_rsqrt_ps(s);  // 11 bits, doubled by a Newton step
+    return r * at::vec::fmadd(s * r, r * Vec(-0.5), Vec(1.5));
+  }
 #endif
   return s.sqrt().reciprocal();
 }
@@ -49,12 +53,13 @@ struct Powers {
   Vec power, inverse;  // s^-beta, 1 / s
 };
 
-// s^-1/2 or s^-3/4, and 1 / s if wanted. Square roots and divisions take ten cycles each where everything else takes one, so the
-// roots come from rough ones r = s^-1/2 (1 + ..) and q = r^1/2 (1 + ..), whose errors are computed, to twice the precision
-// if kExact, and taken out by the binomial series. What remains is the rounding of the last step, as in torch's pow.
+// s^-1/2 or s^-3/4, and 1 / s if wanted. Square roots and divisions take ten cycles each where everything else takes
+// one, so the roots come from rough ones r = s^-1/2 (1 + ..) and q = r^1/2 (1 + ..), whose errors are computed, if
+// kExact to twice the precision, and taken out to first order: the second is below 2^-26. What remains is the rounding
+// of the last step, as in torch's pow.
 //
-// Scalar math: s r^2 = 1 + h,  q^2 = r (1 + d),  s^-1/2 = r (1 + h)^-1/2,  s^-3/4 = r q (1 + h)^-3/4 (1 + d)^-1/2,
-//              1 / s = r^2 / (1 + h)
+// Scalar math: s r^2 = 1 + h,  q^2 = r (1 + d),  s^-1/2 = r (1 - h/2),  s^-3/4 = r q (1 - 3/4 h - d/2),  1 / s = r^2 (1
+// - h)
 template <Power kPower, bool kExact, bool kInverse, typename Vec>
 Powers<Vec> refined_powers(Vec s) {
   using at::vec::fmadd;
@@ -63,13 +68,12 @@ Powers<Vec> refined_powers(Vec s) {
   Vec h = fmsub(t, r, one);
   if constexpr (kExact) h = fmadd(fmsub(s, r, t), r, h);
   Powers<Vec> result;
-  if constexpr (kInverse) result.inverse = r * r * fmadd(h, h - one, one);
+  if constexpr (kInverse) result.inverse = r * r * (one - h);
   if constexpr (kPower == Power::kHalf) {
-    result.power = fmadd(r * h, fmadd(h, Vec(3. / 8), Vec(-1. / 2)), r);
+    result.power = fmadd(r * h, Vec(-1. / 2), r);
   } else {
     const Vec g = rough_rsqrt(r), q = r * g, d = fmsub(q, q, r) * g * g;
-    const Vec from_h = h * fmadd(h, Vec(21. / 32), Vec(-3. / 4)), from_d = d * fmadd(d, Vec(3. / 8), Vec(-1. / 2));
-    const Vec rq = r * q, correction = fmadd(from_h, from_d, from_h) + from_d;
+    const Vec rq = r * q, correction = fmadd(h, Vec(-3. / 4), d * Vec(-1. / 2));
     if constexpr (kExact) {
       result.power = fmadd(rq, correction, fmsub(r, q, rq)) + rq;
     } else {
@@ -84,7 +88,8 @@ Powers<Vec> refined_powers(Vec s) {
   return result;
 }
 
-// How scale^-beta is computed for an element type; what is exact enough to be rounded to 16 bits needs no second precision.
+// How scale^-beta is computed for an element type; what is exact enough to be rounded to 16 bits needs no second
+// precision.
 template <Power kPower, typename T>
 struct Raise {
   using Vec = typename Pack<T>::Vec;
@@ -130,8 +135,9 @@ void sum_shifted(const acc_t* from, acc_t* to, int64_t n, int64_t shift) {
 
 constexpr int64_t kMostTerms = 8;  // up to here one sweep over all terms is less work than doubling
 
-// The same for `count` >= 2 terms. `from`, `to` and `spare` hold n + (count - 1) * shift elements; `from` is not written unless
-// it is `to`. Many terms: windows of 1, 2, 4 ... elements in `spare`, those that make up `count` joined in `to`.
+// The same for `count` >= 2 terms. `from`, `to` and `spare` hold n + (count - 1) * shift elements; `from` is not
+// written unless it is `to`. Many terms: windows of 1, 2, 4 ... elements in `spare`, those that make up `count` joined
+// in `to`.
 template <typename acc_t>
 void sum_windows(const acc_t* from, acc_t* to, acc_t* spare, int64_t n, int64_t shift, int64_t count) {
   switch (count) {
@@ -165,7 +171,8 @@ void sum_windows(const acc_t* from, acc_t* to, acc_t* spare, int64_t n, int64_t 
 
 // ---- tiles
 
-// A window along one axis, clipped to what can matter; `shift` elements of the buffer from one of its elements to the next.
+// A window along one axis, clipped to what can matter; `shift` elements of the buffer from one of its elements to the
+// next.
 struct Window {
   int64_t before = 0, after = 0, shift = 0;
 
@@ -173,8 +180,9 @@ struct Window {
   int64_t reach() const { return (count() - 1) * shift; }
 };
 
-// The tensor as `slices` that no window crosses, a slice as strips of `width` elements out of `extent`, a strip as `rows` of `runs` of
-// contiguous elements, a tile as `chunk` rows of a strip. Strides are those of memory, pitches those of the buffer.
+// The tensor as `slices` that no window crosses, a slice as strips of `width` elements out of `extent`, a strip as
+// `rows` of `runs` of contiguous elements, a tile as `chunk` rows of a strip. Strides are those of memory, pitches
+// those of the buffer.
 struct Plan {
   int64_t slices, slice_stride;
   int64_t extent, width;
@@ -190,7 +198,7 @@ struct Plan {
   bool is_one_run() const { return runs == 1 && row_stride == width && row_pitch == width; }
 };
 
-constexpr int64_t kTile = 1 << 12;         // elements of a buffer where the tile is free to choose: 16 KiB of float32
+constexpr int64_t kTile = 1 << 13;         // elements of a buffer where the tile is free to choose: 32 KiB of float32
 constexpr int64_t kLargestTile = 1 << 16;  // where it is not, elements before a tile is cut across the window
 constexpr int64_t kNarrowest = 32;         // elements of a strip, at least: two lines of float32
 constexpr int64_t kTaskElements = 1 << 15;
@@ -246,15 +254,32 @@ struct Tile {
   int64_t offset;      // of its strip's first element in memory
   int64_t begin, end;  // rows
   int64_t length;      // of a run
+  int64_t next;        // from an element to the one at its place in the next tile
 };
 
 Tile tile_of(const Plan& p, int64_t i) {
-  const int64_t chunk = i % p.chunks(), strip = i / p.chunks() % p.strips(), slice = i / p.chunks() / p.strips();
-  return {slice * p.slice_stride + strip * p.width, chunk * p.chunk, std::min(p.rows, (chunk + 1) * p.chunk),
-          std::min(p.width, p.extent - strip * p.width)};
+  struct Place {
+    int64_t offset, row, strip;
+  };
+  const auto place = [&](int64_t j) {
+    const int64_t strip = j / p.chunks() % p.strips(), slice = j / p.chunks() / p.strips();
+    return Place{slice * p.slice_stride + strip * p.width, j % p.chunks() * p.chunk, strip};
+  };
+  const Place here = place(i), next = place(std::min(i + 1, p.tiles() - 1));
+  return {here.offset, here.row, std::min(p.rows, here.row + p.chunk),
+          std::min(p.width, p.extent - here.strip * p.width),
+          next.offset - here.offset + (next.row - here.row) * p.row_stride};
 }
 
-// Calls f(offset in memory, offset in a buffer whose first row is `first`, length) for every run of the rows begin .. end.
+// Tiles are read in bursts, between which the memory would idle: each line is asked for while the tile before is worked
+// on, and each line to be written while its tile is.
+template <typename T>
+void prefetch(const T* p, int64_t i) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + i * static_cast<int64_t>(sizeof(T)));
+}
+
+// Calls f(offset in memory, offset in a buffer whose first row is `first`, length) for every run of the rows begin ..
+// end.
 template <typename F>
 void for_runs(const Plan& p, const Tile& tile, int64_t begin, int64_t end, int64_t first, const F& f) {
   if (p.is_one_run()) {
@@ -262,11 +287,13 @@ void for_runs(const Plan& p, const Tile& tile, int64_t begin, int64_t end, int64
   }
   for (int64_t row = begin; row < end; ++row)
     for (int64_t run = 0; run < p.runs; ++run)
-      f(tile.offset + row * p.row_stride + run * p.run_stride, (row - first) * p.row_pitch + run * p.run_pitch, tile.length);
+      f(tile.offset + row * p.row_stride + run * p.run_stride, (row - first) * p.row_pitch + run * p.run_pitch,
+        tile.length);
 }
 
-// Fills a buffer's rows begin .. end, which may lie outside of the tensor and are zero there. f writes a run, whole packs with zeros
-// from its end on: these land between the rows, where zeros belong, or where a later run or row is going to be written.
+// Fills a buffer's rows begin .. end, which may lie outside of the tensor and are zero there. f writes a run, whole
+// packs with zeros from its end on: these land between the rows, where zeros belong, or where a later run or row is
+// going to be written.
 template <typename acc_t, typename F>
 void fill_rows(const Plan& p, const Tile& tile, int64_t begin, int64_t end, acc_t* buffer, const F& f) {
   const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, p.rows);
@@ -303,7 +330,8 @@ struct Kernel {
   const bool stream;
   const P a{static_cast<acc_t>(setting.a)}, k{static_cast<acc_t>(setting.k)};
 
-  // Sums over the windows of `rows` rows; the one of an element begins where the element would be without zeros before it.
+  // Sums over the windows of `rows` rows; the one of an element begins where the element would be without zeros before
+  // it.
   const acc_t* sums(const acc_t* from, acc_t* to, acc_t* spare, int64_t rows) const {
     const int64_t n = rows * p.row_pitch;
     if (p.outer.count() > 1) {
@@ -336,6 +364,7 @@ struct Kernel {
     fill_rows(p, tile, begin, end, to, [&](int64_t offset, int64_t at, int64_t length) {
       for_packs<T>(length, [&](int64_t i, auto count, int) {
         const P v = P::load(x + offset + i, count);
+        if (!dy && !stream) prefetch(out, offset + i);
         (v * v).store_acc(to + margin + at + i);
       });
     });
@@ -350,6 +379,7 @@ struct Kernel {
     for_runs(p, tile, tile.begin, tile.end, tile.begin, [&](int64_t offset, int64_t at, int64_t length) {
       put_run(offset, length, [&](int64_t i, auto count) {
         const P scale = fmadd(P::load_acc(sum + at + i), a, k);
+        prefetch(x, offset + i + tile.next);
         return map<T>([&](Vec v, Vec s) { return raise.divide(v, s); }, P::load(x + offset + i, count), scale);
       });
     });
@@ -366,12 +396,15 @@ struct Kernel {
     squares(tile, first, end + p.outer.after, square);
     const acc_t* sum = sums(square, buffer[2], spare, end - begin);
 
-    // g takes the place of the squares, whose sums are done.
-    acc_t* g = square + (begin - first) * p.row_pitch + p.inner.before * p.inner.shift;
+    // g takes the place of the squares, whose sums are done, unless they are their own sums (size 1).
+    acc_t* g = (sum == square ? buffer[2] : square) + (begin - first) * p.row_pitch + p.inner.before * p.inner.shift;
     const int64_t margin = p.inner.after * p.inner.shift;
     fill_rows(p, tile, begin, end, u, [&](int64_t offset, int64_t at, int64_t length) {
       for_packs<T>(length, [&](int64_t i, auto count, int) {
         const P v = P::load(x + offset + i, count), d = P::load(dy + offset + i, count);
+        if (!stream) prefetch(out, offset + i);
+        prefetch(x, offset + i + tile.next);
+        prefetch(dy, offset + i + tile.next);
         const P scale = fmadd(P::load_acc(sum + at + i), a, k);
         P g_i, u_i;
         for (int j = 0; j < P::kVecs; ++j) {
@@ -396,8 +429,10 @@ struct Kernel {
 
   template <typename F>
   void for_tiles(int64_t rows, int64_t buffers, const F& f) const {
-    const bool doubles = std::max(p.outer.count(), p.inner.count()) > kMostTerms;  // the last buffer is for sum_windows then
-    const int64_t tiles = p.tiles(), per_task = std::max<int64_t>(1, kTaskElements * tiles / std::max<int64_t>(1, numel));
+    const bool doubles =
+        std::max(p.outer.count(), p.inner.count()) > kMostTerms;  // the last buffer is for sum_windows then
+    const int64_t tiles = p.tiles(),
+                  per_task = std::max<int64_t>(1, kTaskElements * tiles / std::max<int64_t>(1, numel));
     parallel_for((tiles + per_task - 1) / per_task, numel, [&](int64_t task) {
       const Buffers<acc_t> buffer(p, rows, buffers + doubles);
       for (int64_t i = task * per_task; i < std::min(tiles, (task + 1) * per_task); ++i) f(tile_of(p, i), buffer);
