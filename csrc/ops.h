@@ -56,5 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gra
                                                                at::IntArrayRef normalized_shape,
                                                                std::optional<std::string_view> activation,
                                                                bool subtract_mean, std::array<bool, 4> wanted);
+// -> y. `region` "inter" or "intra", `convention` "torch" or "paper".
+Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alpha, double beta, double k,
+                                   std::string_view region, std::string_view convention);
+
+// -> dx.
+Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
+                                    double beta, double k, std::string_view region, std::string_view convention);
 
 }  // namespace fastnorm

@@ -8,6 +8,7 @@ from fastnorm.fallback import FallbackWarning, set_fallback
 from fastnorm.mc_dropout import MCPrediction, mc_dropout, mc_predict
 from fastnorm.layer_norm import LayerNorm
 from fastnorm.rms_norm import RMSNorm
+from fastnorm.local_response_norm import LocalResponseNorm
 from fastnorm.version import __version__
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MCPrediction",
     "LayerNorm",
     "RMSNorm",
+    "LocalResponseNorm",
     "__version__",
     "autograd",
     "build_info",

@@ -8,3 +8,7 @@ from fastnorm.dropout import DropoutFunction
 from fastnorm.layer_norm import LayerNormFunction
 
 __all__ = ["BatchNormFunction", "DropoutFunction", "LayerNormFunction"]
+from fastnorm.dropout import DropoutFunction
+from fastnorm.local_response_norm import LocalResponseNormFunction
+
+__all__ = ["BatchNormFunction", "DropoutFunction", "LocalResponseNormFunction"]

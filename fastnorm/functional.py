@@ -26,3 +26,7 @@ from fastnorm.layer_norm import layer_norm
 from fastnorm.rms_norm import rms_norm
 
 __all__ = ["batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "layer_norm", "rms_norm"]
+from fastnorm.dropout import dropout, dropout1d, dropout2d, dropout3d
+from fastnorm.local_response_norm import local_response_norm
+
+__all__ = ["batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "local_response_norm"]
