@@ -2,6 +2,7 @@
 
 from fastnorm import autograd, functional
 from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastnorm.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from fastnorm.build import build_info
 from fastnorm.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from fastnorm.fallback import FallbackWarning, set_fallback
@@ -11,6 +12,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "Dropout",
     "Dropout1d",
     "Dropout2d",

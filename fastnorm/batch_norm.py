@@ -18,7 +18,8 @@ class BatchNormFunction(torch.autograd.Function):
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), see :func:`batch_norm`.
 
     Kept for backward: x, weight, bias, two numbers a channel; with a residual and relu or leaky_relu one bit an
-    element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x.
+    element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x. With
+    ``renorm``, the limits (r_max, d_max), it is :func:`batch_renorm` and keeps two numbers a channel more.
     """
 
     @staticmethod
@@ -36,13 +37,14 @@ class BatchNormFunction(torch.autograd.Function):
         eps: float,
         activation: str | None,
         skip_nonfinite_stats: bool,
+        renorm: tuple[float, float] | None,
     ) -> Tensor:
-        y, mean, rstd, mask = _C.batch_norm_forward(
+        y, mean, rstd, mask, correction = _C.batch_norm_forward(
             input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-            training, momentum, eps, activation, skip_nonfinite_stats, True,
+            training, momentum, eps, activation, skip_nonfinite_stats, renorm, True,
         )  # fmt: skip
         kept_residual = residual if activation in ("silu", "gelu") else None
-        ctx.save_for_backward(input, weight, bias, kept_residual, mask, mean, rstd)
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, mean, rstd, correction)
         ctx.setting = training, eps, activation
         return y
 
@@ -50,7 +52,7 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:4])
         gradient = _gradient if not torch.is_grad_enabled() else BatchNormBackwardFunction.apply
-        return *gradient(dy, *ctx.saved_tensors, ctx.setting, wanted), *[None] * 8
+        return *gradient(dy, *ctx.saved_tensors, ctx.setting, wanted), *[None] * 9
 
 
 class BatchNormBackwardFunction(torch.autograd.Function):
@@ -68,7 +70,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
+        dy, input, weight, bias, residual, mask, mean, rstd, correction = ctx.saved_tensors
         training, eps, activation = ctx.setting
         slopes = None if mask is None else _C.batch_norm_mask_slopes(input, mask, activation)
         # Where the residual was not kept, its value does not matter: what follows is linear in it.
@@ -77,17 +79,22 @@ class BatchNormBackwardFunction(torch.autograd.Function):
             residual = torch.zeros_like(input).requires_grad_()
 
         def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            z = _composite(input, weight, bias, None if training else (mean, rstd), eps)
+            z = _composite(input, weight, bias, None if training else (mean, rstd), eps, correction)
             if slopes is None:
                 return add_and_activate(z, residual, activation)
             return (z if residual is None else z + residual) * slopes
 
         ddy, dx, dweight, dbias, dresidual = double_backward(forward, [input, weight, bias, residual], dy, grad_grads)
-        return ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None, None
+        return ddy, dx, dweight, dbias, None if stand_in else dresidual, *[None] * 6
 
 
 def _composite(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: tuple[Tensor, Tensor] | None, eps: float
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+    correction: Tensor | None,
 ) -> Tensor:
     """Batch normalisation in elementary ops, differentiable any number of times.
 
@@ -103,6 +110,9 @@ def _composite(
         mean, rstd = (s.to(x.dtype).view(shape) for s in statistics)
         centred = x - mean
     z = centred * rstd
+    if correction is not None:
+        r, d = (c.view(shape) for c in correction.to(x.dtype))
+        z = z * r + d
     z = z if weight is None else z * weight.view(shape)
     z = z if bias is None else z + bias.view(shape)
     return z.to(input.dtype)
@@ -117,12 +127,13 @@ def _gradient(
     mask: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    correction: Tensor | None,
     setting: tuple[bool, float, str | None],
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
     training, _, activation = setting
     return _C.batch_norm_backward(
-        dy, input, weight, bias, residual, mask, mean, rstd, training, activation, wanted
+        dy, input, weight, bias, residual, mask, mean, rstd, training, activation, wanted, correction
     )  # fmt: skip
 
 
@@ -174,11 +185,18 @@ def batch_norm(
         >>> y.shape
         torch.Size([8, 4, 5, 5])
     """
-    args = (
+    return batch_norm_or_renorm(
         input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-        training, momentum, eps, activation, skip_nonfinite_stats,
+        training, momentum, eps, activation, skip_nonfinite_stats, None,
     )  # fmt: skip
-    reason = uncovered_transform("batch_norm")
+
+
+def batch_norm_or_renorm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *settings: Any
+) -> Tensor:
+    """Takes :class:`BatchNormFunction`'s arguments to it, past it where no gradient is due, or to torch's op."""
+    args = (input, weight, bias, residual, *settings)
+    reason = uncovered_transform("batch_norm" if settings[-1] is None else "batch_renorm")
     if reason is None:
         try:
             if torch.is_grad_enabled() and (
@@ -207,8 +225,11 @@ def _torch_batch_norm(
     eps: float,
     activation: str | None,
     skip_nonfinite_stats: bool,
+    renorm: tuple[float, float] | None,
 ) -> Tensor:
-    check_activation("batch_norm", activation)
+    check_activation("batch_norm" if renorm is None else "batch_renorm", activation)
+    if training and renorm is not None:
+        weight, bias = _renormalized(input, weight, bias, running_mean, running_var, eps, *renorm)
     statistics = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
     before = [t.clone() for t in statistics] if training and skip_nonfinite_stats else []
     if training and num_batches_tracked is not None:
@@ -221,6 +242,31 @@ def _torch_batch_norm(
         for t, old in zip(statistics, before, strict=True):
             t.copy_(torch.where(finite, t, old))
     return add_and_activate(z, residual, activation)
+
+
+def _renormalized(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    r_max: float,
+    d_max: float,
+) -> tuple[Tensor, Tensor]:
+    """The weight * r and bias + weight * d that make batch normalisation batch renormalisation."""
+    if running_mean is None or running_var is None:
+        raise RuntimeError("batch_renorm: running_mean and running_var must be given, for r and d come from them")
+    with torch.no_grad():
+        x = input if input.dtype == torch.float64 else input.float()
+        var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        sigma = (running_var.to(x.dtype) + eps).sqrt()
+        r = ((var + eps).sqrt() / sigma).clamp(1 / r_max, r_max)
+        d = ((mean - running_mean) / sigma).clamp(-d_max, d_max)
+    like = input if weight is None else weight
+    r, d = r.to(like.dtype), d.to(like.dtype)
+    scale, shift = (r, d) if weight is None else (weight * r, weight * d)
+    return scale, shift if bias is None else bias + shift
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
