@@ -89,18 +89,19 @@ struct DropoutKernel {
 
   // The bits of channels c .. c + 7 at positions s0 .. s0 + rows - 1: a byte for each position, `row_bytes` apart.
   void channel_bits(int64_t n, int64_t c, int64_t s0, int64_t rows, uint8_t* out, int64_t row_bytes) const {
-    uint64_t block[8];
+    uint64_t first[8];
     int phase[8];  // where in its block a channel's position s0 is
     bool aligned = true;
     for (int j = 0; j < 8; ++j) {
       const int64_t index = (n * C + c + j) * S + s0;
-      block[j] = static_cast<uint64_t>(index / kElementsPerPhilox);
+      first[j] = static_cast<uint64_t>(index / kElementsPerPhilox);
       phase[j] = static_cast<int>(index % kElementsPerPhilox);
       aligned = aligned && phase[j] == 0;
     }
+    EightBlocks block = EightBlocks::load(first);
     uint64_t here = keep.of_blocks(block);
     for (int64_t r = 0; r < rows; r += 8) {
-      for (auto& b : block) ++b;
+      block.advance();
       uint64_t next = 0, bits = here;
       if (r + 8 < rows || !aligned) next = keep.of_blocks(block);
       if (!aligned) {
