@@ -36,4 +36,20 @@ Tensor dropout_state(const std::optional<at::Generator>& generator);
 // element.
 Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
+// -> weight / sigma, u and v (in the arithmetic's type) and sigma for backward. With iterations > 0, u and v are
+// updated.
+std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& weight, const Tensor& u, const Tensor& v,
+                                                                 int64_t iterations, int64_t dim, double eps);
+
+// -> dweight; u, v and sigma are what forward returned.
+Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& u, const Tensor& v,
+                              const Tensor& sigma, int64_t dim);
+
+// -> v * (g / norm), norm. `dim` -1: the norm of the whole of v.
+std::tuple<Tensor, Tensor> weight_norm_forward(const Tensor& v, const Tensor& g, int64_t dim);
+
+// -> dv, dg, each undefined where `wanted` says so.
+std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad_output, const Tensor& v, const Tensor& g,
+                                                const Tensor& norm, int64_t dim, std::array<bool, 2> wanted);
+
 }  // namespace fastnorm

@@ -1,6 +1,6 @@
 """Fused normalisation and dropout kernels for PyTorch: the same modules and numbers, faster, less kept for backward."""
 
-from fastnorm import autograd, functional
+from fastnorm import autograd, functional, parametrizations
 from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from fastnorm.build import build_info
@@ -24,5 +24,6 @@ __all__ = [
     "autograd",
     "build_info",
     "functional",
+    "parametrizations",
     "set_fallback",
 ]

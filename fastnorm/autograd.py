@@ -2,5 +2,6 @@
 
 from fastnorm.batch_norm import BatchNormFunction
 from fastnorm.dropout import DropoutFunction
+from fastnorm.parametrizations import SpectralNormFunction, WeightNormFunction
 
-__all__ = ["BatchNormFunction", "DropoutFunction"]
+__all__ = ["BatchNormFunction", "DropoutFunction", "SpectralNormFunction", "WeightNormFunction"]
