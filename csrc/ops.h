@@ -45,11 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& w
 Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& u, const Tensor& v,
                               const Tensor& sigma, int64_t dim);
 
-// -> v * (g / norm), norm. `dim` -1: the norm of the whole of v.
-std::tuple<Tensor, Tensor> weight_norm_forward(const Tensor& v, const Tensor& g, int64_t dim);
-
-// -> dv, dg, each undefined where `wanted` says so.
-std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad_output, const Tensor& v, const Tensor& g,
-                                                const Tensor& norm, int64_t dim, std::array<bool, 2> wanted);
+// -> v * (g / norm), differentiable as it is. `dim` -1: the norm of the whole of v.
+Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim);
 
 }  // namespace fastnorm

@@ -2,6 +2,6 @@
 
 from fastnorm.batch_norm import BatchNormFunction
 from fastnorm.dropout import DropoutFunction
-from fastnorm.parametrizations import SpectralNormFunction, WeightNormFunction
+from fastnorm.parametrizations import SpectralNormFunction
 
-__all__ = ["BatchNormFunction", "DropoutFunction", "SpectralNormFunction", "WeightNormFunction"]
+__all__ = ["BatchNormFunction", "DropoutFunction", "SpectralNormFunction"]

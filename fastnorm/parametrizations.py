@@ -19,56 +19,6 @@ __all__ = ["spectral_norm", "weight_norm"]
 # ---- weight_norm
 
 
-class WeightNormFunction(torch.autograd.Function):
-    """w = v * (g / norm), the norm over all dimensions of v but ``dim``, see :func:`weight_norm`.
-
-    Kept for backward: v, g and the norms.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, dim: int) -> Tensor:
-        w, norm = _C.weight_norm_forward(v, g, dim)
-        ctx.save_for_backward(g, v, norm)
-        ctx.dim = dim
-        return w
-
-    @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:2]
-        gradient = _weight_norm_gradient if not torch.is_grad_enabled() else WeightNormBackwardFunction.apply
-        return *gradient(dw, *ctx.saved_tensors, ctx.dim, wanted), None
-
-
-class WeightNormBackwardFunction(torch.autograd.Function):
-    """The gradients of :class:`WeightNormFunction` as a function that can itself be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, dw: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        g, v, _, ctx.dim, _ = args
-        ctx.save_for_backward(dw, g, v)
-        ctx.set_materialize_grads(False)
-        return _weight_norm_gradient(dw, *args)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dw, g, v = ctx.saved_tensors
-
-        def forward(g: Tensor, v: Tensor) -> Tensor:
-            x = v if v.dtype == torch.float64 else v.float()
-            dims = [d for d in range(v.dim()) if ctx.dim == -1 or d != ctx.dim % v.dim()]
-            norm = x.square().sum(dims, keepdim=True).sqrt()
-            return (x * (g.to(x.dtype).view_as(norm) / norm)).to(v.dtype)
-
-        return *double_backward(forward, [g, v], dw, grad_grads), None, None, None
-
-
-def _weight_norm_gradient(
-    dw: Tensor, g: Tensor, v: Tensor, norm: Tensor, dim: int, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    dv, dg = _C.weight_norm_backward(dw, v, g, norm, dim, (wanted[1], wanted[0]))
-    return dg, dv
-
-
 class _WeightNorm(torch_parametrizations._WeightNorm):
     """torch's parametrization, with the kernel in its forward."""
 
@@ -76,9 +26,7 @@ class _WeightNorm(torch_parametrizations._WeightNorm):
         reason = uncovered_transform("weight_norm")
         if reason is None:
             try:
-                if torch.is_grad_enabled() and (weight_g.requires_grad or weight_v.requires_grad):
-                    return WeightNormFunction.apply(weight_g, weight_v, self.dim)
-                return _C.weight_norm_forward(weight_v, weight_g, self.dim)[0]
+                return _C.weight_norm(weight_v, weight_g, self.dim)
             except NotImplementedError as uncovered:
                 reason = str(uncovered)
         return call_torch(reason, super().forward, weight_g, weight_v)
