@@ -24,7 +24,7 @@ static void check_channels(const char* op, const Tensor& input) {
               " with shape ", input.sizes());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
+std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
@@ -55,12 +55,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   }
   TORCH_CHECK_VALUE(momentum || !training || !is_given(running_mean) || is_given(num_batches_tracked), op,
                     ": momentum=None (cumulative average) needs num_batches_tracked");
+  const auto [r_max, d_max] = renorm.value_or(std::array<double, 2>{1, 0});
   if (renorm) {
     TORCH_CHECK(is_given(running_mean), op, ": running_mean and running_var must be given, for r and d come from them");
-    const auto [r_max, d_max] = *renorm;
     TORCH_CHECK_VALUE(r_max >= 1, op, ": r_max must be at least 1, got ", r_max);
     TORCH_CHECK_VALUE(d_max >= 0, op, ": d_max must be at least 0, got ", d_max);
   }
+  const bool corrects = training && (r_max > 1 || d_max > 0);  // else it is batch_norm, bit for bit
   const Activation act = activation_of(op, activation);
 
   const Shape shape = shape_of(input);
@@ -70,13 +71,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);
   const auto per_channel = input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
-  const Tensor mean = at::empty({shape.C}, per_channel), rstd = at::empty({shape.C}, per_channel);
-  Tensor mask, correction;
+  const Tensor statistics = at::empty({corrects ? 4 : 2, shape.C}, per_channel);
+  Tensor mask;
   if (input.numel() == 0) {
-    // As torch does: nothing to learn from, nothing to count.
-    mean.zero_();
-    rstd.fill_(1);
-    return {y, mean, rstd, mask, correction};
+    // As torch does: a batch that is counted but teaches nothing.
+    statistics.zero_();
+    if (training && is_given(num_batches_tracked)) ++*num_batches_tracked->mutable_data_ptr<int64_t>();
+    return {y, statistics, mask};
   }
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
     const MaskRows rows = mask_rows(shape);
@@ -110,16 +111,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   args.num_batches_tracked =
       training && is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
   args.y = y.mutable_data_ptr();
-  args.mean = mean.mutable_data_ptr<double>();
-  args.rstd = rstd.mutable_data_ptr<double>();
-  // r = 1 and d = 0 are plain batch normalisation, bit for bit.
-  if (renorm && training && ((*renorm)[0] > 1 || (*renorm)[1] > 0)) {
-    correction = at::empty({2, shape.C}, per_channel);
-    args.r = correction.mutable_data_ptr<double>();
-    args.d = args.r + shape.C;
-    args.r_max = (*renorm)[0];
-    args.d_max = (*renorm)[1];
-  }
+  args.mean = statistics.mutable_data_ptr<double>();
+  args.rstd = args.mean + shape.C;
+  args.r = corrects ? args.rstd + shape.C : nullptr;
+  args.d = corrects ? args.r + shape.C : nullptr;
+  args.r_max = r_max;
+  args.d_max = d_max;
   args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   cpu::batch_norm_forward(args);
 
@@ -127,14 +124,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     for (const OptionalTensor* t : {&running_mean, &running_var, &num_batches_tracked})
       if (is_given(*t) && !(*t)->is_inference()) (*t)->unsafeGetTensorImpl()->bump_version();
   }
-  return {y, mean, rstd, mask, correction};
+  return {y, statistics, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd, bool training,
-    std::optional<std::string_view> activation, std::array<bool, 4> wanted, const OptionalTensor& correction) {
-  const char* op = is_given(correction) ? kRenorm : kOp;
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
+  const bool corrected = statistics.dim() == 2 && statistics.size(0) == 4;
+  const char* op = corrected ? kRenorm : kOp;
   check_supported(op, input);
   check_channels(op, input);
   check_like_input(op, "grad_output", grad_output, input);
@@ -143,12 +141,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   check_like_input(op, "residual", residual, input);
   const Activation act = activation_of(op, activation);
   const Shape shape = shape_of(input);
-  TORCH_CHECK(mean.scalar_type() == at::kDouble && rstd.scalar_type() == at::kDouble && mean.numel() == shape.C &&
-                  rstd.numel() == shape.C && mean.is_contiguous() && rstd.is_contiguous(),
-              op, ": mean and rstd must be what batch_norm_forward returned");
-  TORCH_CHECK(!is_given(correction) || (correction->scalar_type() == at::kDouble && correction->is_contiguous() &&
-                                        correction->numel() == 2 * shape.C),
-              op, ": correction must be what batch_norm_forward returned");
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == (corrected ? 4 : 2) * shape.C &&
+                  statistics.is_contiguous(),
+              op, ": statistics must be what batch_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows rows = mask_rows(shape);
     TORCH_CHECK(
@@ -180,10 +175,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   args.residual = data_or_null(r);
   args.weight = data_or_null(w);
   args.bias = data_or_null(b);
-  args.mean = mean.const_data_ptr<double>();
-  args.rstd = rstd.const_data_ptr<double>();
-  args.r = is_given(correction) ? correction->const_data_ptr<double>() : nullptr;
-  args.d = args.r ? args.r + shape.C : nullptr;
+  args.mean = statistics.const_data_ptr<double>();
+  args.rstd = args.mean + shape.C;
+  args.r = corrected ? args.rstd + shape.C : nullptr;
+  args.d = corrected ? args.r + shape.C : nullptr;
   args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
   args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;

@@ -10,10 +10,10 @@
 
 namespace fastnorm {
 
-// -> y, mean, rstd, mask, correction. `momentum` None: cumulative average. `renorm`: r_max and d_max of batch
-// renormalisation, whose r and d in training are the correction, undefined otherwise. `keep_mask`: return what backward
-// needs of the activation if that is one bit an element (batch_norm.h), else an undefined tensor.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
+// -> y, statistics (float64 [2, C]: mean and rstd), mask. `momentum` None: cumulative average. `renorm`: r_max and
+// d_max of batch renormalisation, whose statistics are [4, C] in training, r and d after mean and rstd. `keep_mask`:
+// return what backward needs of the activation if that is one bit an element (batch_norm.h), else an undefined tensor.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
@@ -22,8 +22,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd, bool training,
-    std::optional<std::string_view> activation, std::array<bool, 4> wanted, const OptionalTensor& correction);
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
 // -> the derivative of a piecewise linear activation at every element, in input's type, from the mask of
 // batch_norm_forward.

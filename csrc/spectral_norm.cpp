@@ -34,12 +34,11 @@ static at::ScalarType arithmetic_type(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Whether dimension 0 counts the rows and these lie densely one after another, their elements in another order than
-// the logical one: a weight in channels_last. The vector v is then permuted instead of the weight.
-static bool has_permuted_rows(const Tensor& weight, int64_t dim) {
-  return dim == 0 && !weight.is_contiguous() && weight.is_non_overlapping_and_dense() && weight.size(0) > 1 &&
-         weight.stride(0) * weight.size(0) == weight.numel();
-}
+static Tensor dense(const Tensor& t) { return is_dense(t) ? t : t.contiguous(); }
+
+// A channels_last weight whose rows are its dimension 0: it is a matrix as it lies, but for the order of the columns.
+// The vector v is then permuted, not the weight.
+static bool has_permuted_rows(const Tensor& weight, int64_t dim) { return dim == 0 && !weight.is_contiguous(); }
 
 // A row's elements from the logical order to that of the weight in memory, and back.
 static Tensor to_memory_order(const Tensor& v, const Tensor& weight) {
@@ -64,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& w
   const auto kept = weight_.options().dtype(arithmetic_type(weight_));
   const Tensor kept_u = at::empty({h}, kept), kept_v = at::empty({w}, kept);
   const Tensor sigma = at::empty({1}, weight_.options().dtype(at::kDouble));
-  const bool permuted = has_permuted_rows(weight_, dim);
-  const Tensor weight = permuted || weight_.is_contiguous() ? weight_ : weight_.contiguous();
+  const Tensor weight = dense(weight_);
+  const bool permuted = has_permuted_rows(weight, dim);
   const Tensor y = at::empty_like(weight);
   if (weight.numel() == 0) return {y, kept_u.copy_(u), kept_v.copy_(v), sigma.fill_(1)};
   const Tensor matrix = dim == 0 ? weight : weight.movedim(dim, 0).contiguous();
@@ -108,8 +107,9 @@ Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight_, 
   check_vector("v", v, w, arithmetic_type(weight_), weight_);
   TORCH_CHECK(sigma.scalar_type() == at::kDouble && sigma.numel() == 1, kOp,
               ": sigma must be what spectral_norm_forward returned");
-  const bool permuted = has_permuted_rows(weight_, dim);
-  const Tensor weight = permuted || weight_.is_contiguous() ? weight_ : weight_.contiguous();
+  const Tensor as_given = dense(weight_);
+  const bool permuted = has_permuted_rows(as_given, dim);
+  const Tensor weight = permuted ? as_given : as_given.contiguous();
   const Tensor dweight = at::empty_like(weight);
   if (weight.numel() == 0) return dweight;
   const Tensor dy = grad_output.strides() == weight.strides() ? grad_output : at::empty_like(weight).copy_(grad_output);

@@ -45,7 +45,7 @@ static int64_t dim_of(const Tensor& g) {
   return -1;
 }
 
-// Any dense tensor is read as it lies: slice c is the elements (n, c, s) of [N, C, S] in memory.
+// v is dense in either layout. Slice c is the elements (n, c, s) of [N, C, S] in memory.
 static Shape slices_of(const Tensor& v, const Tensor& g) {
   const int64_t dim = dim_of(g);
   if (dim == -1) return {1, 1, v.numel(), Layout::kContiguous};
@@ -53,13 +53,13 @@ static Shape slices_of(const Tensor& v, const Tensor& g) {
   return {v.numel() / (C * S), C, S, Layout::kContiguous};
 }
 
-static Tensor dense(const Tensor& t) { return t.is_non_overlapping_and_dense() ? t : t.contiguous(); }
+static Tensor dense(const Tensor& t) { return is_dense(t) ? t : t.contiguous(); }
 
 // -> w, norm
 static std::tuple<Tensor, Tensor> forward(const Tensor& g_, const Tensor& v_) {
   const Tensor v = dense(v_), g = g_.contiguous();
-  const Tensor w = at::empty_like(v);
   const Tensor norm = at::empty({g.numel()}, v.options().dtype(at::kDouble));
+  const Tensor w = at::empty_like(v);
   if (v.numel() == 0) return {w, norm.zero_()};
 
   WeightNormForward args{};

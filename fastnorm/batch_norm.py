@@ -13,46 +13,38 @@ from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch, uncovered_transform
 
+# running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats, renorm (r_max
+# and d_max of batch_renorm, or None): what no gradient goes to, as one argument, for each argument of an autograd
+# function costs time.
+Setting = tuple[
+    Tensor | None, Tensor | None, Tensor | None,
+    bool, float | None, float, str | None, bool, tuple[float, float] | None,
+]  # fmt: skip
+
 
 class BatchNormFunction(torch.autograd.Function):
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), see :func:`batch_norm`.
 
     Kept for backward: x, weight, bias, two numbers a channel; with a residual and relu or leaky_relu one bit an
-    element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x. With
-    ``renorm``, the limits (r_max, d_max), it is :func:`batch_renorm` and keeps two numbers a channel more.
+    element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x.
+    :func:`batch_renorm` keeps two numbers a channel more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        activation: str | None,
-        skip_nonfinite_stats: bool,
-        renorm: tuple[float, float] | None,
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
     ) -> Tensor:
-        y, mean, rstd, mask, correction = _C.batch_norm_forward(
-            input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-            training, momentum, eps, activation, skip_nonfinite_stats, renorm, True,
-        )  # fmt: skip
+        y, statistics, mask = _C.batch_norm_forward(input, weight, bias, residual, *setting, True)
+        _, _, _, training, _, eps, activation, _, _ = setting
         kept_residual = residual if activation in ("silu", "gelu") else None
-        ctx.save_for_backward(input, weight, bias, kept_residual, mask, mean, rstd, correction)
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
         ctx.setting = training, eps, activation
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:4])
-        gradient = _gradient if not torch.is_grad_enabled() else BatchNormBackwardFunction.apply
-        return *gradient(dy, *ctx.saved_tensors, ctx.setting, wanted), *[None] * 9
+        gradient = BatchNormBackwardFunction.apply if torch.is_grad_enabled() else _gradient
+        return *gradient(dy, *ctx.saved_tensors, ctx.setting, ctx.needs_input_grad[:4]), None
 
 
 class BatchNormBackwardFunction(torch.autograd.Function):
@@ -70,7 +62,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, input, weight, bias, residual, mask, mean, rstd, correction = ctx.saved_tensors
+        dy, input, weight, bias, residual, mask, statistics = ctx.saved_tensors
         training, eps, activation = ctx.setting
         slopes = None if mask is None else _C.batch_norm_mask_slopes(input, mask, activation)
         # Where the residual was not kept, its value does not matter: what follows is linear in it.
@@ -79,22 +71,17 @@ class BatchNormBackwardFunction(torch.autograd.Function):
             residual = torch.zeros_like(input).requires_grad_()
 
         def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            z = _composite(input, weight, bias, None if training else (mean, rstd), eps, correction)
+            z = _composite(input, weight, bias, statistics, training, eps)
             if slopes is None:
                 return add_and_activate(z, residual, activation)
             return (z if residual is None else z + residual) * slopes
 
         ddy, dx, dweight, dbias, dresidual = double_backward(forward, [input, weight, bias, residual], dy, grad_grads)
-        return ddy, dx, dweight, dbias, None if stand_in else dresidual, *[None] * 6
+        return ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None
 
 
 def _composite(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: tuple[Tensor, Tensor] | None,
-    eps: float,
-    correction: Tensor | None,
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, training: bool, eps: float
 ) -> Tensor:
     """Batch normalisation in elementary ops, differentiable any number of times.
 
@@ -102,7 +89,7 @@ def _composite(
     """
     shape = [1, -1] + [1] * (input.dim() - 2)
     x = input if input.dtype == torch.float64 else input.float()
-    if statistics is None:
+    if training:
         dims = [d for d in range(input.dim()) if d != 1]
         centred = x - x.mean(dims, keepdim=True)
         rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
@@ -110,8 +97,8 @@ def _composite(
         mean, rstd = (s.to(x.dtype).view(shape) for s in statistics)
         centred = x - mean
     z = centred * rstd
-    if correction is not None:
-        r, d = (c.view(shape) for c in correction.to(x.dtype))
+    if len(statistics) == 4:
+        r, d = (s.to(x.dtype).view(shape) for s in statistics[2:])
         z = z * r + d
     z = z if weight is None else z * weight.view(shape)
     z = z if bias is None else z + bias.view(shape)
@@ -125,15 +112,13 @@ def _gradient(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    correction: Tensor | None,
+    statistics: Tensor,
     setting: tuple[bool, float, str | None],
-    wanted: list[bool],
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     training, _, activation = setting
     return _C.batch_norm_backward(
-        dy, input, weight, bias, residual, mask, mean, rstd, training, activation, wanted, correction
+        dy, input, weight, bias, residual, mask, statistics, training, activation, wanted
     )  # fmt: skip
 
 
@@ -185,18 +170,18 @@ def batch_norm(
         >>> y.shape
         torch.Size([8, 4, 5, 5])
     """
-    return batch_norm_or_renorm(
-        input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+    setting = (
+        running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, None,
     )  # fmt: skip
+    return batch_norm_or_renorm(input, weight, bias, residual, setting)
 
 
 def batch_norm_or_renorm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *settings: Any
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
 ) -> Tensor:
-    """Takes :class:`BatchNormFunction`'s arguments to it, past it where no gradient is due, or to torch's op."""
-    args = (input, weight, bias, residual, *settings)
-    reason = uncovered_transform("batch_norm" if settings[-1] is None else "batch_renorm")
+    """The kernel through :class:`BatchNormFunction`, or past it where no gradient is due, or torch's op."""
+    reason = uncovered_transform("batch_norm" if setting[-1] is None else "batch_renorm")
     if reason is None:
         try:
             if torch.is_grad_enabled() and (
@@ -205,11 +190,11 @@ def batch_norm_or_renorm(
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                return BatchNormFunction.apply(*args)
-            return _C.batch_norm_forward(*args, False)[0]
+                return BatchNormFunction.apply(input, weight, bias, residual, setting)
+            return _C.batch_norm_forward(input, weight, bias, residual, *setting, False)[0]
         except NotImplementedError as uncovered:
             reason = str(uncovered)
-    return call_torch(reason, _torch_batch_norm, *args)
+    return call_torch(reason, _torch_batch_norm, input, weight, bias, residual, *setting)
 
 
 def _torch_batch_norm(
@@ -274,6 +259,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     _input_dims: tuple[int, ...]
     _input_shape: str
+    _renorm: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -312,23 +298,21 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         training = self.training
-        tracks = not training or self.track_running_stats
-        running_mean = self.running_mean if tracks else None
-        running_var = self.running_var if tracks else None
-        return batch_norm(
-            input,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            training or (running_mean is None and running_var is None),
-            self.momentum,
-            self.eps,
-            residual=residual,
-            activation=self.activation,
-            skip_nonfinite_stats=self.skip_nonfinite_stats,
-            num_batches_tracked=self.num_batches_tracked if training and self.track_running_stats else None,
-        )
+        running_mean = running_var = num_batches_tracked = None
+        # Module.__getattr__ takes 0.3 us a tensor; a parametrised weight is not in the dictionary, though
+        buffers, parameters = self._buffers, self._parameters
+        if self.track_running_stats or not training:
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            if training:
+                num_batches_tracked = buffers["num_batches_tracked"]
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        by_batch = training or (running_mean is None and running_var is None)
+        setting = (
+            running_mean, running_var, num_batches_tracked,
+            by_batch, self.momentum, self.eps, self.activation, self.skip_nonfinite_stats, self._renorm,
+        )  # fmt: skip
+        return batch_norm_or_renorm(input, weight, bias, residual, setting)
 
     def extra_repr(self) -> str:
         extra = "" if self.activation is None else f", activation={self.activation!r}"

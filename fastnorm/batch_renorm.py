@@ -64,10 +64,11 @@ def batch_renorm(
         >>> torch.allclose(trained, evaluated, atol=1e-5)
         True
     """
-    return batch_norm_or_renorm(
-        input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+    setting = (
+        running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, (r_max, d_max),
     )  # fmt: skip
+    return batch_norm_or_renorm(input, weight, bias, residual, setting)
 
 
 class _BatchRenorm(_BatchNorm):
@@ -103,24 +104,17 @@ class _BatchRenorm(_BatchNorm):
         self.r_max = r_max
         self.d_max = d_max
 
-    def _limits(self) -> tuple[float, float]:
+    @property
+    def _renorm(self) -> tuple[float, float]:
         """r_max and d_max for the next batch."""
         r_max, d_max = self.r_max, self.d_max
+        if not self.training:
+            return 1.0, 0.0
         if callable(r_max) or callable(d_max):
             tracked = int(self.num_batches_tracked)
             r_max = r_max(tracked) if callable(r_max) else r_max
             d_max = d_max(tracked) if callable(d_max) else d_max
         return r_max, d_max
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
-        training = self.training
-        return batch_norm_or_renorm(
-            input, self.weight, self.bias, residual, self.running_mean, self.running_var,
-            self.num_batches_tracked if training else None,
-            training, self.momentum, self.eps, self.activation, self.skip_nonfinite_stats,
-            self._limits() if training else (1.0, 0.0),
-        )  # fmt: skip
 
     def extra_repr(self) -> str:
         limits = (

@@ -36,32 +36,29 @@ struct DropoutKernel {
   T* y = static_cast<T*>(a.y);
   const int64_t N = a.shape.N, C = a.shape.C, S = a.shape.S;
   const KeepBits keep{a.seed, a.offset, a.level.threshold};
-  const P scale{static_cast<acc_t>(a.level.scale)}, zero{acc_t(0)};
+  const P scale{static_cast<acc_t>(a.level.scale)};
   const bool stream = a.shape.numel() * size_of(a.dtype) >= stream_threshold();
 
   // Scalar math: y[i] = x[i] * (bit i ? scale : 0)
-  void apply(int64_t at, int64_t n, const uint8_t* bits) const {
-    const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
+  FASTNORM_LOOP void apply(int64_t at, int64_t n, const uint8_t* bits) const {
+    const P kept = scale, dropped(acc_t(0));
+    multiply(at, n, [&](int64_t i, auto count) { return choose(load_bits<T>(bits + i / 8, count), kept, dropped); });
+  }
+
+  // The same for a run that is kept or dropped as a whole.
+  FASTNORM_LOOP void apply_uniform(int64_t at, int64_t n, bool keeps) const {
+    const P factor = keeps ? scale : P(acc_t(0));
+    multiply(at, n, [&](int64_t, auto) { return factor; });
+  }
+
+  template <typename F>
+  void multiply(int64_t at, int64_t n, const F& factor) const {
+    const T* from = x + at;
+    T* to = y + at;
+    const bool past_caches = stream && fills_lines(to, n);
     for_packs<T>(n, [&](int64_t i, auto count, int) {
-      const P factor = choose(load_bits<T>(bits + i / 8, count), scale, zero);
-      put(P::load(x + at + i, count) * factor, at + i, count, past_caches);
+      put(P::load(from + i, count) * factor(i, count), to + i, count, past_caches);
     });
-  }
-
-  // y = x * (keep ? scale : 0) for a run that is dropped as a whole
-  void apply_uniform(int64_t at, int64_t n, bool kept) const {
-    const P factor = kept ? scale : zero;
-    const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
-    for_packs<T>(
-        n, [&](int64_t i, auto count, int) { put(P::load(x + at + i, count) * factor, at + i, count, past_caches); });
-  }
-
-  template <typename Count>
-  void put(const P& p, int64_t at, Count count, bool past_caches) const {
-    if constexpr (std::is_same_v<Count, Full>) {
-      if (past_caches) return p.stream(y + at);
-    }
-    p.store(y + at, count);
   }
 
   void contiguous() const {

@@ -40,7 +40,7 @@ struct PowerMethod {
 
   // Scalar math: t[k] = sum_j rows[k][j] * v[j]
   template <int kRows>
-  void dot_rows(const T* rows, const ColumnArray<T>& v, double* t) const {
+  FASTNORM_LOOP void dot_rows(const T* rows, const ColumnArray<T>& v, double* t) const {
     constexpr int kUnroll = kRows == 1 ? 4 : 1;
     for (int k = 0; k < kRows; ++k) t[k] = 0;
     for (int64_t begin = 0; begin < w; begin += kChunk) {
@@ -64,7 +64,7 @@ struct PowerMethod {
 
   // Scalar math: sum[j] += sum_k rows[k][j] * t[k]
   template <int kRows>
-  void add_rows(const T* rows, const double* t, const ColumnArray<T>& sum) const {
+  FASTNORM_LOOP void add_rows(const T* rows, const double* t, const ColumnArray<T>& sum) const {
     P factor[kRows];
     for (int k = 0; k < kRows; ++k) factor[k] = P(static_cast<acc_t>(t[k]));
     for_packs<T, 2>(w, [&](int64_t j, auto count, int) {
@@ -179,8 +179,8 @@ struct Backward {
   }
 
   // Scalar math: dweight[i, j] = dy[i, j] / sigma - rows[i] * (k / sigma) * columns[j]
-  void outer(int64_t begin, int64_t rows, int64_t length, const acc_t* row_value, const ColumnArray<T>& column,
-             int64_t first_column, double scale, double k) const {
+  FASTNORM_LOOP void outer(int64_t begin, int64_t rows, int64_t length, const acc_t* row_value,
+                           const ColumnArray<T>& column, int64_t first_column, double scale, double k) const {
     const P reciprocal(static_cast<acc_t>(scale));
     for (int64_t i = 0; i < rows; ++i) {
       const P factor(static_cast<acc_t>(-k * scale * row_value[i]));
@@ -217,7 +217,7 @@ void spectral_norm_forward(const SpectralNormForward& a) {
     using T = decltype(type);
     PowerMethod<T>{a}.run();
     const Pack<T> scale(static_cast<acc_type<T>>(1 / *a.sigma));
-    for_pieces(a.h * a.w, [&](int64_t begin, int64_t length) {
+    for_pieces(a.h * a.w, [&](int64_t begin, int64_t length) FASTNORM_LOOP {
       const T* x = static_cast<const T*>(a.weight) + begin;
       T* y = static_cast<T*>(a.y) + begin;
       for_packs<T, 2>(length,

@@ -23,10 +23,12 @@ struct Scale {
   T* out;
 
   template <typename C>
-  void operator()(int64_t i, int64_t n, const C& factor, const C&) const {
-    for_packs<T, 2>(n, [&](int64_t j, auto count, int) {
-      (Pack<T>::load(x + i + j, count) * factor[j]).store(out + i + j, count);
-    });
+  FASTNORM_LOOP void operator()(int64_t i, int64_t n, const C& factor, const C&) const {
+    const C by = factor;  // in registers, as in normalize.h
+    const T* from = x + i;
+    T* to = out + i;
+    for_packs<T, 2>(n,
+                    [&](int64_t j, auto count, int) { (Pack<T>::load(from + j, count) * by[j]).store(to + j, count); });
   }
 };
 
@@ -34,14 +36,17 @@ struct Scale {
 template <typename T>
 struct Gradient {
   const T *x, *y;  // v and dw
-  T* out;
+  T* out;          // or null
 
   template <typename C>
-  void operator()(int64_t i, int64_t n, const C& factor, const C& slope) const {
+  FASTNORM_LOOP void operator()(int64_t i, int64_t n, const C& factor, const C& slope) const {
     if (out == nullptr) return;
+    const C by = factor, less = slope;
+    const T *v = x + i, *dw = y + i;
+    T* to = out + i;
     for_packs<T>(n, [&](int64_t j, auto count, int) {
-      const Pack<T> d = Pack<T>::load(y + i + j, count) - Pack<T>::load(x + i + j, count) * slope[j];
-      (d * factor[j]).store(out + i + j, count);
+      const Pack<T> d = Pack<T>::load(dw + j, count) - Pack<T>::load(v + j, count) * less[j];
+      (d * by[j]).store(to + j, count);
     });
   }
 };
@@ -138,7 +143,7 @@ void weight_norm_forward(const WeightNormForward& a) {
     using T = decltype(type);
     const T* v = static_cast<const T*>(a.v);
     sum_then_map<T>(a.shape, Scale<T>{.x = v, .out = static_cast<T*>(a.w)}, [&](int64_t c, double sum) {
-      if (!std::is_same_v<T, double> && out_of_range(1, sum)) sum = exact_sum_of_squares(a.shape, v, c);
+      if (!std::is_same_v<T, double> && out_of_range(1, 1, sum)) sum = exact_sum_of_squares(a.shape, v, c);
       a.norm[c] = std::sqrt(sum);
       return Coefficients{read(a.g, a.param_dtype, c, 1) / a.norm[c], 0};
     });
