@@ -16,8 +16,13 @@ namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
 // On a loop over packs: everything it calls is inlined, so that coefficients stay in registers. Left to itself the
-// compiler outlines a lambda now and then, which costs three times the loop.
+// compiler outlines a lambda now and then, which costs three times the loop. Not for x86-64 without AVX2: those processors are
+// old, and their code would take a third of the whole build.
+#if defined(__x86_64__) && defined(CPU_CAPABILITY_DEFAULT)
+#define FASTNORM_LOOP
+#else
 #define FASTNORM_LOOP __attribute__((flatten))
+#endif
 
 template <typename T>
 using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
