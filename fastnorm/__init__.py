@@ -5,6 +5,8 @@ from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.build import build_info
 from fastnorm.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from fastnorm.fallback import FallbackWarning, set_fallback
+from fastnorm.group_norm import GroupNorm
+from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.version import __version__
 
 __all__ = [
@@ -16,6 +18,10 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "FallbackWarning",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "__version__",
     "autograd",
     "build_info",

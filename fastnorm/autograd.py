@@ -2,5 +2,7 @@
 
 from fastnorm.batch_norm import BatchNormFunction
 from fastnorm.dropout import DropoutFunction
+from fastnorm.group_norm import GroupNormFunction
+from fastnorm.instance_norm import InstanceNormFunction
 
-__all__ = ["BatchNormFunction", "DropoutFunction"]
+__all__ = ["BatchNormFunction", "DropoutFunction", "GroupNormFunction", "InstanceNormFunction"]
