@@ -24,7 +24,7 @@ static void check_channels(const Tensor& input) {
               " with shape ", input.sizes());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
+std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
@@ -64,13 +64,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);
   const auto per_channel = input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
-  const Tensor mean = at::empty({shape.C}, per_channel), rstd = at::empty({shape.C}, per_channel);
+  const Tensor statistics = at::empty({2, shape.C}, per_channel);
   Tensor mask;
   if (input.numel() == 0) {
-    // As torch does: nothing to learn from, nothing to count.
-    mean.zero_();
-    rstd.fill_(1);
-    return {y, mean, rstd, mask};
+    // As torch does: a batch that is counted but teaches nothing.
+    statistics.zero_();
+    if (training && is_given(num_batches_tracked)) ++*num_batches_tracked->mutable_data_ptr<int64_t>();
+    return {y, statistics, mask};
   }
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
     const MaskRows rows = mask_rows(shape);
@@ -104,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   args.num_batches_tracked =
       training && is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
   args.y = y.mutable_data_ptr();
-  args.mean = mean.mutable_data_ptr<double>();
-  args.rstd = rstd.mutable_data_ptr<double>();
+  args.mean = statistics.mutable_data_ptr<double>();
+  args.rstd = args.mean + shape.C;
   args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   cpu::batch_norm_forward(args);
 
@@ -113,12 +113,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     for (const OptionalTensor* t : {&running_mean, &running_var, &num_batches_tracked})
       if (is_given(*t) && !(*t)->is_inference()) (*t)->unsafeGetTensorImpl()->bump_version();
   }
-  return {y, mean, rstd, mask};
+  return {y, statistics, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd, bool training,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
   check_supported(kOp, input);
   check_channels(input);
@@ -128,9 +128,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   check_like_input(kOp, "residual", residual, input);
   const Activation act = activation_of(kOp, activation);
   const Shape shape = shape_of(input);
-  TORCH_CHECK(mean.scalar_type() == at::kDouble && rstd.scalar_type() == at::kDouble && mean.numel() == shape.C &&
-                  rstd.numel() == shape.C && mean.is_contiguous() && rstd.is_contiguous(),
-              kOp, ": mean and rstd must be what batch_norm_forward returned");
+  TORCH_CHECK(
+      statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * shape.C && statistics.is_contiguous(), kOp,
+      ": statistics must be what batch_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows rows = mask_rows(shape);
     TORCH_CHECK(
@@ -162,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   args.residual = data_or_null(r);
   args.weight = data_or_null(w);
   args.bias = data_or_null(b);
-  args.mean = mean.const_data_ptr<double>();
-  args.rstd = rstd.const_data_ptr<double>();
+  args.mean = statistics.const_data_ptr<double>();
+  args.rstd = args.mean + shape.C;
   args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
   args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;

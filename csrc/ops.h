@@ -10,9 +10,9 @@
 
 namespace fastnorm {
 
-// -> y, mean, rstd, mask. `momentum` None: cumulative average. `keep_mask`: return what backward needs of the
-// activation if that is one bit an element (batch_norm.h), else an undefined tensor.
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
+// -> y, statistics (float64 [2, C]: mean and rstd), mask. `momentum` None: cumulative average. `keep_mask`: return what
+// backward needs of the activation if that is one bit an element (batch_norm.h), else an undefined tensor.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd, bool training,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
 // -> the derivative of a piecewise linear activation at every element, in input's type, from the mask of

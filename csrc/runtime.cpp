@@ -29,10 +29,10 @@ int num_threads() { return at::get_num_threads(); }
 
 int64_t stream_threshold() {
   static const int64_t bytes = [] {
-    constexpr int64_t kUnknown = 32 << 20;
+    constexpr int64_t kUnknown = 16 << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     const int64_t l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return l3 > 0 ? l3 : kUnknown;
+    return l3 > 0 ? l3 / 2 : kUnknown;
 #else
     return kUnknown;
 #endif

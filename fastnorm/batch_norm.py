@@ -13,6 +13,10 @@ from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch, uncovered_transform
 
+# running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats: what no
+# gradient goes to, as one argument, for each argument of an autograd function costs time.
+_Setting = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None, float, str | None, bool]
+
 
 class BatchNormFunction(torch.autograd.Function):
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), see :func:`batch_norm`.
@@ -23,34 +27,19 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        activation: str | None,
-        skip_nonfinite_stats: bool,
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
     ) -> Tensor:
-        y, mean, rstd, mask = _C.batch_norm_forward(
-            input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-            training, momentum, eps, activation, skip_nonfinite_stats, True,
-        )  # fmt: skip
+        y, statistics, mask = _C.batch_norm_forward(input, weight, bias, residual, *setting, True)
+        _, _, _, training, _, eps, activation, _ = setting
         kept_residual = residual if activation in ("silu", "gelu") else None
-        ctx.save_for_backward(input, weight, bias, kept_residual, mask, mean, rstd)
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
         ctx.setting = training, eps, activation
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:4])
-        gradient = _gradient if not torch.is_grad_enabled() else BatchNormBackwardFunction.apply
-        return *gradient(dy, *ctx.saved_tensors, ctx.setting, wanted), *[None] * 8
+        gradient = BatchNormBackwardFunction.apply if torch.is_grad_enabled() else _gradient
+        return *gradient(dy, *ctx.saved_tensors, ctx.setting, ctx.needs_input_grad[:4]), None
 
 
 class BatchNormBackwardFunction(torch.autograd.Function):
@@ -68,7 +57,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
+        dy, input, weight, bias, residual, mask, statistics = ctx.saved_tensors
         training, eps, activation = ctx.setting
         slopes = None if mask is None else _C.batch_norm_mask_slopes(input, mask, activation)
         # Where the residual was not kept, its value does not matter: what follows is linear in it.
@@ -77,17 +66,17 @@ class BatchNormBackwardFunction(torch.autograd.Function):
             residual = torch.zeros_like(input).requires_grad_()
 
         def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            z = _composite(input, weight, bias, None if training else (mean, rstd), eps)
+            z = _composite(input, weight, bias, None if training else statistics, eps)
             if slopes is None:
                 return add_and_activate(z, residual, activation)
             return (z if residual is None else z + residual) * slopes
 
         ddy, dx, dweight, dbias, dresidual = double_backward(forward, [input, weight, bias, residual], dy, grad_grads)
-        return ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None, None
+        return ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None
 
 
 def _composite(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: tuple[Tensor, Tensor] | None, eps: float
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor | None, eps: float
 ) -> Tensor:
     """Batch normalisation in elementary ops, differentiable any number of times.
 
@@ -115,14 +104,13 @@ def _gradient(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     setting: tuple[bool, float, str | None],
-    wanted: list[bool],
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     training, _, activation = setting
     return _C.batch_norm_backward(
-        dy, input, weight, bias, residual, mask, mean, rstd, training, activation, wanted
+        dy, input, weight, bias, residual, mask, statistics, training, activation, wanted
     )  # fmt: skip
 
 
@@ -174,10 +162,15 @@ def batch_norm(
         >>> y.shape
         torch.Size([8, 4, 5, 5])
     """
-    args = (
-        input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-        training, momentum, eps, activation, skip_nonfinite_stats,
+    setting = (
+        running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats,
     )  # fmt: skip
+    return _batch_norm(input, weight, bias, residual, setting)
+
+
+def _batch_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
+) -> Tensor:
     reason = uncovered_transform("batch_norm")
     if reason is None:
         try:
@@ -187,11 +180,11 @@ def batch_norm(
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                return BatchNormFunction.apply(*args)
-            return _C.batch_norm_forward(*args, False)[0]
+                return BatchNormFunction.apply(input, weight, bias, residual, setting)
+            return _C.batch_norm_forward(input, weight, bias, residual, *setting, False)[0]
         except NotImplementedError as uncovered:
             reason = str(uncovered)
-    return call_torch(reason, _torch_batch_norm, *args)
+    return call_torch(reason, _torch_batch_norm, input, weight, bias, residual, *setting)
 
 
 def _torch_batch_norm(
@@ -266,23 +259,21 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         training = self.training
-        tracks = not training or self.track_running_stats
-        running_mean = self.running_mean if tracks else None
-        running_var = self.running_var if tracks else None
-        return batch_norm(
-            input,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            training or (running_mean is None and running_var is None),
-            self.momentum,
-            self.eps,
-            residual=residual,
-            activation=self.activation,
-            skip_nonfinite_stats=self.skip_nonfinite_stats,
-            num_batches_tracked=self.num_batches_tracked if training and self.track_running_stats else None,
-        )
+        running_mean = running_var = num_batches_tracked = None
+        # Module.__getattr__ takes 0.3 us a tensor; a parametrised weight is not in the dictionary, though
+        buffers, parameters = self._buffers, self._parameters
+        if self.track_running_stats or not training:
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            if training:
+                num_batches_tracked = buffers["num_batches_tracked"]
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        by_batch = training or (running_mean is None and running_var is None)
+        setting = (
+            running_mean, running_var, num_batches_tracked,
+            by_batch, self.momentum, self.eps, self.activation, self.skip_nonfinite_stats,
+        )  # fmt: skip
+        return _batch_norm(input, weight, bias, residual, setting)
 
     def extra_repr(self) -> str:
         extra = "" if self.activation is None else f", activation={self.activation!r}"

@@ -56,6 +56,20 @@ void update_running_statistics(const BatchNormForward& a, const double* biased_v
 
 // ---- planes
 
+// Neighbouring channels that a task owns together: small planes are gathered until a sample's share is a few pages
+// long, which the prefetchers and the TLB like.
+struct Bundles {
+  static constexpr int64_t kMost = 8, kBytes = 8192;
+  int64_t C, channels;
+
+  Bundles(const Shape& shape, int64_t element)
+      : C(shape.C), channels(std::clamp<int64_t>(kBytes / (shape.S * element), 1, kMost)) {}
+
+  int64_t size() const { return (C + channels - 1) / channels; }
+  int64_t begin(int64_t i) const { return i * channels; }
+  int64_t end(int64_t i) const { return std::min(C, (i + 1) * channels); }
+};
+
 template <typename T>
 struct PlanesForward {
   using acc_t = acc_type<T>;
@@ -68,47 +82,55 @@ struct PlanesForward {
   const MaskBits mask{a.mask, mask_rows(a.shape)};
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
-  Moments moments(int64_t c, int64_t chunk) const { return chunk_moments(x + c * S, chunks[chunk]); }
-
   template <Activation kAct>
-  void normalize(int64_t c, int64_t chunk, const Affine<Uniform<T>>& affine) const {
-    chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
-      const int64_t i = c * S + offset;
-      normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), length, affine, stream);
+  void normalize(int64_t i, int64_t length, const SliceAffine<acc_t>& channel) const {
+    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), length, uniform<T>(channel), stream);
+  }
+
+  // All elements in the order they lie in, the last first.
+  template <Activation kAct>
+  void normalize_all() const {
+    const ScratchArray<SliceAffine<acc_t>> affine(C);
+    for (int64_t c = 0; c < C; ++c) affine[c] = channel_affine<acc_t>(a, c);
+    const Chunks all(Runs{0, a.shape.N * C, S, S});
+    parallel_for(all.size(), a.shape.numel(), [&](int64_t k) {
+      all.for_runs(k, [&](int64_t i, int64_t length) { normalize<kAct>(i, length, affine[i / S % C]); });
+      if (stream) stream_fence();
     });
   }
 
   template <Activation kAct>
   void run(double* variance) const {
+    if (!a.training) return normalize_all<kAct>();
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
-    const auto affine = [&](int64_t c) { return uniform<T>(channel_affine<acc_t>(a, c)); };
     const auto finish = [&](int64_t c, const Moments& m) {
       variance[c] = m.biased_variance();
       keep_statistics(a, c, m.mean, variance[c]);
     };
-    if (!a.training || C < 2 * num_threads()) {
-      if (a.training) {
-        const ScratchArray<Moments> partial(C * per_channel);
-        parallel_for(C * per_channel, numel,
-                     [&](int64_t i) { partial[i] = moments(i / per_channel, i % per_channel); });
-        for (int64_t c = 0; c < C; ++c) {
-          Moments m;
-          for (int64_t k = 0; k < per_channel; ++k) m.merge(partial[c * per_channel + k]);
-          finish(c, m);
+    const Bundles bundles(a.shape, sizeof(T));
+    if (bundles.size() < 2 * num_threads()) {
+      const ScratchArray<Moments> partial(C * per_channel);
+      parallel_for(C * per_channel, numel,
+                   [&](int64_t i) { partial[i] = chunk_moments(x + i / per_channel * S, chunks[i % per_channel]); });
+      for (int64_t c = 0; c < C; ++c) {
+        Moments m;
+        for (int64_t k = 0; k < per_channel; ++k) m.merge(partial[c * per_channel + k]);
+        finish(c, m);
+      }
+      return normalize_all<kAct>();
+    }
+    parallel_for(bundles.size(), numel, [&](int64_t bundle) {
+      const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
+      Moments m[Bundles::kMost];
+      for (int64_t k = 0; k < per_channel; ++k)
+        for (int64_t c = begin; c < end; ++c) m[c - begin].merge(chunk_moments(x + c * S, chunks[k]));
+      for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
+      for (int64_t k = 0; k < per_channel; ++k) {
+        for (int64_t c = begin; c < end; ++c) {
+          const SliceAffine<acc_t> affine = channel_affine<acc_t>(a, c);
+          chunks.for_runs(k, [&](int64_t i, int64_t length) { normalize<kAct>(c * S + i, length, affine); });
         }
       }
-      return parallel_for_reversed(C * per_channel, numel, [&](int64_t i) {
-        const int64_t c = i / per_channel;
-        normalize<kAct>(c, i % per_channel, affine(c));
-        if (stream) stream_fence();
-      });
-    }
-    parallel_for(C, numel, [&](int64_t c) {
-      Moments m;
-      for (int64_t k = 0; k < per_channel; ++k) m.merge(moments(c, k));
-      finish(c, m);
-      const auto coefficients = affine(c);
-      for (int64_t k = per_channel; k-- > 0;) normalize<kAct>(c, k, coefficients);
       if (stream) stream_fence();
     });
   }
@@ -166,7 +188,8 @@ struct PlanesBackward {
   template <Activation kAct>
   void run() const {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
-    if (C < 2 * num_threads()) {
+    const Bundles bundles(a.shape, sizeof(T));
+    if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Sums> partial(C * per_channel), total(C);
       for (int64_t c = 0; c < C; ++c) total[c] = Sums{};
       if (wants_sums(a)) {
@@ -176,21 +199,24 @@ struct PlanesBackward {
         for (int64_t c = 0; c < C; ++c) keep_parameter_gradients(a, c, total[c]);
       }
       if (wants_elements(a)) {
-        parallel_for_reversed(C * per_channel, numel, [&](int64_t i) {
+        parallel_for(C * per_channel, numel, [&](int64_t i) {
           elements<kAct>(i / per_channel, i % per_channel, total[i / per_channel]);
           if (stream) stream_fence();
         });
       }
       return;
     }
-    parallel_for(C, numel, [&](int64_t c) {
-      Sums total;
+    parallel_for(bundles.size(), numel, [&](int64_t bundle) {
+      const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
+      Sums total[Bundles::kMost];
       if (wants_sums(a)) {
-        for (int64_t k = 0; k < per_channel; ++k) total += sums<kAct>(c, k);
-        keep_parameter_gradients(a, c, total);
+        for (int64_t k = 0; k < per_channel; ++k)
+          for (int64_t c = begin; c < end; ++c) total[c - begin] += sums<kAct>(c, k);
+        for (int64_t c = begin; c < end; ++c) keep_parameter_gradients(a, c, total[c - begin]);
       }
       if (!wants_elements(a)) return;
-      for (int64_t k = per_channel; k-- > 0;) elements<kAct>(c, k, total);
+      for (int64_t k = 0; k < per_channel; ++k)
+        for (int64_t c = begin; c < end; ++c) elements<kAct>(c, k, total[c - begin]);
       if (stream) stream_fence();
     });
   }
@@ -216,9 +242,9 @@ struct Parts {
       f(row, std::min(kBlockRows, full.end(part) - row), view.width);
   }
   template <typename F>
-  void for_rows_reversed(int64_t part, const F& f) const {
+  void for_rows(int64_t part, const F& f) const {
     if (is_rest(part)) return f(view.rows, view.rest);
-    for (int64_t row = full.end(part); row-- > full.begin(part);) f(row, view.width);
+    for (int64_t row = full.begin(part); row < full.end(part); ++row) f(row, view.width);
   }
   // Calls f(column) for every column of channel c, in order.
   template <typename F>
@@ -278,7 +304,7 @@ struct ColumnsForward {
     }
     const Affine<PerColumn<T>> affine{mean, scale, shift};
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
-      parts.for_rows_reversed(part, [&](int64_t row, int64_t columns) {
+      parts.for_rows(part, [&](int64_t row, int64_t columns) {
         const int64_t i = row * width;
         normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row()),
                             columns, affine, stream);
@@ -362,7 +388,7 @@ struct ColumnsBackward {
     }
     const InputGradient<PerColumn<T>> coefficient{slope, offset, !a.training};
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
-      parts.for_rows_reversed(part, [&](int64_t row, int64_t columns) {
+      parts.for_rows(part, [&](int64_t row, int64_t columns) {
         const int64_t i = row * width;
         input_gradient_run<kAct>(gradient(row), offset_by(dx, i), offset_by(dresidual, i), columns, affine, coefficient,
                                  stream);

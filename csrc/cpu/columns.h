@@ -69,8 +69,8 @@ int tile_columns(Partial n) {
 // Moments of `rows` elements in each column of a tile, merged into mean[] and m2[], which hold `before` rows already.
 // Scalar math: m = sum_r x[r] / rows;  s1 = sum_r (x[r] - m);  s2 = sum_r (x[r] - m)^2
 template <int kTile, typename T, typename Count>
-void merge_tile_moments(const T* x, int64_t stride, int64_t rows, Count count, double before, double* mean,
-                        double* m2) {
+FASTNORM_LOOP void merge_tile_moments(const T* x, int64_t stride, int64_t rows, Count count, double before,
+                                      double* mean, double* m2) {
   using P = Pack<T>;
   using acc_t = acc_type<T>;
   P m[kTile], s1[kTile], s2[kTile];
@@ -95,7 +95,7 @@ void merge_tile_moments(const T* x, int64_t stride, int64_t rows, Count count, d
   const int columns = tile_columns<kTile, T>(count);
   for (int j = 0; j < columns; ++j) {
     Moments block;
-    if (!std::is_same_v<acc_t, double> && out_of_range(lane_s1[j], lane_s2[j])) {
+    if (!std::is_same_v<acc_t, double> && out_of_range(lane_m[j], lane_s1[j], lane_s2[j])) {
       block = chunk_moments_float64(x + j, Runs{0, rows, stride, 1});
     } else {
       block = shifted_moments(static_cast<double>(rows), lane_m[j], lane_s1[j], lane_s2[j]);
@@ -110,9 +110,9 @@ void merge_tile_moments(const T* x, int64_t stride, int64_t rows, Count count, d
 // Sums of dz and dz * xhat over rows begin .. end of a tile, added to dz[] and dz_xhat[]. gradient_at(row) gives the
 // row's RunGradient.
 template <Activation kAct, int kTile, typename T, typename Count, typename Rows>
-void add_tile_sums(const Rows& gradient_at, int64_t begin, int64_t end, int64_t j, Count count,
-                   const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize, double* dz,
-                   double* dz_xhat) {
+FASTNORM_LOOP void add_tile_sums(const Rows& gradient_at, int64_t begin, int64_t end, int64_t j, Count count,
+                                 const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
+                                 double* dz, double* dz_xhat) {
   using P = Pack<T>;
   P s[kTile], sx[kTile];
   for (int t = 0; t < kTile; ++t) s[t] = sx[t] = P(0);

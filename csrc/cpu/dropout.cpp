@@ -36,32 +36,29 @@ struct DropoutKernel {
   T* y = static_cast<T*>(a.y);
   const int64_t N = a.shape.N, C = a.shape.C, S = a.shape.S;
   const KeepBits keep{a.seed, a.offset, a.level.threshold};
-  const P scale{static_cast<acc_t>(a.level.scale)}, zero{acc_t(0)};
+  const P scale{static_cast<acc_t>(a.level.scale)};
   const bool stream = a.shape.numel() * size_of(a.dtype) >= stream_threshold();
 
   // Scalar math: y[i] = x[i] * (bit i ? scale : 0)
-  void apply(int64_t at, int64_t n, const uint8_t* bits) const {
-    const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
+  FASTNORM_LOOP void apply(int64_t at, int64_t n, const uint8_t* bits) const {
+    const P kept = scale, dropped(acc_t(0));
+    multiply(at, n, [&](int64_t i, auto count) { return choose(load_bits<T>(bits + i / 8, count), kept, dropped); });
+  }
+
+  // The same for a run that is kept or dropped as a whole.
+  FASTNORM_LOOP void apply_uniform(int64_t at, int64_t n, bool keeps) const {
+    const P factor = keeps ? scale : P(acc_t(0));
+    multiply(at, n, [&](int64_t, auto) { return factor; });
+  }
+
+  template <typename F>
+  void multiply(int64_t at, int64_t n, const F& factor) const {
+    const T* from = x + at;
+    T* to = y + at;
+    const bool past_caches = stream && fills_lines(to, n);
     for_packs<T>(n, [&](int64_t i, auto count, int) {
-      const P factor = choose(load_bits<T>(bits + i / 8, count), scale, zero);
-      put(P::load(x + at + i, count) * factor, at + i, count, past_caches);
+      put(P::load(from + i, count) * factor(i, count), to + i, count, past_caches);
     });
-  }
-
-  // y = x * (keep ? scale : 0) for a run that is dropped as a whole
-  void apply_uniform(int64_t at, int64_t n, bool kept) const {
-    const P factor = kept ? scale : zero;
-    const bool past_caches = stream && reinterpret_cast<uintptr_t>(y + at) % kStreamAlignment == 0;
-    for_packs<T>(
-        n, [&](int64_t i, auto count, int) { put(P::load(x + at + i, count) * factor, at + i, count, past_caches); });
-  }
-
-  template <typename Count>
-  void put(const P& p, int64_t at, Count count, bool past_caches) const {
-    if constexpr (std::is_same_v<Count, Full>) {
-      if (past_caches) return p.stream(y + at);
-    }
-    p.store(y + at, count);
   }
 
   void contiguous() const {
@@ -89,18 +86,19 @@ struct DropoutKernel {
 
   // The bits of channels c .. c + 7 at positions s0 .. s0 + rows - 1: a byte for each position, `row_bytes` apart.
   void channel_bits(int64_t n, int64_t c, int64_t s0, int64_t rows, uint8_t* out, int64_t row_bytes) const {
-    uint64_t block[8];
+    uint64_t first[8];
     int phase[8];  // where in its block a channel's position s0 is
     bool aligned = true;
     for (int j = 0; j < 8; ++j) {
       const int64_t index = (n * C + c + j) * S + s0;
-      block[j] = static_cast<uint64_t>(index / kElementsPerPhilox);
+      first[j] = static_cast<uint64_t>(index / kElementsPerPhilox);
       phase[j] = static_cast<int>(index % kElementsPerPhilox);
       aligned = aligned && phase[j] == 0;
     }
+    EightBlocks block = EightBlocks::load(first);
     uint64_t here = keep.of_blocks(block);
     for (int64_t r = 0; r < rows; r += 8) {
-      for (auto& b : block) ++b;
+      block.advance();
       uint64_t next = 0, bits = here;
       if (r + 8 < rows || !aligned) next = keep.of_blocks(block);
       if (!aligned) {

@@ -43,31 +43,16 @@ struct Affine {
 
 // Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0)
 template <Activation kAct, typename T, typename C>
-void normalize_run(const T* x, const T* residual, T* y, uint8_t* mask, int64_t n, const Affine<C>& affine,
-                   bool stream) {
+FASTNORM_LOOP void normalize_run(const T* x, const T* residual, T* y, uint8_t* mask, int64_t n, const Affine<C>& affine,
+                                 bool stream) {
   using P = Pack<T>;
-  const auto sweep = [&](int64_t begin, int64_t end, const auto& put) {
-    for_packs<T>(end - begin, [&](int64_t j, auto count, int) {
-      const int64_t i = begin + j;
-      P z = affine(P::load(x + i, count), i);
-      if (residual) z = z + P::load(residual + i, count);
-      if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
-      put(activate<kAct>(z), y + i, count);
-    });
-  };
-  const auto store = [](const P& p, T* to, auto count) { p.store(to, count); };
-  if (!stream) return sweep(0, n, store);
-
-  const auto misaligned = reinterpret_cast<uintptr_t>(y) % kStreamAlignment;
-  const int64_t head = misaligned ? static_cast<int64_t>((kStreamAlignment - misaligned) / sizeof(T)) : 0;
-  if (head >= n || (mask && head % 8)) return sweep(0, n, store);
-  sweep(0, head, store);
-  sweep(head, n, [](const P& p, T* to, auto count) {
-    if constexpr (std::is_same_v<decltype(count), Full>) {
-      p.stream(to);
-    } else {
-      p.store(to, count);
-    }
+  const Affine<C> local = affine;  // in registers: a store to y might be one to what is only referred to
+  stream = stream && fills_lines(y, n);
+  for_packs<T>(n, [&](int64_t i, auto count, int) {
+    P z = local(P::load(x + i, count), i);
+    if (residual) z = z + P::load(residual + i, count);
+    if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
+    put(activate<kAct>(z), y + i, count, stream);
   });
 }
 
@@ -142,23 +127,22 @@ InputGradient<Uniform<T>> uniform(const SliceGradient<acc_type<T>>& g, bool cons
 
 // Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = (dz - (x - mean) * slope - offset) * scale
 template <Activation kAct, typename T, typename C>
-void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n, const Affine<C>& affine,
-                        const InputGradient<C>& coefficient, bool stream) {
+FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n, const Affine<C>& affine,
+                                      const InputGradient<C>& coefficient, bool stream) {
   using P = Pack<T>;
-  stream = stream && reinterpret_cast<uintptr_t>(dx) % kStreamAlignment == 0;
+  const RunGradient<T> from = g;
+  const Affine<C> local = affine;
+  const InputGradient<C> by = coefficient;
+  stream = stream && fills_lines(dx, n);
   for_packs<T>(n, [&](int64_t i, auto count, int) {
-    const P x = P::load(g.x + i, count);
-    const P dz = g.template dz<kAct>(i, count, x, affine);
+    const P x = P::load(from.x + i, count);
+    const P dz = from.template dz<kAct>(i, count, x, local);
     if (dresidual) dz.store(dresidual + i, count);
     if (dx == nullptr) return;
     P d = dz;
-    if (!coefficient.constant_statistics)
-      d = d - fmadd(x - affine.mean[i], coefficient.slope[i], coefficient.offset[i]);
-    d = d * affine.scale[i];
-    if constexpr (std::is_same_v<decltype(count), Full>) {
-      if (stream) return d.stream(dx + i);
-    }
-    d.store(dx + i, count);
+    if (!by.constant_statistics) d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);
+    d = d * local.scale[i];
+    put(d, dx + i, count, stream);
   });
 }
 
@@ -174,13 +158,26 @@ struct GradientSums {
 
   // Elements past the end have dy = 0 and add nothing.
   template <Activation kAct, typename C>
-  void add_run(const RunGradient<T>& g, int64_t n, const Affine<C>& affine, const Standardize<C>& standardize) {
+  FASTNORM_LOOP void add_run(const RunGradient<T>& g, int64_t n, const Affine<C>& affine,
+                             const Standardize<C>& standardize) {
+    const RunGradient<T> from = g;
+    const Affine<C> local = affine;
+    const Standardize<C> xhat = standardize;
+    Pack<T> s[kUnroll], sx[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) {
+      s[u] = dz[u];
+      sx[u] = dz_xhat[u];
+    }
     for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
-      const Pack<T> x = Pack<T>::load(g.x + i, count);
-      const Pack<T> d = g.template dz<kAct>(i, count, x, affine);
-      dz[u] = dz[u] + d;
-      dz_xhat[u] = fmadd(d, standardize(x, i), dz_xhat[u]);
+      const Pack<T> x = Pack<T>::load(from.x + i, count);
+      const Pack<T> d = from.template dz<kAct>(i, count, x, local);
+      s[u] = s[u] + d;
+      sx[u] = fmadd(d, xhat(x, i), sx[u]);
     });
+    for (int u = 0; u < kUnroll; ++u) {
+      dz[u] = s[u];
+      dz_xhat[u] = sx[u];
+    }
   }
 
   double sum_dz() const { return total(dz); }

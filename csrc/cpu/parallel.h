@@ -11,7 +11,8 @@ constexpr int64_t kSerialElements = 16384;
 
 int num_threads();
 
-// Outputs of at least this many bytes are written past the caches, for they would not stay there anyway.
+// Outputs of at least this many bytes are written past the caches: half the last-level cache, for the input is there
+// too.
 int64_t stream_threshold();
 
 using RangeBody = void (*)(const void* context, int64_t begin, int64_t end);

@@ -19,9 +19,10 @@ inline Moments shifted_moments(double n, double m, double sum, double sum_of_squ
   return {n, m + d, m2 < 0 ? 0 : m2};  // a NaN stays one
 }
 
-// Squares that left the range of float32, above or below: the chunk is then done again in float64.
-inline bool out_of_range(double sum, double sum_of_squares) {
-  return !std::isfinite(sum_of_squares) || (sum_of_squares < 1e-30 && sum != 0);
+// Squares that left the range of float32, above or below: the chunk is then done again in float64. A chunk of zeros, as
+// a ReLU leaves them, is not such a one.
+inline bool out_of_range(double m, double sum, double sum_of_squares) {
+  return !std::isfinite(sum_of_squares) || (sum_of_squares < 1e-30 && (sum != 0 || m != 0));
 }
 
 template <typename T>
@@ -42,7 +43,7 @@ Moments chunk_moments_float64(const T* x, const Runs& chunk) {
 
 // Scalar math: m = sum(x) / n;  s1 = sum(x - m);  s2 = sum((x - m)^2)
 template <typename T>
-Moments chunk_moments(const T* x, const Runs& chunk) {
+FASTNORM_LOOP Moments chunk_moments(const T* x, const Runs& chunk) {
   using acc_t = acc_type<T>;
   using P = Pack<T>;
   constexpr int kUnroll = 8 / P::kVecs;
@@ -76,7 +77,7 @@ Moments chunk_moments(const T* x, const Runs& chunk) {
   }
   const double deviations = s1[0].sum(), squares = s2[0].sum();
   if constexpr (!std::is_same_v<acc_t, double>)
-    if (out_of_range(deviations, squares)) return chunk_moments_float64(x, chunk);
+    if (out_of_range(m, deviations, squares)) return chunk_moments_float64(x, chunk);
   return shifted_moments(n, m, deviations, squares);
 }
 

@@ -15,6 +15,10 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
+// On a loop over packs: everything it calls is inlined, so that coefficients stay in registers. Left to itself the
+// compiler outlines a lambda now and then, which costs three times the loop.
+#define FASTNORM_LOOP __attribute__((flatten))
+
 template <typename T>
 using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -24,7 +28,7 @@ struct Partial {
   int count;
 };
 
-constexpr int64_t kStreamAlignment = 64;
+constexpr size_t kStreamAlignment = 64;
 
 template <typename T>
 struct Pack {
@@ -153,6 +157,20 @@ inline void stream_fence() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   _mm_sfence();
 #endif
+}
+
+// Whether n elements from p on are whole cache lines: only those are worth streaming, a part of one is read back.
+template <typename T>
+bool fills_lines(const T* p, int64_t n) {
+  return reinterpret_cast<uintptr_t>(p) % kStreamAlignment == 0 && n * sizeof(T) % kStreamAlignment == 0;
+}
+
+template <typename T, typename Count>
+void put(const Pack<T>& pack, T* p, Count count, bool stream) {
+  if constexpr (std::is_same_v<Count, Full>) {
+    if (stream) return pack.stream(p);
+  }
+  pack.store(p, count);
 }
 
 template <typename T, typename F, typename... P>

@@ -1,0 +1,62 @@
+"""``python -m fastnorm``: what this build is, and a quick check of every op against torch."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+import fastnorm
+
+# Each op as a pair of modules that must agree, in training, on an input of this shape.
+PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
+    "BatchNorm1d": (fastnorm.BatchNorm1d(16), nn.BatchNorm1d(16), (32, 16)),
+    "BatchNorm2d": (fastnorm.BatchNorm2d(16), nn.BatchNorm2d(16), (8, 16, 9, 9)),
+    "BatchNorm3d": (fastnorm.BatchNorm3d(16), nn.BatchNorm3d(16), (4, 16, 3, 5, 5)),
+}
+
+
+def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = module(x)
+    weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+    return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], weights)]
+
+
+def check_norms() -> dict[str, float]:
+    """The largest difference to torch, output and gradients, relative to the largest magnitude."""
+    errors = {}
+    for name, (ours, theirs, shape) in PAIRS.items():
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 1
+        pairs = zip(gradients(ours, x), gradients(theirs, x), strict=True)
+        errors[name] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return errors
+
+
+def check_dropout() -> dict[str, float]:
+    """How far the share of kept elements and the mean are from what p says, in standard deviations over five."""
+    x, p = torch.ones(64, 64, 16, 16), 0.3
+    errors = {}
+    for name, draws in (("Dropout", x.numel()), ("Dropout2d", 64 * 64)):
+        y = getattr(fastnorm, name)(p)(x)
+        deviation = (p * (1 - p) / draws) ** 0.5
+        errors[name] = abs((y == 0).float().mean().item() - p) / (5 * deviation)
+    return errors
+
+
+def main() -> int:
+    for key, value in fastnorm.build_info().items():
+        print(f"{key:20} {value}")
+    print()
+    failed = 0
+    for checks, allowed, meaning in ((check_norms(), 1e-5, "of torch"), (check_dropout(), 1.0, "of 5 sigma")):
+        for name, error in checks.items():
+            bad = not error <= allowed  # NaN is bad, too
+            failed += bad
+            print(f"{name:20} {'FAILED' if bad else 'ok':6} {error:.1e} {meaning}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

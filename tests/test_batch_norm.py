@@ -1,0 +1,232 @@
+"""What only BatchNorm has: running statistics, module behaviour, and figures that must be exact."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import reference
+import torch
+from test_ops import channels_last
+from torch import Tensor, nn
+
+import fastnorm
+import fastnorm.functional as fn
+
+RANKS = (
+    (fastnorm.BatchNorm1d, nn.BatchNorm1d, (6, 5)),
+    (fastnorm.BatchNorm1d, nn.BatchNorm1d, (6, 5, 9)),
+    (fastnorm.BatchNorm2d, nn.BatchNorm2d, (6, 5, 9, 4)),
+    (fastnorm.BatchNorm3d, nn.BatchNorm3d, (3, 5, 2, 3, 4)),
+)
+every_rank = pytest.mark.parametrize(("ours", "theirs", "shape"), RANKS, ids=["1d-2", "1d-3", "2d", "3d"])
+
+
+def batches(shape: tuple[int, ...], count: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(len(shape))
+    return [torch.randn(shape, generator=generator).to(dtype) * 2 + 1 for _ in range(count)]
+
+
+@pytest.mark.parametrize("setting", [{}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-3}, {"affine": False},
+                                     {"track_running_stats": False}])  # fmt: skip
+@every_rank
+def test_a_few_steps_then_eval_as_torch(ours: type, theirs: type, shape: tuple[int, ...], setting: dict) -> None:
+    a, b = ours(shape[1], **setting), theirs(shape[1], **setting)
+    for x in batches(shape):
+        torch.testing.assert_close(a(x), b(x))
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for key, value in b.state_dict().items():
+        torch.testing.assert_close(a.state_dict()[key], value)
+    a.eval(), b.eval()
+    torch.testing.assert_close(a(x), b(x))
+
+
+@pytest.mark.parametrize("layout", (lambda t: t, channels_last), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_running_statistics_against_float64(dtype: torch.dtype, layout) -> None:
+    for shape in ((4, 3, 5, 7), (3, 70, 2, 2), (2, 5, 60, 70)):
+        norm = fastnorm.BatchNorm2d(shape[1], dtype=dtype)
+        mean, var = torch.zeros(shape[1], dtype=torch.float64), torch.ones(shape[1], dtype=torch.float64)
+        for x in batches(shape, dtype=dtype):
+            norm(layout(x))
+            mean, var = reference.running_statistics(x.double(), mean, var, 0.1)
+        # one rounding to dtype a step
+        tolerance = 4 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-13
+        torch.testing.assert_close(norm.running_mean.double(), mean, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(norm.running_var.double(), var, rtol=tolerance, atol=tolerance)
+        assert norm.num_batches_tracked == 3
+
+
+def test_running_statistics_tell_autograd_that_they_changed() -> None:
+    norm = fastnorm.BatchNorm2d(3)
+    versions = [t._version for t in norm.buffers()]
+    norm(torch.randn(2, 3, 4, 4))
+    assert all(t._version > v for t, v in zip(norm.buffers(), versions, strict=True))
+    with torch.inference_mode():
+        fastnorm.BatchNorm2d(3)(torch.randn(2, 3, 4, 4))  # inference tensors have no version
+
+
+def test_state_dict_both_ways_and_repr() -> None:
+    a, b = fastnorm.BatchNorm2d(7), nn.BatchNorm2d(7)
+    a(torch.randn(4, 7, 3, 3))
+    b.load_state_dict(a.state_dict())
+    a.load_state_dict(b.state_dict())
+    assert repr(a) == repr(b)
+    assert repr(fastnorm.BatchNorm2d(7, activation="relu")).endswith("activation='relu')")
+    assert isinstance(a, nn.BatchNorm2d)
+
+
+def test_bias_false() -> None:
+    norm = fastnorm.BatchNorm2d(3, bias=False)
+    assert norm.bias is None and list(norm.state_dict()) == [
+        "weight",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    ]
+    norm.reset_parameters()
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    expected = reference.batch_norm(x.double(), norm.weight.double())
+    torch.testing.assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-6)
+    norm(x).square().sum().backward()
+    assert norm.weight.grad is not None
+
+
+def test_deepcopy_and_pickle() -> None:
+    norm = fastnorm.BatchNorm2d(3, activation="silu", skip_nonfinite_stats=True)
+    x = torch.randn(4, 3, 5, 5)
+    norm(x)
+    norm.eval()
+    for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert torch.equal(twin(x), norm(x)) and repr(twin) == repr(norm)
+
+
+def test_constant_channel_gives_exactly_beta() -> None:
+    for value in (0.0, 0.1, -3.7, 1e-20, 3e4, 1e30):
+        for shape in ((4, 3, 7, 7), (2, 3, 80, 90), (40, 3, 2, 1), (64, 3)):
+            for layout in (lambda t: t, channels_last):
+                x = layout(torch.full(shape, value))
+                bias = torch.tensor([0.3, -1e-3, 7.0])
+                y = fn.batch_norm(x, None, None, torch.tensor([2.0, 1.0, 0.5]), bias, True)
+                assert torch.equal(y, bias.view([1, 3] + [1] * (len(shape) - 2)).expand(shape)), (value, shape)
+
+
+@pytest.mark.parametrize("scale", (1e-30, 1e-18, 1e18, 1e30))
+def test_scales_whose_squares_leave_float32(scale: float) -> None:
+    """eps=0 where the scale is small, so that the variance alone decides."""
+    for shape in ((4, 3, 9, 9), (8, 70, 2, 2)):
+        x = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale).float()
+        eps = 0.0 if scale < 1 else 1e-5
+        y = fn.batch_norm(x, None, None, training=True, eps=eps)
+        torch.testing.assert_close(y.double(), reference.batch_norm(x.double(), eps=eps), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_inf_are_placed_as_by_torch() -> None:
+    for poison in (float("nan"), float("inf"), -float("inf")):
+        for layout in (lambda t: t, channels_last):
+            for activation in (None, "relu", "leaky_relu", "silu", "gelu"):
+                if activation == "gelu" and not math.isnan(poison):
+                    continue  # torch's own gives NaN at +inf on a CPU, where its limit is inf
+                x = torch.randn(4, 3, 7, 7)
+                x[1, 2, 3, 4] = poison
+                for training in (True, False):
+                    statistics = (None, None) if training else (torch.zeros(3), torch.ones(3))
+                    ours, theirs = (layout(x).clone().requires_grad_() for _ in range(2))
+                    y = fn.batch_norm(ours, *statistics, training=training, activation=activation)
+                    z = nn.functional.batch_norm(theirs, *statistics, training=training)
+                    z = z if activation is None else getattr(nn.functional, activation)(z)
+                    assert torch.equal(y.isnan(), z.isnan()) and torch.equal(y.isinf(), z.isinf())
+                    y.backward(torch.ones_like(y))
+                    z.backward(torch.ones_like(z))
+                    assert torch.equal(ours.grad.isnan(), theirs.grad.isnan())
+
+
+@pytest.mark.parametrize("momentum", (0.1, None))
+def test_an_overflowed_batch_leaves_the_statistics_alone(momentum: float | None) -> None:
+    norm = fastnorm.BatchNorm2d(3, momentum=momentum, skip_nonfinite_stats=True)
+    good, bad = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
+    bad[0, 1, 2, 3] = float("inf")
+    norm(good)
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    for layout in (lambda t: t, channels_last):
+        assert norm(layout(bad))[:, 1].isnan().all()
+        for key, value in before.items():
+            assert torch.equal(norm.state_dict()[key], value)
+    norm(good)
+    assert norm.num_batches_tracked == 2 and norm.running_var.isfinite().all()
+    careless = fastnorm.BatchNorm2d(3)
+    careless(bad)
+    assert not careless.running_var.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_low_precision_input_with_float32_parameters(dtype: torch.dtype) -> None:
+    norm, theirs = fastnorm.BatchNorm2d(5), nn.BatchNorm2d(5)
+    x = torch.randn(4, 5, 6, 6).to(dtype)
+    y, z = norm(x), theirs(x)
+    assert y.dtype == z.dtype == dtype and norm.running_mean.dtype == torch.float32
+    torch.testing.assert_close(y, z, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(norm.running_var, theirs.running_var, rtol=1e-5, atol=1e-6)
+    y.sum().backward()
+    assert norm.weight.grad.dtype == torch.float32
+
+
+def test_autocast_as_torch_treats_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), fastnorm.BatchNorm2d(4))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        assert y.dtype == nn.BatchNorm2d(4)(model[0](x)).dtype == torch.bfloat16
+        assert fastnorm.BatchNorm2d(3)(x).dtype == nn.BatchNorm2d(3)(x).dtype
+
+
+def test_empty_batch_is_counted_but_teaches_nothing() -> None:
+    for module in (fastnorm.BatchNorm2d(3), nn.BatchNorm2d(3)):
+        assert module(torch.zeros(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+        assert module.num_batches_tracked == 1 and torch.equal(module.running_var, torch.ones(3))
+
+
+def test_residual_may_have_another_layout_and_its_own_gradient() -> None:
+    x, r = torch.randn(2, 5, 6, 6), torch.randn(2, 5, 6, 6)
+    for activation in (None, "relu", "gelu"):
+        norm = fastnorm.BatchNorm2d(5, activation=activation)
+        results = []
+        for layout in (lambda t: t, channels_last):
+            a, b = x.clone().requires_grad_(), layout(r).clone().requires_grad_()
+            y = norm(a, b)
+            y.square().sum().backward()
+            results.append((y, a.grad, b.grad))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_more_channels_than_threads_and_fewer_give_the_same_bits() -> None:
+    """Two ways of sharing the work, the same sums: a channel is reduced in the same order whoever does it."""
+    x = torch.randn(6, 40, 70, 70)
+    torch.set_num_threads(1)
+    whole = fn.batch_norm(x, None, None, training=True)  # a task a channel
+    torch.set_num_threads(32)
+    split = fn.batch_norm(x, None, None, training=True)  # 40 channels are too few for 32 threads
+    assert torch.equal(whole, split)
+
+
+def test_a_module_without_buffers_in_eval_uses_the_batch() -> None:
+    norm = fastnorm.BatchNorm2d(3, track_running_stats=False).eval()
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(norm(x).double(), reference.batch_norm(x.double()), rtol=1e-5, atol=1e-6)
+
+
+def test_parametrised_weight() -> None:
+    class Positive(nn.Module):
+        def forward(self, v: Tensor) -> Tensor:
+            return v.exp()
+
+    norm = fastnorm.BatchNorm2d(3)
+    nn.utils.parametrize.register_parametrization(norm, "weight", Positive())
+    x = torch.randn(4, 3, 5, 5)
+    norm(x).sum().backward()
+    expected = reference.batch_norm(x.double(), torch.full((3,), torch.e, dtype=torch.float64))
+    torch.testing.assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert norm.parametrizations.weight.original.grad is not None

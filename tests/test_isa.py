@@ -1,0 +1,53 @@
+"""Every instruction set that this machine has runs the table of cases, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastnorm
+
+HERE = Path(__file__).parent
+BEST = torch.backends.cpu.get_cpu_capability()
+LESSER = {"AVX512": ("avx2", "default"), "AVX2": ("default",)}.get(BEST, ())
+NUMERICAL = "against_float64 or far_above or threads or strides or constant or scales or mask or in_place"
+
+
+@pytest.mark.parametrize("capability", LESSER)
+def test_lesser_instruction_sets(capability: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    files = [str(path) for path in sorted(HERE.glob("test_*.py")) if path.name not in ("test_isa.py", "test_ladder.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", NUMERICAL, *files]
+    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("capability", (BEST.lower(), *LESSER))
+def test_the_kernels_follow_torch(capability: str) -> None:
+    if capability not in ("avx512", "avx2", "default"):
+        capability = "default"
+    script = "import fastnorm; print(fastnorm.build_info()['instruction_set'])"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    expected = {"avx512": "AVX512", "avx2": "AVX2"}.get(
+        capability, "NEON" if os.uname().machine == "aarch64" else "default"
+    )
+    assert out.stdout.strip() == expected
+
+
+def test_build_info() -> None:
+    info = fastnorm.build_info()
+    assert info["torch"] == torch.__version__ and info["threads"] == torch.get_num_threads()
+    assert info["torch_built_with"] == torch.__version__.split("+")[0]
+
+
+def test_self_check_runs() -> None:
+    out = subprocess.run([sys.executable, "-m", "fastnorm"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "BatchNorm2d" in out.stdout and "Dropout" in out.stdout
