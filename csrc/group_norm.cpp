@@ -33,10 +33,11 @@ static void check_groups(const Tensor& input, int64_t num_groups) {
               " (input.size(1)), got ", num_groups);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_groups(
-    const char* op, const Tensor& input, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, double eps, std::optional<std::string_view> activation, bool keep_mask,
-    bool want_variance) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, const Tensor& input, int64_t num_groups,
+                                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                                            const OptionalTensor& residual, double eps,
+                                                            std::optional<std::string_view> activation, bool keep_mask,
+                                                            bool want_variance) {
   check_per_channel(op, "weight", weight, input);
   check_per_channel(op, "bias", bias, input);
   check_same_type(op, "weight", weight, "bias", bias);
@@ -47,15 +48,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_groups(
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);
   const auto contiguous = input.options().memory_format(at::MemoryFormat::Contiguous);
-  const auto statistic = [&] { return at::empty({shape.N, num_groups}, contiguous.dtype(at::kDouble)); };
-  const Tensor mean = statistic(), rstd = statistic();
+  const Tensor statistics = at::empty({2, shape.N, num_groups}, contiguous.dtype(at::kDouble));
   Tensor mask, variance;
   if (input.numel() == 0) {
-    mean.zero_();
-    rstd.fill_(1);
-    return {y, mean, rstd, mask, variance};
+    statistics.zero_();
+    return {y, statistics, mask, variance};
   }
-  if (want_variance) variance = statistic();
+  if (want_variance) variance = at::empty({shape.N, num_groups}, statistics.options());
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
     const MaskRows rows = group_mask_rows(shape);
     mask = at::empty({rows.rows, rows.bytes_per_row()}, contiguous.dtype(at::kByte));
@@ -74,32 +73,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_groups(
   args.weight = data_or_null(w);
   args.bias = data_or_null(b);
   args.y = y.mutable_data_ptr();
-  args.mean = mean.mutable_data_ptr<double>();
-  args.rstd = rstd.mutable_data_ptr<double>();
+  args.mean = statistics.mutable_data_ptr<double>();
+  args.rstd = args.mean + shape.N * num_groups;
   args.variance = variance.defined() ? variance.mutable_data_ptr<double>() : nullptr;
   args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   cpu::group_norm_forward(args);
-  return {y, mean, rstd, mask, variance};
+  return {y, statistics, mask, variance};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, int64_t num_groups,
-                                                              const OptionalTensor& weight, const OptionalTensor& bias,
-                                                              const OptionalTensor& residual, double eps,
-                                                              std::optional<std::string_view> activation,
-                                                              bool keep_mask) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      int64_t num_groups, double eps,
+                                                      std::optional<std::string_view> activation, bool keep_mask) {
   check_supported(kOp, input);
   check_groups(input, num_groups);
   TORCH_CHECK_VALUE(input.numel() != num_groups, kOp, ": expected more than 1 value per group, got input shape ",
                     input.sizes(), " with num_groups=", num_groups);
-  auto [y, mean, rstd, mask, variance] =
+  const auto [y, statistics, mask, variance] =
       normalize_groups(kOp, input, num_groups, weight, bias, residual, eps, activation, keep_mask, false);
-  return {y, mean, rstd, mask};
+  return {y, statistics, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
-    const Tensor& grad_output, const Tensor& input, int64_t num_groups, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& mean,
-    const Tensor& rstd, std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
   check_supported(kOp, input);
   check_groups(input, num_groups);
   check_like_input(kOp, "grad_output", grad_output, input);
@@ -109,9 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   const Activation act = activation_of(kOp, activation);
   const Shape shape = shape_of(input);
   const int64_t slices = shape.N * num_groups;
-  TORCH_CHECK(mean.scalar_type() == at::kDouble && rstd.scalar_type() == at::kDouble && mean.numel() == slices &&
-                  rstd.numel() == slices && mean.is_contiguous() && rstd.is_contiguous(),
-              kOp, ": mean and rstd must be what group_norm_forward returned");
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * slices && statistics.is_contiguous(),
+              kOp, ": statistics must be what group_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows rows = group_mask_rows(shape);
     TORCH_CHECK(
@@ -139,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   args.residual = data_or_null(r);
   args.weight = data_or_null(w);
   args.bias = data_or_null(b);
-  args.mean = mean.const_data_ptr<double>();
-  args.rstd = rstd.const_data_ptr<double>();
+  args.mean = statistics.const_data_ptr<double>();
+  args.rstd = args.mean + slices;
   args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
   args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;

@@ -1,4 +1,5 @@
-// instance_norm: group_norm's kernel with a channel a group, and the running statistics. The maths is in instance_norm.h.
+// instance_norm: group_norm's kernel with a channel a group, and the running statistics. The maths is in
+// instance_norm.h.
 #include "instance_norm.h"
 
 #include "checks.h"
@@ -9,10 +10,11 @@ namespace fastnorm {
 
 static constexpr const char* kOp = "instance_norm";
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> instance_norm_forward(
-    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum, double eps,
-    std::optional<std::string_view> activation, bool keep_mask) {
+std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, const OptionalTensor& residual,
+                                                         const OptionalTensor& running_mean,
+                                                         const OptionalTensor& running_var, double momentum, double eps,
+                                                         std::optional<std::string_view> activation, bool keep_mask) {
   check_supported(kOp, input);
   int64_t S = 1;
   for (int64_t d = 2; d < input.dim(); ++d) S *= input.size(d);
@@ -26,14 +28,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> instance_norm_forward(
   TORCH_CHECK(!tracks || (running_mean->is_contiguous() && running_var->is_contiguous()), kOp,
               ": running_mean and running_var must be contiguous to be updated");
 
-  const auto [y, mean, rstd, mask, variance] =
+  const auto [y, statistics, mask, variance] =
       normalize_groups(kOp, input, input.size(1), weight, bias, residual, eps, activation, keep_mask, tracks);
   if (tracks && variance.defined()) {
     InstanceNormRunning args{};
     args.shape = shape_of(input);
     args.stats_dtype = dtype_of(*running_mean);
     args.momentum = momentum;
-    args.mean = mean.const_data_ptr<double>();
+    args.mean = statistics.const_data_ptr<double>();
     args.variance = variance.const_data_ptr<double>();
     args.running_mean = running_mean->mutable_data_ptr();
     args.running_var = running_var->mutable_data_ptr();
@@ -41,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> instance_norm_forward(
     for (const OptionalTensor* t : {&running_mean, &running_var})
       if (!(*t)->is_inference()) (*t)->unsafeGetTensorImpl()->bump_version();
   }
-  return {y, mean, rstd, mask};
+  return {y, statistics, mask};
 }
 
 }  // namespace fastnorm

@@ -35,26 +35,26 @@ Tensor dropout_state(const std::optional<at::Generator>& generator);
 // element.
 Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
-// -> y, mean, rstd, mask, as batch_norm_forward; the statistics are [N, num_groups].
-std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, int64_t num_groups,
-                                                              const OptionalTensor& weight, const OptionalTensor& bias,
-                                                              const OptionalTensor& residual, double eps,
-                                                              std::optional<std::string_view> activation,
-                                                              bool keep_mask);
+// -> y, statistics (float64 [2, N, num_groups]: mean and rstd), mask as batch_norm_forward returns it.
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      int64_t num_groups, double eps,
+                                                      std::optional<std::string_view> activation, bool keep_mask);
 
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so. Of instance_norm too, with num_groups = C.
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
-    const Tensor& grad_output, const Tensor& input, int64_t num_groups, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& mean,
-    const Tensor& rstd, std::optional<std::string_view> activation, std::array<bool, 4> wanted);
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
 // -> as batch_norm_mask_slopes, from the mask of group_norm_forward or instance_norm_forward.
 Tensor group_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation);
 
-// -> y, mean, rstd, mask; the statistics are [N, C]. The running ones, where given, are updated.
-std::tuple<Tensor, Tensor, Tensor, Tensor> instance_norm_forward(
-    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum, double eps,
-    std::optional<std::string_view> activation, bool keep_mask);
+// -> y, statistics (float64 [2, N, C]), mask. The running statistics, where given, are updated.
+std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, const OptionalTensor& residual,
+                                                         const OptionalTensor& running_mean,
+                                                         const OptionalTensor& running_var, double momentum, double eps,
+                                                         std::optional<std::string_view> activation, bool keep_mask);
 
 }  // namespace fastnorm

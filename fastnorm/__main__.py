@@ -14,6 +14,10 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "BatchNorm1d": (fastnorm.BatchNorm1d(16), nn.BatchNorm1d(16), (32, 16)),
     "BatchNorm2d": (fastnorm.BatchNorm2d(16), nn.BatchNorm2d(16), (8, 16, 9, 9)),
     "BatchNorm3d": (fastnorm.BatchNorm3d(16), nn.BatchNorm3d(16), (4, 16, 3, 5, 5)),
+    "GroupNorm": (fastnorm.GroupNorm(4, 16), nn.GroupNorm(4, 16), (8, 16, 9, 9)),
+    "InstanceNorm1d": (fastnorm.InstanceNorm1d(16), nn.InstanceNorm1d(16), (8, 16, 81)),
+    "InstanceNorm2d": (fastnorm.InstanceNorm2d(16), nn.InstanceNorm2d(16), (8, 16, 9, 9)),
+    "InstanceNorm3d": (fastnorm.InstanceNorm3d(16), nn.InstanceNorm3d(16), (4, 16, 3, 5, 5)),
 }
 
 

@@ -13,55 +13,32 @@ from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch, uncovered_transform
 
+# num_groups, eps, activation: what no gradient goes to, as one argument, for each argument of an autograd function
+# costs time.
+_Setting = tuple[int, float, str | None]
+
 
 class GroupNormFunction(torch.autograd.Function):
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), see :func:`group_norm`.
 
-    Kept for backward: x, weight, bias, two numbers a group and sample; with a residual and relu or leaky_relu one bit an
-    element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x.
+    Kept for backward: x, weight, bias, two numbers a group and sample; with a residual and relu or leaky_relu one bit
+    an element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        num_groups: int,
-        eps: float,
-        activation: str | None,
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
     ) -> Tensor:
-        y, mean, rstd, mask = _C.group_norm_forward(input, num_groups, weight, bias, residual, eps, activation, True)
-        save_for_backward(ctx, input, weight, bias, residual, mask, mean, rstd, (num_groups, eps, activation))
+        y, statistics, mask = _C.group_norm_forward(input, weight, bias, residual, *setting, True)
+        kept_residual = residual if setting[2] in ("silu", "gelu") else None
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
+        ctx.setting = setting
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *input_gradients(ctx, dy), *[None] * 3
-
-
-def save_for_backward(
-    ctx: Any,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    setting: tuple[int, float, str | None],
-) -> None:
-    """What :func:`input_gradients` needs: `setting` is (num_groups, eps, activation)."""
-    kept_residual = residual if setting[2] in ("silu", "gelu") else None
-    ctx.save_for_backward(input, weight, bias, kept_residual, mask, mean, rstd)
-    ctx.setting = setting
-
-
-def input_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of input, weight, bias and residual, the first four arguments of the function."""
-    gradient = _gradient if not torch.is_grad_enabled() else GroupNormBackwardFunction.apply
-    return gradient(dy, *ctx.saved_tensors, ctx.setting, list(ctx.needs_input_grad[:4]))
+        gradient = GroupNormBackwardFunction.apply if torch.is_grad_enabled() else _gradient
+        return *gradient(dy, *ctx.saved_tensors, ctx.setting, ctx.needs_input_grad[:4]), None
 
 
 class GroupNormBackwardFunction(torch.autograd.Function):
@@ -69,7 +46,7 @@ class GroupNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        *saved, setting, wanted = args
+        *saved, setting, _ = args
         ctx.save_for_backward(dy, *saved)
         ctx.setting = setting
         ctx.set_materialize_grads(False)
@@ -79,7 +56,7 @@ class GroupNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, input, weight, bias, residual, mask, _mean, _rstd = ctx.saved_tensors
+        dy, input, weight, bias, residual, mask, _ = ctx.saved_tensors
         num_groups, eps, activation = ctx.setting
         slopes = None if mask is None else _C.group_norm_mask_slopes(input, mask, activation)
         # Where the residual was not kept, its value does not matter: what follows is linear in it.
@@ -94,7 +71,7 @@ class GroupNormBackwardFunction(torch.autograd.Function):
             return (z if residual is None else z + residual) * slopes
 
         ddy, dx, dweight, dbias, dresidual = double_backward(forward, [input, weight, bias, residual], dy, grad_grads)
-        return ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None, None
+        return ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None
 
 
 def _composite(input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float) -> Tensor:
@@ -117,14 +94,13 @@ def _gradient(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    setting: tuple[int, float, str | None],
-    wanted: list[bool],
+    statistics: Tensor,
+    setting: _Setting,
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     num_groups, _, activation = setting
     return _C.group_norm_backward(
-        dy, input, num_groups, weight, bias, residual, mask, mean, rstd, activation, wanted
+        dy, input, weight, bias, residual, mask, statistics, num_groups, activation, wanted
     )  # fmt: skip
 
 
@@ -142,7 +118,7 @@ def group_norm(
 
         y = activation((x - mean) * rstd * weight + bias + residual),   rstd = 1 / sqrt(var + eps)
 
-    mean and var (biased) are those of each sample and group: C / num_groups neighbouring channels and all their positions.
+    mean and var (biased) are those of each sample and group: C / num_groups neighbouring channels, all positions.
 
     Args:
         input: (N, C, *), float64, float32, bfloat16 or float16. Contiguous and channels_last tensors of any number of
@@ -163,6 +139,12 @@ def group_norm(
         >>> y.shape, y.is_contiguous(memory_format=torch.channels_last)
         (torch.Size([8, 4, 5, 5]), True)
     """
+    return _group_norm(input, weight, bias, residual, (num_groups, eps, activation))
+
+
+def _group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
+) -> Tensor:
     reason = uncovered_transform("group_norm")
     if reason is None:
         try:
@@ -172,11 +154,11 @@ def group_norm(
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                return GroupNormFunction.apply(input, weight, bias, residual, num_groups, eps, activation)
-            return _C.group_norm_forward(input, num_groups, weight, bias, residual, eps, activation, False)[0]
+                return GroupNormFunction.apply(input, weight, bias, residual, setting)
+            return _C.group_norm_forward(input, weight, bias, residual, *setting, False)[0]
         except NotImplementedError as uncovered:
             reason = str(uncovered)
-    return call_torch(reason, _torch_group_norm, input, weight, bias, residual, num_groups, eps, activation)
+    return call_torch(reason, _torch_group_norm, input, weight, bias, residual, *setting)
 
 
 def _torch_group_norm(
@@ -231,15 +213,16 @@ class GroupNorm(nn.GroupNorm):
         self.activation = activation
 
     def reset_parameters(self) -> None:
-        # bias is None only after __init__ took it away; torch < 2.13 does not look
         for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, residual=residual, activation=self.activation
-        )
+        # Module.__getattr__ takes 0.3 us a tensor; a parametrised weight is not in the dictionary, though
+        parameters = self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        return _group_norm(input, weight, bias, residual, (self.num_groups, self.eps, self.activation))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")

@@ -13,38 +13,31 @@ from fastnorm import _C
 from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.batch_norm import batch_norm
 from fastnorm.fallback import call_torch, uncovered_transform
-from fastnorm.group_norm import input_gradients, save_for_backward
+from fastnorm.group_norm import GroupNormFunction
+
+# running_mean, running_var, momentum, eps, activation: what no gradient goes to.
+_Setting = tuple[Tensor | None, Tensor | None, float, float, str | None]
 
 
 class InstanceNormFunction(torch.autograd.Function):
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), see :func:`instance_norm`.
 
-    Kept for backward: x, weight, bias, two numbers a channel and sample; with a residual and relu or leaky_relu one bit an
-    element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x.
+    Kept for backward: x, weight, bias, two numbers a channel and sample; with a residual and relu or leaky_relu one bit
+    an element, with a residual and silu or gelu the residual. Backward is group normalisation's with a channel a group.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-        activation: str | None,
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
     ) -> Tensor:
-        y, mean, rstd, mask = _C.instance_norm_forward(
-            input, weight, bias, residual, running_mean, running_var, momentum, eps, activation, True
-        )
-        save_for_backward(ctx, input, weight, bias, residual, mask, mean, rstd, (input.size(1), eps, activation))
+        y, statistics, mask = _C.instance_norm_forward(input, weight, bias, residual, *setting, True)
+        _, _, _, eps, activation = setting
+        kept_residual = residual if activation in ("silu", "gelu") else None
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
+        ctx.setting = input.size(1), eps, activation
         return y
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *input_gradients(ctx, dy), *[None] * 5
+    backward = staticmethod(GroupNormFunction.backward)
 
 
 def instance_norm(
@@ -64,8 +57,8 @@ def instance_norm(
 
         y = activation((x - mean) * rstd * weight + bias + residual),   rstd = 1 / sqrt(var + eps)
 
-    With ``use_input_stats``, mean and var (biased) are those of each sample and channel over the positions, and the running
-    statistics, where given, take in the samples' average, the variance unbiased:
+    With ``use_input_stats``, mean and var (biased) are those of each sample and channel over the positions, and the
+    running statistics, where given, take in the samples' average, the variance unbiased:
     ``running = (1 - momentum) * running + momentum * new``. Otherwise mean and var are the running statistics.
 
     Args:
@@ -81,8 +74,8 @@ def instance_norm(
 
     Raises:
         ValueError: one position with ``use_input_stats``; an unknown activation.
-        RuntimeError: a shape, type or device that does not fit; no running statistics without ``use_input_stats``. Nothing
-            has been written then.
+        RuntimeError: a shape, type or device that does not fit; no running statistics without ``use_input_stats``.
+            Nothing has been written then.
 
     Example:
         >>> x = torch.randn(8, 4, 5, 5)
@@ -92,7 +85,13 @@ def instance_norm(
     """
     if not use_input_stats:
         return _with_running_statistics(input, running_mean, running_var, weight, bias, eps, residual, activation)
-    args = (input, weight, bias, residual, running_mean, running_var, momentum, eps, activation)
+    setting = (running_mean, running_var, momentum, eps, activation)
+    return _instance_norm(input, weight, bias, residual, setting)
+
+
+def _instance_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
+) -> Tensor:
     reason = uncovered_transform("instance_norm")
     if reason is None:
         try:
@@ -102,11 +101,11 @@ def instance_norm(
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                return InstanceNormFunction.apply(*args)
-            return _C.instance_norm_forward(*args, False)[0]
+                return InstanceNormFunction.apply(input, weight, bias, residual, setting)
+            return _C.instance_norm_forward(input, weight, bias, residual, *setting, False)[0]
         except NotImplementedError as uncovered:
             reason = str(uncovered)
-    return call_torch(reason, _torch_instance_norm, *args)
+    return call_torch(reason, _torch_instance_norm, input, weight, bias, residual, *setting)
 
 
 def _with_running_statistics(
@@ -201,18 +200,16 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
         if without_batch:
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
-        y = instance_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            0.0 if self.momentum is None else self.momentum,
-            self.eps,
-            residual=residual,
-            activation=self.activation,
-        )
+        # as in BatchNorm: Module.__getattr__ takes time
+        buffers, parameters = self._buffers, self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        if self.training or not self.track_running_stats:
+            momentum = 0.0 if self.momentum is None else self.momentum
+            y = _instance_norm(input, weight, bias, residual, (mean, var, momentum, self.eps, self.activation))
+        else:
+            y = _with_running_statistics(input, mean, var, weight, bias, self.eps, residual, self.activation)
         return y.squeeze(0) if without_batch else y
 
     def extra_repr(self) -> str:

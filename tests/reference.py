@@ -59,6 +59,24 @@ def batch_norm(
     return affine((x - mean) / torch.sqrt(var + eps), weight, bias, residual, act)
 
 
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: str | None = None,
+) -> Tensor:
+    """The statistics of each sample and group of neighbouring channels; instance normalisation with groups = C."""
+    slices = x.reshape(x.shape[0], groups, -1)
+    mean = slices.sum(2, keepdim=True) / slices.shape[2]
+    var = ((slices - mean) ** 2).sum(2, keepdim=True) / slices.shape[2]
+    xhat = ((slices - mean) / torch.sqrt(var + eps)).reshape(x.shape)
+    return affine(xhat, weight, bias, residual, act)
+
+
 def running_statistics(x: Tensor, mean: Tensor, var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
     """(mean, var) after a batch x in training: the new value weighs `momentum`, the variance is unbiased."""
     dims = [d for d in range(x.dim()) if d != 1]

@@ -1,13 +1,16 @@
-// Group and instance normalisation on the CPU. A slice is a group of a sample, an owner what one task reduces and normalises:
+// Group and instance normalisation on the CPU. A slice is a group of a sample, an owner what one task reduces and
+// normalises:
 //
-// planes   (contiguous, planes of 16 elements or more): an owner is a slice, read once from memory for its moments and once
-//          more, backwards, from the cache to normalise it, plane by plane.
-// flat     (contiguous, tiny planes): an owner is some neighbouring slices, normalised as one run with a coefficient an element.
-// columns  (channels_last): an owner is a sample, a matrix whose columns are channels. Parts of it give partial moments of every
+// planes   (contiguous, planes of 16 elements or more): an owner is a slice, read once from memory for its moments and
+// once
+//          more from the cache to normalise it, plane by plane.
+// flat     (contiguous, tiny planes): an owner is some neighbouring slices, normalised as one run with a coefficient an
+// element. columns  (channels_last): an owner is a sample, a matrix whose columns are channels. Parts of it give
+// partial moments of every
 //          group; then its rows are normalised with a coefficient a column.
 //
-// Too few owners for the threads: the same pieces of them, in two parallel sweeps. Sums are float32 within a piece and float64
-// beyond, in an order fixed by the shape alone.
+// Too few owners for the threads: the same pieces of them, in two parallel sweeps. Sums are float32 within a piece and
+// float64 beyond, in an order fixed by the shape alone.
 #include "../group_norm.h"
 
 #include <cmath>
@@ -20,22 +23,28 @@ namespace {
 
 // ---- what all ways share
 
-// Calls kernel.first(owner, piece) for every piece of an owner, kernel.finish(owner), kernel.second(owner, piece), with no
-// more than that for an order.
+// Calls kernel.first(owner, piece) for every piece of an owner, kernel.finish(owner), kernel.second(owner, piece), with
+// no more than that for an order. Small owners go by bundles: from the first sum of one to its last coefficient is a
+// chain of some hundred cycles, in which the processor can work on the others'.
 template <typename Kernel>
 void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces) {
+  constexpr int64_t kBundle = 800;  // elements: more of them would not stay in the first-level cache
   const int64_t numel = kernel.a.shape.numel();
+  const int64_t bundle = std::max<int64_t>(1, std::min(kBundle / (numel / owners), owners / (4 * num_threads())));
   if (owners >= 2 * num_threads() || pieces == 1) {
-    return parallel_for(owners, numel, [&](int64_t owner) {
-      for (int64_t k = 0; k < pieces; ++k) kernel.first(owner, k);
-      kernel.finish(owner);
-      for (int64_t k = pieces; k-- > 0;) kernel.second(owner, k);
+    return parallel_for((owners + bundle - 1) / bundle, numel, [&](int64_t i) {
+      const int64_t begin = i * bundle, end = std::min(owners, begin + bundle);
+      for (int64_t owner = begin; owner < end; ++owner)
+        for (int64_t k = 0; k < pieces; ++k) kernel.first(owner, k);
+      for (int64_t owner = begin; owner < end; ++owner) kernel.finish(owner);
+      for (int64_t owner = begin; owner < end; ++owner)
+        for (int64_t k = 0; k < pieces; ++k) kernel.second(owner, k);
       if (kernel.stream) stream_fence();
     });
   }
   parallel_for(owners * pieces, numel, [&](int64_t i) { kernel.first(i / pieces, i % pieces); });
   for (int64_t owner = 0; owner < owners; ++owner) kernel.finish(owner);
-  parallel_for_reversed(owners * pieces, numel, [&](int64_t i) {
+  parallel_for(owners * pieces, numel, [&](int64_t i) {
     kernel.second(i / pieces, i % pieces);
     if (kernel.stream) stream_fence();
   });
@@ -84,6 +93,16 @@ struct ColumnAffine {
 
 // ---- what the columns of a row belong to
 
+// for_tiles() with one kind of tile less to compile: a pack may be partial and yet full.
+template <typename T, typename F>
+void for_group_tiles(int64_t width, const F& f) {
+  constexpr int64_t kSize = Pack<T>::kSize, kTile = tile_packs<T>();
+  int64_t j = 0;
+  for (; j + kTile * kSize <= width; j += kTile * kSize) f(j, std::integral_constant<int, kTile>{}, Full{});
+  for (; j < width; j += kSize)
+    f(j, std::integral_constant<int, 1>{}, Partial{static_cast<int>(std::min(kSize, width - j))});
+}
+
 // channels_last: rows of a sample in parts. The row that is not full, if any, is a part of its own.
 struct Parts {
   static constexpr int64_t kElements = 1 << 16;
@@ -95,7 +114,59 @@ struct Parts {
   int64_t begin(int64_t part) const { return std::min(sample.rows, part * rows_per_part); }
   int64_t rows(int64_t part) const { return part == full ? 1 : begin(part + 1) - begin(part); }
   int64_t width(int64_t part) const { return part == full ? sample.rest : sample.width; }
+
+  // Calls f(row, rows, column, tile, count), a few rows at a time: enough of them to keep a tile's coefficients in
+  // registers, few enough for the prefetchers to follow.
+  template <typename T, typename F>
+  void for_tiles(int64_t part, const F& f) const {
+    constexpr int64_t kRows = 16;
+    const int64_t end = begin(part) + rows(part);
+    for (int64_t row = begin(part); row < end; row += kRows) {
+      const int64_t here = std::min(kRows, end - row);
+      for_group_tiles<T>(width(part), [&](int64_t j, auto tile, auto count) { f(row, here, j, tile, count); });
+    }
+  }
 };
+
+// From row to row of a matrix: elements, and bytes of the mask.
+struct Strides {
+  int64_t elements, mask_bytes;
+};
+
+// a * b - c
+template <typename T>
+Pack<T> fmsub(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c) {
+  return map<T>([](auto x, auto y, auto z) { return at::vec::fmsub(x, y, z); }, a, b, c);
+}
+
+// normalize_run() for `rows` rows of a tile, the pointers those of its first row's first column.
+template <Activation kAct, int kTile, typename T, typename Count>
+FASTNORM_LOOP void normalize_tile(const T* x, const T* residual, T* y, uint8_t* mask, const Strides& stride,
+                                  int64_t rows, int64_t j, Count count, const Affine<PerColumn<T>>& affine,
+                                  bool stream) {
+  using P = Pack<T>;
+  P mean[kTile], scale[kTile], shift[kTile];
+  for (int t = 0; t < kTile; ++t) {
+    const int64_t i = j + t * P::kSize;
+    mean[t] = affine.mean[i];
+    scale[t] = affine.scale[i];
+    shift[t] = affine.shift[i];
+  }
+  stream = stream && fills_lines(y, stride.elements);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t i = j + t * P::kSize;
+      P z = fmadd(P::load(x + i, count) - mean[t], scale[t], shift[t]);
+      if (residual) z = z + P::load(residual + i, count);
+      if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
+      put(activate<kAct>(z), y + i, count, stream);
+    }
+    x += stride.elements;
+    y += stride.elements;
+    residual = offset_by(residual, stride.elements);
+    mask = offset_by(mask, stride.mask_bytes);
+  }
+}
 
 // ---- forward
 
@@ -115,7 +186,7 @@ struct PlanesForward : ForwardGroups {
   T* y = static_cast<T*>(a.y);
   const Chunks chunks{Runs{0, D, S, S}};
   const int64_t pieces = chunks.size();
-  const ScratchArray<Moments> partial{pieces > 1 ? a.shape.N * G * pieces : 0};
+  const ScratchArray<Moments> partial{pieces > 1 ? a.shape.N* G* pieces : 0};
   const MaskBits mask{a.mask, group_mask_rows(a.shape)};
 
   void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
@@ -182,7 +253,11 @@ struct FlatForward : ForwardGroups {
       for (int64_t s = 0; s < S; ++s) columns.set((c - begin * D) * S + s, channel);
     }
     const int64_t i = (n * G + begin) * L;
-    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), width, Affine<PerColumn<T>>(columns), stream);
+    const Affine<PerColumn<T>> coefficients = columns;
+    for_group_tiles<T>(width, [&](int64_t j, auto tile, auto count) {
+      normalize_tile<kAct, decltype(tile)::value>(x + i, offset_by(residual, i), y + i, mask(i), Strides{width, 0}, 1,
+                                                  j, count, coefficients, stream);
+    });
   }
 };
 
@@ -237,33 +312,100 @@ struct ColumnsForward : ForwardGroups {
       for (int64_t j = c; j < columns; j += C) affines.set(j, channel);
     }
     const Affine<PerColumn<T>> coefficients = affines;
-    for (int64_t row = parts.begin(part) + parts.rows(part); row-- > parts.begin(part);) {
+    parts.for_tiles<T>(part, [&](int64_t row, int64_t rows, int64_t j, auto tile, auto count) {
       const int64_t i = n * C * S + row * sample.width;
-      normalize_run<kAct>(x + i, offset_by(residual, i), y + i,
-                          offset_by(a.mask, (n * sample.size() + row) * mask.bytes_per_row()), columns, coefficients,
-                          stream);
-    }
+      normalize_tile<kAct, decltype(tile)::value>(
+          x + i, offset_by(residual, i), y + i, offset_by(a.mask, (n * sample.size() + row) * mask.bytes_per_row()),
+          Strides{sample.width, mask.bytes_per_row()}, rows, j, count, coefficients, stream);
+    });
   }
 };
 
 // ---- backward
 
-// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
-template <Activation kAct, typename T, typename C>
-void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n, const Affine<C>& affine,
-                        const C& slope, const C& offset, bool stream) {
+template <typename T>
+void next_row(RunGradient<T>& g, const Strides& stride) {
+  g.x += stride.elements;
+  g.dy += stride.elements;
+  g.residual = offset_by(g.residual, stride.elements);
+  g.mask = offset_by(g.mask, stride.mask_bytes);
+}
+
+// Adds the sums of dz and dz * xhat over `rows` rows of a tile to dz[] and dz_xhat[]; g is at the first row's first
+// column.
+template <Activation kAct, int kTile, typename T, typename Count>
+FASTNORM_LOOP void add_tile_gradients(RunGradient<T> g, const Strides& stride, int64_t rows, int64_t j, Count count,
+                                      const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
+                                      double* dz, double* dz_xhat) {
   using P = Pack<T>;
-  stream = stream && reinterpret_cast<uintptr_t>(dx) % kStreamAlignment == 0;
-  for_packs<T>(n, [&](int64_t i, auto count, int) {
-    const P x = P::load(g.x + i, count);
-    const P dz = g.template dz<kAct>(i, count, x, affine);
-    if (dresidual) dz.store(dresidual + i, count);
-    if (dx == nullptr) return;
-    const P d = dz * affine.scale[i] - fmadd(x - affine.mean[i], slope[i], offset[i]);
-    if constexpr (std::is_same_v<decltype(count), Full>) {
-      if (stream) return d.stream(dx + i);
+  P mean[kTile], rstd[kTile], rest[kTile], s[kTile], sx[kTile];
+  for (int t = 0; t < kTile; ++t) {
+    const int64_t i = j + t * P::kSize;
+    mean[t] = standardize.mean[i];
+    rstd[t] = standardize.rstd[i];
+    rest[t] = standardize.rest[i];
+    s[t] = sx[t] = P(0);
+  }
+  for (int64_t row = 0; row < rows; ++row, next_row(g, stride)) {
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t i = j + t * P::kSize;
+      const P x = P::load(g.x + i, count);
+      const P d = g.template dz<kAct>(i, count, x, affine);
+      s[t] = s[t] + d;
+      sx[t] = fmadd(d, fmadd(x - mean[t], rstd[t], rest[t]), sx[t]);
     }
-    d.store(dx + i, count);
+  }
+  acc_type<T> lane[kTile * P::kSize];
+  const int columns = tile_columns<kTile, T>(count);
+  for (int t = 0; t < kTile; ++t) s[t].store_acc(lane + t * P::kSize);
+  for (int i = 0; i < columns; ++i) dz[i] += lane[i];
+  for (int t = 0; t < kTile; ++t) sx[t].store_acc(lane + t * P::kSize);
+  for (int i = 0; i < columns; ++i) dz_xhat[i] += lane[i];
+}
+
+// group_gradient_run() for `rows` rows of a tile, the pointers those of its first row's first column.
+template <Activation kAct, int kTile, typename T, typename Count>
+FASTNORM_LOOP void group_gradient_tile(RunGradient<T> g, T* dx, T* dresidual, const Strides& stride, int64_t rows,
+                                       int64_t j, Count count, const Affine<PerColumn<T>>& affine,
+                                       const PerColumn<T>& slopes, const PerColumn<T>& offsets, bool stream) {
+  using P = Pack<T>;
+  P mean[kTile], scale[kTile], slope[kTile], offset[kTile];
+  for (int t = 0; t < kTile; ++t) {
+    const int64_t i = j + t * P::kSize;
+    mean[t] = affine.mean[i];
+    scale[t] = affine.scale[i];
+    slope[t] = slopes[i];
+    offset[t] = offsets[i];
+  }
+  stream = stream && fills_lines(dx, stride.elements);
+  for (int64_t row = 0; row < rows; ++row, next_row(g, stride)) {
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t i = j + t * P::kSize;
+      const P x = P::load(g.x + i, count);
+      const P dz = g.template dz<kAct>(i, count, x, affine);
+      if (dresidual) dz.store(dresidual + i, count);
+      if (dx) put(fmsub(dz, scale[t], fmadd(x - mean[t], slope[t], offset[t])), dx + i, count, stream);
+    }
+    dx = offset_by(dx, stride.elements);
+    dresidual = offset_by(dresidual, stride.elements);
+  }
+}
+
+// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
+template <Activation kAct, typename T>
+FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n,
+                                      const Affine<Uniform<T>>& affine, const GroupGradient<acc_type<T>>& coefficients,
+                                      bool stream) {
+  using P = Pack<T>;
+  const RunGradient<T> from = g;
+  const Affine<Uniform<T>> local = affine;
+  const P slope(coefficients.slope), offset(coefficients.offset);
+  stream = stream && fills_lines(dx, n);
+  for_packs<T>(n, [&](int64_t i, auto count, int) {
+    const P x = P::load(from.x + i, count);
+    const P dz = from.template dz<kAct>(i, count, x, local);
+    if (dresidual) dz.store(dresidual + i, count);
+    if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope, offset)), dx + i, count, stream);
   });
 }
 
@@ -279,7 +421,9 @@ struct BackwardGroups : Groups<GroupNormBackward> {
   const bool wants_sums = a.dweight || a.dbias || a.dx, wants_elements = a.dx || a.dresidual;
   const MaskRows mask_rows = group_mask_rows(a.shape);
 
-  RunGradient<T> gradient(int64_t i, const uint8_t* mask) const { return {x + i, dy + i, offset_by(residual, i), mask}; }
+  RunGradient<T> gradient(int64_t i, const uint8_t* mask) const {
+    return {x + i, dy + i, offset_by(residual, i), mask};
+  }
 
   SliceStandardize<acc_type<T>> standardize(int64_t slice) const { return {a.mean[slice], a.rstd[slice]}; }
 
@@ -318,7 +462,7 @@ struct PlanesBackward : BackwardGroups<T> {
   using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
   const Chunks chunks{Runs{0, D, S, S}};
   const int64_t planes = a.shape.N * C, pieces_of_plane = std::max<int64_t>(1, (S + kChunk - 1) / kChunk);
-  const ScratchArray<Sums> partial{pieces_of_plane > 1 ? planes * pieces_of_plane : 0};
+  const ScratchArray<Sums> partial{pieces_of_plane > 1 ? planes* pieces_of_plane : 0};
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
 
@@ -361,11 +505,10 @@ struct PlanesBackward : BackwardGroups<T> {
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S;
     const auto coefficients = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
-    const Uniform<T> slope(coefficients.slope), offset(coefficients.offset);
     for (int64_t run = 0; run < chunk.count; ++run) {
       const int64_t i = slice * L + chunk.offset + run * S;
       group_gradient_run<kAct>(Base::gradient(i, mask(i)), offset_by(dx, i), offset_by(dresidual, i), chunk.length,
-                               uniform<T>(this->template affine<T>(slice, c + run)), slope, offset, stream);
+                               uniform<T>(this->template affine<T>(slice, c + run)), coefficients, stream);
     }
   }
 };
@@ -376,8 +519,7 @@ struct ColumnCoefficients {
   ColumnAffine<T> affine;
   ColumnArray<T> rstd, rest, slope, offset;
 
-  explicit ColumnCoefficients(int64_t width)
-      : affine(width), rstd(width), rest(width), slope(width), offset(width) {}
+  explicit ColumnCoefficients(int64_t width) : affine(width), rstd(width), rest(width), slope(width), offset(width) {}
   void set(int64_t j, const SliceStandardize<acc_type<T>>& v) const {
     rstd[j] = v.rstd;
     rest[j] = v.rest;
@@ -426,6 +568,7 @@ struct FlatBackward : BackwardGroups<T> {
         }
       }
       const Affine<PerColumn<T>> affine = columns.affine;
+      const PerColumn<T> slope = columns.slope, offset = columns.offset;
       const auto standardize = columns.standardize();
       const int64_t first = (n * G + begin) * L;
       const RunGradient<T> g = Base::gradient(first, mask(first));
@@ -452,8 +595,10 @@ struct FlatBackward : BackwardGroups<T> {
         const auto coefficients = Base::input_gradient(n * G + g0, all);
         for (int64_t j = at; j < at + L; ++j) columns.set(j, coefficients);
       }
-      group_gradient_run<kAct>(g, offset_by(dx, first), offset_by(dresidual, first), width, affine,
-                               PerColumn<T>(columns.slope), PerColumn<T>(columns.offset), stream);
+      for_group_tiles<T>(width, [&](int64_t j, auto tile, auto count) {
+        group_gradient_tile<kAct, decltype(tile)::value>(g, offset_by(dx, first), offset_by(dresidual, first),
+                                                         Strides{width, 0}, 1, j, count, affine, slope, offset, stream);
+      });
     }
     if (stream) stream_fence();
     for (int64_t c = begin * D; c < end * D; ++c) {
@@ -470,6 +615,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
   const SampleRows sample = sample_rows(a.shape);
   const Parts parts{sample};
+  const Strides strides{sample.width, Base::mask_rows.bytes_per_row()};
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
 
@@ -485,7 +631,7 @@ struct ColumnsBackward : BackwardGroups<T> {
 
   void first(int64_t n, int64_t part) const {
     if (!Base::wants_sums) return;
-    const int64_t columns = parts.width(part), begin = parts.begin(part), end = begin + parts.rows(part);
+    const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
     for (int64_t c = 0; c < C; ++c) {
       const int64_t slice = n * G + c / D;
@@ -501,13 +647,12 @@ struct ColumnsBackward : BackwardGroups<T> {
     std::fill(&dz_xhat[0], &dz_xhat[columns], 0.0);
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const auto standardize = coefficients.standardize();
-    for (int64_t row = begin; row < end; row += kBlockRows) {
-      for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-        add_tile_sums<kAct, decltype(tile)::value>([&](int64_t r) { return row_gradient(n, r); }, row,
-                                                   std::min(end, row + kBlockRows), j, count, affine, standardize,
-                                                   &dz[j], &dz_xhat[j]);
+    for_row_blocks(begin, begin + parts.rows(part), [&](int64_t row, int64_t rows) {
+      for_group_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
+        add_tile_gradients<kAct, decltype(tile)::value>(row_gradient(n, row), strides, rows, j, count, affine,
+                                                        standardize, &dz[j], &dz_xhat[j]);
       });
-    }
+    });
     Sums* out = &partial[(n * parts.size() + part) * C];
     for (int64_t c = 0; c < C; ++c) {
       out[c] = Sums{};
@@ -538,11 +683,11 @@ struct ColumnsBackward : BackwardGroups<T> {
     }
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const PerColumn<T> slope = coefficients.slope, offset = coefficients.offset;
-    for (int64_t row = parts.begin(part) + parts.rows(part); row-- > parts.begin(part);) {
+    parts.for_tiles<T>(part, [&](int64_t row, int64_t rows, int64_t j, auto tile, auto count) {
       const int64_t i = n * C * S + row * sample.width;
-      group_gradient_run<kAct>(row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i), columns, affine, slope,
-                               offset, stream);
-    }
+      group_gradient_tile<kAct, decltype(tile)::value>(row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i),
+                                                       strides, rows, j, count, affine, slope, offset, stream);
+    });
   }
 };
 
