@@ -43,6 +43,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("spectral_norm_backward", wrap_pybind_function_no_gil(fastnorm::spectral_norm_backward));
   m.def("spectral_norm_forward", wrap_pybind_function_no_gil(fastnorm::spectral_norm_forward));
   m.def("weight_norm", wrap_pybind_function_no_gil(fastnorm::weight_norm));
+  m.def("group_norm_forward", wrap_pybind_function_no_gil(fastnorm::group_norm_forward));
+  m.def("group_norm_backward", wrap_pybind_function_no_gil(fastnorm::group_norm_backward));
+  m.def("group_norm_mask_slopes", wrap_pybind_function_no_gil(fastnorm::group_norm_mask_slopes));
+  m.def("instance_norm_forward", wrap_pybind_function_no_gil(fastnorm::instance_norm_forward));
 
   m.def("instruction_set", instruction_set, "The instruction set that the kernels use in this process.");
   m.attr("torch_version") = TORCH_VERSION;

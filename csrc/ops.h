@@ -75,5 +75,26 @@ Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight, c
 
 // -> v * (g / norm), differentiable as it is. `dim` -1: the norm of the whole of v.
 Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim);
+// -> y, statistics (float64 [2, N, num_groups]: mean and rstd), mask as batch_norm_forward returns it.
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      int64_t num_groups, double eps,
+                                                      std::optional<std::string_view> activation, bool keep_mask);
+
+// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so. Of instance_norm too, with num_groups = C.
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted);
+
+// -> as batch_norm_mask_slopes, from the mask of group_norm_forward or instance_norm_forward.
+Tensor group_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation);
+
+// -> y, statistics (float64 [2, N, C]), mask. The running statistics, where given, are updated.
+std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, const OptionalTensor& residual,
+                                                         const OptionalTensor& running_mean,
+                                                         const OptionalTensor& running_var, double momentum, double eps,
+                                                         std::optional<std::string_view> activation, bool keep_mask);
 
 }  // namespace fastnorm

@@ -10,6 +10,8 @@ from fastnorm.layer_norm import LayerNorm
 from fastnorm.local_response_norm import LocalResponseNorm
 from fastnorm.mc_dropout import MCPrediction, mc_dropout, mc_predict
 from fastnorm.rms_norm import RMSNorm
+from fastnorm.group_norm import GroupNorm
+from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.version import __version__
 
 __all__ = [
@@ -31,6 +33,10 @@ __all__ = [
     "LocalResponseNorm",
     "MCPrediction",
     "RMSNorm",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "__version__",
     "autograd",
     "build_info",

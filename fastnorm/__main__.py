@@ -16,6 +16,10 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "BatchNorm3d": (fastnorm.BatchNorm3d(16), nn.BatchNorm3d(16), (4, 16, 3, 5, 5)),
     "LayerNorm": (fastnorm.LayerNorm(100), nn.LayerNorm(100), (32, 100)),
     "RMSNorm": (fastnorm.RMSNorm(100), nn.RMSNorm(100), (32, 100)),
+    "GroupNorm": (fastnorm.GroupNorm(4, 16), nn.GroupNorm(4, 16), (8, 16, 9, 9)),
+    "InstanceNorm1d": (fastnorm.InstanceNorm1d(16), nn.InstanceNorm1d(16), (8, 16, 81)),
+    "InstanceNorm2d": (fastnorm.InstanceNorm2d(16), nn.InstanceNorm2d(16), (8, 16, 9, 9)),
+    "InstanceNorm3d": (fastnorm.InstanceNorm3d(16), nn.InstanceNorm3d(16), (4, 16, 3, 5, 5)),
 }
 
 

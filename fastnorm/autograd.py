@@ -2,6 +2,8 @@
 
 from fastnorm.batch_norm import BatchNormFunction
 from fastnorm.dropout import AlphaDropoutFunction, DropoutFunction
+from fastnorm.group_norm import GroupNormFunction
+from fastnorm.instance_norm import InstanceNormFunction
 from fastnorm.layer_norm import LayerNormFunction
 from fastnorm.local_response_norm import LocalResponseNormFunction
 from fastnorm.parametrizations import SpectralNormFunction
@@ -10,6 +12,8 @@ __all__ = [
     "AlphaDropoutFunction",
     "BatchNormFunction",
     "DropoutFunction",
+    "GroupNormFunction",
+    "InstanceNormFunction",
     "LayerNormFunction",
     "LocalResponseNormFunction",
     "SpectralNormFunction",

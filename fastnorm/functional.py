@@ -11,6 +11,8 @@ from fastnorm.dropout import (
     dropout3d,
     feature_alpha_dropout,
 )
+from fastnorm.group_norm import group_norm
+from fastnorm.instance_norm import instance_norm
 from fastnorm.layer_norm import layer_norm
 from fastnorm.local_response_norm import local_response_norm
 from fastnorm.rms_norm import rms_norm
@@ -25,6 +27,8 @@ __all__ = [
     "dropout2d",
     "dropout3d",
     "feature_alpha_dropout",
+    "group_norm",
+    "instance_norm",
     "layer_norm",
     "local_response_norm",
     "rms_norm",

@@ -154,6 +154,78 @@ def _batch_renorm_case(act: str | None, residual: bool) -> Case:
         units=16 if act in ("silu", "gelu") else 4,
     )
     return case
+# ---- group_norm and instance_norm
+
+# (N, C) alone, tiny and long planes, one slice as long as some chunks.
+GROUP_SHAPES = (*IMAGE_SHAPES[1:], (7, 6), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7), (2, 12, 300, 3), (1, 2, 2, 5000))
+
+
+def _middle(channels: int) -> int:
+    """The largest number of groups that is no larger than the groups."""
+    return max(g for g in range(1, channels + 1) if channels % g == 0 and g * g <= channels)
+
+
+GROUPS = {"one": lambda channels: 1, "some": _middle, "all": lambda channels: channels}
+
+
+def _group_norm_case(groups: str, act: str | None, residual: bool) -> Case:
+    def run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        return fn.group_norm(x, GROUPS[groups](x.shape[1]), weight, bias, residual=z, activation=act)
+
+    def run_torch(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        y = F.group_norm(x, GROUPS[groups](x.shape[1]), weight, bias)
+        return TORCH_ACTIVATION[act](y if z is None else y + z)
+
+    def run_reference(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        return reference.group_norm(x, GROUPS[groups](x.shape[1]), weight, bias, z, act=act)
+
+    bits = residual and act in ("relu", "leaky_relu")
+    return Case(
+        name=f"group_norm-{groups}{'-residual' if residual else ''}{f'-{act}' if act else ''}",
+        op="group_norm",
+        fastnorm=run,
+        reference=run_reference,
+        torch=run_torch,
+        parameters=partial(channel_parameters, residual=residual),
+        # a slice of one element has nothing but rounding errors for a gradient
+        shapes=tuple(s for s in GROUP_SHAPES if len(s) > 2 or groups != "all"),
+        kept=lambda x: 16 * x.shape[0] * GROUPS[groups](x.shape[1]) + (mask_bytes(x) if bits else 0),
+        saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
+        units=16 if act in ("silu", "gelu") else 8,  # sums of thousands of terms that cancel
+    )
+
+
+def _instance_norm_case(input_stats: bool, act: str | None, residual: bool) -> Case:
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        ramp = torch.linspace(0.5, 2.0, x.shape[1]).bfloat16()  # numbers that every type holds
+        return ramp.to(x.dtype), ramp.flip(0).to(x.dtype)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        return fn.instance_norm(x, *statistics(x), weight, bias, input_stats, residual=z, activation=act)
+
+    def run_torch(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        y = F.instance_norm(x, *statistics(x), weight, bias, input_stats)
+        return TORCH_ACTIVATION[act](y if z is None else y + z)
+
+    def run_reference(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        if input_stats:
+            return reference.group_norm(x, x.shape[1], weight, bias, z, act=act)
+        return reference.batch_norm(x, weight, bias, z, statistics=statistics(x), act=act)
+
+    source = "input" if input_stats else "running"
+    bits = residual and act in ("relu", "leaky_relu")
+    return Case(
+        name=f"instance_norm-{source}{'-residual' if residual else ''}{f'-{act}' if act else ''}",
+        op="instance_norm",
+        fastnorm=run,
+        reference=run_reference,
+        torch=run_torch,
+        parameters=partial(channel_parameters, residual=residual),
+        shapes=tuple(s for s in GROUP_SHAPES if len(s) > 2) if input_stats else IMAGE_SHAPES,
+        kept=lambda x: 16 * x.shape[1] * (x.shape[0] if input_stats else 1) + (mask_bytes(x) if bits else 0),
+        saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
+        units=16 if act in ("silu", "gelu") else 8,  # sums of thousands of terms that cancel
+    )
 
 
 # ---- dropout
@@ -343,6 +415,12 @@ CASES: tuple[Case, ...] = (
     _row_norm_case("layer_norm", "leaky_relu", True, leading=1),
     _row_norm_case("rms_norm", "gelu", True, leading=1),
     _row_norm_case("layer_norm", None, False, leading=0),
+    *(_group_norm_case("some", act, residual) for act in ACTIVATIONS for residual in (False, True)),
+    _group_norm_case("one", None, False),
+    _group_norm_case("all", "relu", True),
+    _instance_norm_case(True, None, False),
+    _instance_norm_case(True, "gelu", True),
+    _instance_norm_case(False, "relu", False),
     *(_dropout_case(p) for p in (0.001, 0.5, 1.0)),
     _dropout_case(0.3, "dropout2d"),
     *(_dropout_case(p, "alpha_dropout") for p in (0.001, 0.5, 1.0)),

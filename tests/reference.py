@@ -61,6 +61,9 @@ def batch_norm(
 
 def batch_renorm(
     x: Tensor,
+def group_norm(
+    x: Tensor,
+    groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -79,6 +82,15 @@ def batch_renorm(
     r = torch.clip(sigma / running_sigma, 1 / r_max, r_max).detach()
     d = torch.clip((mean - running_mean) / running_sigma, -d_max, d_max).detach()
     return affine((x - mean) / sigma * r + d, weight, bias, residual, act)
+    eps: float = 1e-5,
+    act: str | None = None,
+) -> Tensor:
+    """The statistics of each sample and group of neighbouring channels; instance normalisation with groups = C."""
+    slices = x.reshape(x.shape[0], groups, -1)
+    mean = slices.sum(2, keepdim=True) / slices.shape[2]
+    var = ((slices - mean) ** 2).sum(2, keepdim=True) / slices.shape[2]
+    xhat = ((slices - mean) / torch.sqrt(var + eps)).reshape(x.shape)
+    return affine(xhat, weight, bias, residual, act)
 
 
 def running_statistics(x: Tensor, mean: Tensor, var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:

@@ -187,6 +187,75 @@ WRONG = {
     "dropout: integers": (lambda: fn.dropout(X(dtype=torch.int32)), NotImplementedError, "dropout: no kernel for Int"),
     "dropout: module p": (lambda: fastnorm.Dropout2d(nan), ValueError, "Dropout2d: p must be"),
     "dropout: generator": (lambda: fn.dropout(X(), generator=3), TypeError, "Generator"),
+    "group_norm: rank": (
+        lambda: fn.group_norm(torch.ones(3), 1),
+        RuntimeError,
+        "group_norm: input must have at least 2 dimensions",
+    ),
+    "group_norm: groups": (
+        lambda: fn.group_norm(X(), 2),
+        RuntimeError,
+        "group_norm: num_groups must divide the number of channels 3.*got 2",
+    ),
+    "group_norm: no group": (lambda: fn.group_norm(X(), 0), RuntimeError, "num_groups must be positive, got 0"),
+    "group_norm: one value": (
+        lambda: fn.group_norm(torch.ones(1, 3, 1, 1), 3),
+        ValueError,
+        r"group_norm: expected more than 1 value per group, got input shape \[1, 3, 1, 1\] with num_groups=3",
+    ),
+    "group_norm: weight": (
+        lambda: fn.group_norm(X(), 1, torch.ones(4)),
+        RuntimeError,
+        r"group_norm: weight must have shape \[3\].*got \[4\]",
+    ),
+    "group_norm: residual": (
+        lambda: fn.group_norm(X(), 1, residual=torch.ones(4, 3, 5)),
+        RuntimeError,
+        "group_norm: residual must have input's shape",
+    ),
+    "group_norm: activation": (lambda: fn.group_norm(X(), 1, activation="tanh"), ValueError, "got 'tanh'"),
+    "group_norm: integers": (
+        lambda: fn.group_norm(X(dtype=torch.int64), 1),
+        NotImplementedError,
+        "group_norm: no kernel for Long",
+    ),
+    "group_norm: module groups": (lambda: fastnorm.GroupNorm(2, 3), ValueError, "must be divisible"),
+    "group_norm: module activation": (
+        lambda: fastnorm.GroupNorm(3, 3, activation="mish"),
+        ValueError,
+        "GroupNorm: activation must be",
+    ),
+    "instance_norm: one position": (
+        lambda: fn.instance_norm(torch.ones(2, 3, 1, 1)),
+        ValueError,
+        r"instance_norm: expected more than 1 spatial element, got input shape \[2, 3, 1, 1\]",
+    ),
+    "instance_norm: rank": (lambda: fn.instance_norm(torch.ones(2, 3)), ValueError, "more than 1 spatial element"),
+    "instance_norm: no statistics": (
+        lambda: fn.instance_norm(X(), use_input_stats=False),
+        RuntimeError,
+        "instance_norm: running_mean and running_var must be given if use_input_stats=False",
+    ),
+    "instance_norm: only running_mean": (
+        lambda: fn.instance_norm(X(), torch.zeros(3)),
+        RuntimeError,
+        "instance_norm: running_mean and running_var must be given together, got only running_mean",
+    ),
+    "instance_norm: running_var's length": (
+        lambda: fn.instance_norm(X(), torch.zeros(3), torch.ones(2)),
+        RuntimeError,
+        r"instance_norm: running_var must have shape \[3\].*got \[2\]",
+    ),
+    "instance_norm: weight, running statistics": (
+        lambda: fn.instance_norm(X(), torch.zeros(3), torch.ones(3), torch.ones(4), use_input_stats=False),
+        RuntimeError,
+        r"instance_norm: weight must have shape \[3\].*got \[4\]",
+    ),
+    "instance_norm: module's rank": (
+        lambda: fastnorm.InstanceNorm2d(3)(torch.ones(2, 3)),
+        ValueError,
+        r"InstanceNorm2d: input must have shape \(N, C, H, W\) or \(C, H, W\), got 2 dimensions",
+    ),
     "set_fallback": (lambda: fastnorm.set_fallback("loud"), ValueError, "set_fallback: mode must be"),
 }
 

@@ -1,0 +1,724 @@
+// Group and instance normalisation on the CPU. A slice is a group of a sample, an owner what one task reduces and
+// normalises:
+//
+// planes   (contiguous, planes of 16 elements or more): an owner is a slice, read once from memory for its moments and
+// once
+//          more from the cache to normalise it, plane by plane.
+// flat     (contiguous, tiny planes): an owner is some neighbouring slices, normalised as one run with a coefficient an
+// element. columns  (channels_last): an owner is a sample, a matrix whose columns are channels. Parts of it give
+// partial moments of every
+//          group; then its rows are normalised with a coefficient a column.
+//
+// Too few owners for the threads: the same pieces of them, in two parallel sweeps. Sums are float32 within a piece and
+// float64 beyond, in an order fixed by the shape alone.
+#include "../group_norm.h"
+
+#include <cmath>
+
+#include "columns.h"
+#include "shifted.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+// ---- what all ways share
+
+// Calls kernel.first(owner, piece) for every piece of an owner, kernel.finish(owner), kernel.second(owner, piece), with
+// no more than that for an order. Small owners go by bundles: from the first sum of one to its last coefficient is a
+// chain of some hundred cycles, in which the processor can work on the others'.
+template <typename Kernel>
+void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces) {
+  constexpr int64_t kBundle = 800;  // elements: more of them would not stay in the first-level cache
+  const int64_t numel = kernel.a.shape.numel();
+  const int64_t bundle = std::max<int64_t>(1, std::min(kBundle / (numel / owners), owners / (4 * num_threads())));
+  if (owners >= 2 * num_threads() || pieces == 1) {
+    return parallel_for((owners + bundle - 1) / bundle, numel, [&](int64_t i) {
+      const int64_t begin = i * bundle, end = std::min(owners, begin + bundle);
+      for (int64_t owner = begin; owner < end; ++owner)
+        for (int64_t k = 0; k < pieces; ++k) kernel.first(owner, k);
+      for (int64_t owner = begin; owner < end; ++owner) kernel.finish(owner);
+      for (int64_t owner = begin; owner < end; ++owner)
+        for (int64_t k = 0; k < pieces; ++k) kernel.second(owner, k);
+      if (kernel.stream) stream_fence();
+    });
+  }
+  parallel_for(owners * pieces, numel, [&](int64_t i) { kernel.first(i / pieces, i % pieces); });
+  for (int64_t owner = 0; owner < owners; ++owner) kernel.finish(owner);
+  parallel_for(owners * pieces, numel, [&](int64_t i) {
+    kernel.second(i / pieces, i % pieces);
+    if (kernel.stream) stream_fence();
+  });
+}
+
+// weight and bias of every channel, one and zero where there are none.
+struct Parameters {
+  ScratchArray<double> weight, bias;
+
+  template <typename Args>
+  explicit Parameters(const Args& a) : weight(a.shape.C), bias(a.shape.C) {
+    for (int64_t c = 0; c < a.shape.C; ++c) {
+      weight[c] = read(a.weight, a.param_dtype, c, 1.0);
+      bias[c] = read(a.bias, a.param_dtype, c, 0.0);
+    }
+  }
+};
+
+// The sizes, and the coefficients of a channel in a slice.
+template <typename Args>
+struct Groups {
+  const Args& a;
+  const int64_t C = a.shape.C, S = a.shape.S, G = a.G, D = C / G, L = D * S;  // L elements a slice
+  const Parameters parameters{a};
+  const bool stream = stream_output(a.shape.numel(), a.dtype);
+
+  template <typename T>
+  SliceAffine<acc_type<T>> affine(int64_t slice, int64_t c) const {
+    return {a.mean[slice], a.rstd[slice], parameters.weight[c], parameters.bias[c]};
+  }
+};
+
+// z's coefficients for the columns of a row.
+template <typename T>
+struct ColumnAffine {
+  ColumnArray<T> mean, scale, shift;
+
+  explicit ColumnAffine(int64_t width) : mean(width), scale(width), shift(width) {}
+  void set(int64_t j, const SliceAffine<acc_type<T>>& v) const {
+    mean[j] = v.mean;
+    scale[j] = v.scale;
+    shift[j] = v.shift;
+  }
+  operator Affine<PerColumn<T>>() const { return {mean, scale, shift}; }
+};
+
+// ---- what the columns of a row belong to
+
+// for_tiles() with one kind of tile less to compile: a pack may be partial and yet full.
+template <typename T, typename F>
+void for_group_tiles(int64_t width, const F& f) {
+  constexpr int64_t kSize = Pack<T>::kSize, kTile = tile_packs<T>();
+  int64_t j = 0;
+  for (; j + kTile * kSize <= width; j += kTile * kSize) f(j, std::integral_constant<int, kTile>{}, Full{});
+  for (; j < width; j += kSize)
+    f(j, std::integral_constant<int, 1>{}, Partial{static_cast<int>(std::min(kSize, width - j))});
+}
+
+// channels_last: rows of a sample in parts. The row that is not full, if any, is a part of its own.
+struct Parts {
+  static constexpr int64_t kElements = 1 << 16;
+  SampleRows sample;
+  int64_t rows_per_part = std::clamp(kElements / sample.width / kBlockRows * kBlockRows, 2 * kBlockRows, kShiftRows);
+  int64_t full = (sample.rows + rows_per_part - 1) / rows_per_part;
+
+  int64_t size() const { return full + (sample.rest > 0); }
+  int64_t begin(int64_t part) const { return std::min(sample.rows, part * rows_per_part); }
+  int64_t rows(int64_t part) const { return part == full ? 1 : begin(part + 1) - begin(part); }
+  int64_t width(int64_t part) const { return part == full ? sample.rest : sample.width; }
+
+  // Calls f(row, rows, column, tile, count), a few rows at a time: enough of them to keep a tile's coefficients in
+  // registers, few enough for the prefetchers to follow.
+  template <typename T, typename F>
+  void for_tiles(int64_t part, const F& f) const {
+    constexpr int64_t kRows = 16;
+    const int64_t end = begin(part) + rows(part);
+    for (int64_t row = begin(part); row < end; row += kRows) {
+      const int64_t here = std::min(kRows, end - row);
+      for_group_tiles<T>(width(part), [&](int64_t j, auto tile, auto count) { f(row, here, j, tile, count); });
+    }
+  }
+};
+
+// From row to row of a matrix: elements, and bytes of the mask.
+struct Strides {
+  int64_t elements, mask_bytes;
+};
+
+// a * b - c
+template <typename T>
+Pack<T> fmsub(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c) {
+  return map<T>([](auto x, auto y, auto z) { return at::vec::fmsub(x, y, z); }, a, b, c);
+}
+
+// normalize_run() for `rows` rows of a tile, the pointers those of its first row's first column.
+template <Activation kAct, int kTile, typename T, typename Count>
+FASTNORM_LOOP void normalize_tile(const T* x, const T* residual, T* y, uint8_t* mask, const Strides& stride,
+                                  int64_t rows, int64_t j, Count count, const Affine<PerColumn<T>>& affine,
+                                  bool stream) {
+  using P = Pack<T>;
+  P mean[kTile], scale[kTile], shift[kTile];
+  for (int t = 0; t < kTile; ++t) {
+    const int64_t i = j + t * P::kSize;
+    mean[t] = affine.mean[i];
+    scale[t] = affine.scale[i];
+    shift[t] = affine.shift[i];
+  }
+  stream = stream && fills_lines(y, stride.elements);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t i = j + t * P::kSize;
+      P z = fmadd(P::load(x + i, count) - mean[t], scale[t], shift[t]);
+      if (residual) z = z + P::load(residual + i, count);
+      if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
+      put(activate<kAct>(z), y + i, count, stream);
+    }
+    x += stride.elements;
+    y += stride.elements;
+    residual = offset_by(residual, stride.elements);
+    mask = offset_by(mask, stride.mask_bytes);
+  }
+}
+
+// ---- forward
+
+struct ForwardGroups : Groups<GroupNormForward> {
+  void keep_statistics(int64_t slice, const Moments& m) const {
+    const double variance = m.biased_variance();
+    a.mean[slice] = m.mean;
+    a.rstd[slice] = 1.0 / std::sqrt(variance + a.eps);
+    if (a.variance) a.variance[slice] = variance;
+  }
+};
+
+template <typename T, Activation kAct>
+struct PlanesForward : ForwardGroups {
+  const T* x = static_cast<const T*>(a.x);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  const Chunks chunks{Runs{0, D, S, S}};
+  const int64_t pieces = chunks.size();
+  const ScratchArray<Moments> partial{pieces > 1 ? a.shape.N* G* pieces : 0};
+  const MaskBits mask{a.mask, group_mask_rows(a.shape)};
+
+  void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
+
+  void first(int64_t slice, int64_t k) const {
+    const Runs chunk = chunks[k];
+    const Moments m = run_moments(x + slice * L + chunk.offset, chunk.numel());
+    if (pieces == 1) return keep_statistics(slice, m);
+    partial[slice * pieces + k] = m;
+  }
+  void finish(int64_t slice) const {
+    if (pieces == 1) return;
+    Moments all;
+    for (int64_t k = 0; k < pieces; ++k) all.merge(partial[slice * pieces + k]);
+    keep_statistics(slice, all);
+  }
+  void second(int64_t slice, int64_t k) const {
+    const Runs chunk = chunks[k];
+    const int64_t c = slice % G * D + chunk.offset / S;
+    for (int64_t run = 0; run < chunk.count; ++run) {
+      const int64_t i = slice * L + chunk.offset + run * S;
+      normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
+                          uniform<T>(affine<T>(slice, c + run)), stream);
+    }
+  }
+};
+
+// Neighbouring groups of a sample as one run; eight groups are whole bytes of the mask.
+struct Blocks {
+  int64_t G, groups;
+
+  Blocks(int64_t G_, int64_t L) : G(G_), groups((1024 / L + 8) / 8 * 8) {}
+  int64_t size() const { return (G + groups - 1) / groups; }
+  int64_t begin(int64_t block) const { return block * groups; }
+  int64_t end(int64_t block) const { return std::min(G, begin(block) + groups); }
+};
+
+template <typename T, Activation kAct>
+struct FlatForward : ForwardGroups {
+  const T* x = static_cast<const T*>(a.x);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  const Blocks blocks{G, L};
+  const MaskBits mask{a.mask, group_mask_rows(a.shape)};
+
+  void run() const { sweep_twice(*this, a.shape.N * blocks.size(), 1); }
+
+  void first(int64_t owner, int64_t) const {
+    const int64_t n = owner / blocks.size(), block = owner % blocks.size();
+    for (int64_t g = blocks.begin(block); g < blocks.end(block); ++g) {
+      const T* slice = x + (n * G + g) * L;
+      Moments all;
+      for (int64_t i = 0; i < L; i += kChunk) all.merge(run_moments(slice + i, std::min(kChunk, L - i)));
+      keep_statistics(n * G + g, all);
+    }
+  }
+  void finish(int64_t) const {}
+  void second(int64_t owner, int64_t) const {
+    const int64_t n = owner / blocks.size(), block = owner % blocks.size();
+    const int64_t begin = blocks.begin(block), end = blocks.end(block), width = (end - begin) * L;
+    const ColumnAffine<T> columns(width);
+    for (int64_t c = begin * D; c < end * D; ++c) {
+      const auto channel = affine<T>(n * G + c / D, c);
+      for (int64_t s = 0; s < S; ++s) columns.set((c - begin * D) * S + s, channel);
+    }
+    const int64_t i = (n * G + begin) * L;
+    const Affine<PerColumn<T>> coefficients = columns;
+    for_group_tiles<T>(width, [&](int64_t j, auto tile, auto count) {
+      normalize_tile<kAct, decltype(tile)::value>(x + i, offset_by(residual, i), y + i, mask(i), Strides{width, 0}, 1,
+                                                  j, count, coefficients, stream);
+    });
+  }
+};
+
+template <typename T, Activation kAct>
+struct ColumnsForward : ForwardGroups {
+  const T* x = static_cast<const T*>(a.x);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  const SampleRows sample = sample_rows(a.shape);
+  const Parts parts{sample};
+  const ScratchArray<Moments> partial{a.shape.N * parts.size() * G};
+  const MaskRows mask = group_mask_rows(a.shape);
+
+  void run() const { sweep_twice(*this, a.shape.N, parts.size()); }
+
+  void first(int64_t n, int64_t part) const {
+    const int64_t columns = parts.width(part), rows = parts.rows(part), repeats = columns / C;
+    const ColumnArray<T> shift(columns);
+    const ScratchArray<double> mean(columns), m2(columns);
+    column_moments(x + n * C * S + parts.begin(part) * sample.width, sample.width, rows, columns, &shift[0],
+                   mean.data(), m2.data());
+    // Columns of one group have the same count, so their merge needs no weights.
+    const double count = static_cast<double>(repeats * D);
+    for (int64_t g = 0; g < G; ++g) {
+      double sum = 0, within = 0, between = 0;
+      const auto for_columns = [&](const auto& f) {
+        for (int64_t k = 0; k < repeats; ++k)
+          for (int64_t j = k * C + g * D; j < k * C + (g + 1) * D; ++j) f(j);
+      };
+      for_columns([&](int64_t j) {
+        sum += mean[j];
+        within += m2[j];
+      });
+      const double m = sum / count;
+      for_columns([&](int64_t j) { between += (mean[j] - m) * (mean[j] - m); });
+      const double r = static_cast<double>(rows);
+      partial[(n * parts.size() + part) * G + g] = {count * r, m, within + r * between};
+    }
+  }
+  void finish(int64_t n) const {
+    for (int64_t g = 0; g < G; ++g) {
+      Moments all;
+      for (int64_t part = 0; part < parts.size(); ++part) all.merge(partial[(n * parts.size() + part) * G + g]);
+      keep_statistics(n * G + g, all);
+    }
+  }
+  void second(int64_t n, int64_t part) const {
+    const int64_t columns = parts.width(part);
+    const ColumnAffine<T> affines(columns);
+    for (int64_t c = 0; c < C; ++c) {
+      const auto channel = affine<T>(n * G + c / D, c);
+      for (int64_t j = c; j < columns; j += C) affines.set(j, channel);
+    }
+    const Affine<PerColumn<T>> coefficients = affines;
+    parts.for_tiles<T>(part, [&](int64_t row, int64_t rows, int64_t j, auto tile, auto count) {
+      const int64_t i = n * C * S + row * sample.width;
+      normalize_tile<kAct, decltype(tile)::value>(
+          x + i, offset_by(residual, i), y + i, offset_by(a.mask, (n * sample.size() + row) * mask.bytes_per_row()),
+          Strides{sample.width, mask.bytes_per_row()}, rows, j, count, coefficients, stream);
+    });
+  }
+};
+
+// ---- backward
+
+template <typename T>
+void next_row(RunGradient<T>& g, const Strides& stride) {
+  g.x += stride.elements;
+  g.dy += stride.elements;
+  g.residual = offset_by(g.residual, stride.elements);
+  g.mask = offset_by(g.mask, stride.mask_bytes);
+}
+
+// Adds the sums of dz and dz * xhat over `rows` rows of a tile to dz[] and dz_xhat[]; g is at the first row's first
+// column.
+template <Activation kAct, int kTile, typename T, typename Count>
+FASTNORM_LOOP void add_tile_gradients(RunGradient<T> g, const Strides& stride, int64_t rows, int64_t j, Count count,
+                                      const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
+                                      double* dz, double* dz_xhat) {
+  using P = Pack<T>;
+  P mean[kTile], rstd[kTile], rest[kTile], s[kTile], sx[kTile];
+  for (int t = 0; t < kTile; ++t) {
+    const int64_t i = j + t * P::kSize;
+    mean[t] = standardize.mean[i];
+    rstd[t] = standardize.rstd[i];
+    rest[t] = standardize.rest[i];
+    s[t] = sx[t] = P(0);
+  }
+  for (int64_t row = 0; row < rows; ++row, next_row(g, stride)) {
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t i = j + t * P::kSize;
+      const P x = P::load(g.x + i, count);
+      const P d = g.template dz<kAct>(i, count, x, affine);
+      s[t] = s[t] + d;
+      sx[t] = fmadd(d, fmadd(x - mean[t], rstd[t], rest[t]), sx[t]);
+    }
+  }
+  acc_type<T> lane[kTile * P::kSize];
+  const int columns = tile_columns<kTile, T>(count);
+  for (int t = 0; t < kTile; ++t) s[t].store_acc(lane + t * P::kSize);
+  for (int i = 0; i < columns; ++i) dz[i] += lane[i];
+  for (int t = 0; t < kTile; ++t) sx[t].store_acc(lane + t * P::kSize);
+  for (int i = 0; i < columns; ++i) dz_xhat[i] += lane[i];
+}
+
+// group_gradient_run() for `rows` rows of a tile, the pointers those of its first row's first column.
+template <Activation kAct, int kTile, typename T, typename Count>
+FASTNORM_LOOP void group_gradient_tile(RunGradient<T> g, T* dx, T* dresidual, const Strides& stride, int64_t rows,
+                                       int64_t j, Count count, const Affine<PerColumn<T>>& affine,
+                                       const PerColumn<T>& slopes, const PerColumn<T>& offsets, bool stream) {
+  using P = Pack<T>;
+  P mean[kTile], scale[kTile], slope[kTile], offset[kTile];
+  for (int t = 0; t < kTile; ++t) {
+    const int64_t i = j + t * P::kSize;
+    mean[t] = affine.mean[i];
+    scale[t] = affine.scale[i];
+    slope[t] = slopes[i];
+    offset[t] = offsets[i];
+  }
+  stream = stream && fills_lines(dx, stride.elements);
+  for (int64_t row = 0; row < rows; ++row, next_row(g, stride)) {
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t i = j + t * P::kSize;
+      const P x = P::load(g.x + i, count);
+      const P dz = g.template dz<kAct>(i, count, x, affine);
+      if (dresidual) dz.store(dresidual + i, count);
+      if (dx) put(fmsub(dz, scale[t], fmadd(x - mean[t], slope[t], offset[t])), dx + i, count, stream);
+    }
+    dx = offset_by(dx, stride.elements);
+    dresidual = offset_by(dresidual, stride.elements);
+  }
+}
+
+// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
+template <Activation kAct, typename T>
+FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n,
+                                      const Affine<Uniform<T>>& affine, const GroupGradient<acc_type<T>>& coefficients,
+                                      bool stream) {
+  using P = Pack<T>;
+  const RunGradient<T> from = g;
+  const Affine<Uniform<T>> local = affine;
+  const P slope(coefficients.slope), offset(coefficients.offset);
+  stream = stream && fills_lines(dx, n);
+  for_packs<T>(n, [&](int64_t i, auto count, int) {
+    const P x = P::load(from.x + i, count);
+    const P dz = from.template dz<kAct>(i, count, x, local);
+    if (dresidual) dz.store(dresidual + i, count);
+    if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope, offset)), dx + i, count, stream);
+  });
+}
+
+template <typename T>
+struct BackwardGroups : Groups<GroupNormBackward> {
+  using Base = Groups<GroupNormBackward>;
+  using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L;
+  const T* x = static_cast<const T*>(a.x);
+  const T* dy = static_cast<const T*>(a.dy);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* dx = static_cast<T*>(a.dx);
+  T* dresidual = static_cast<T*>(a.dresidual);
+  const bool wants_sums = a.dweight || a.dbias || a.dx, wants_elements = a.dx || a.dresidual;
+  const MaskRows mask_rows = group_mask_rows(a.shape);
+
+  RunGradient<T> gradient(int64_t i, const uint8_t* mask) const {
+    return {x + i, dy + i, offset_by(residual, i), mask};
+  }
+
+  SliceStandardize<acc_type<T>> standardize(int64_t slice) const { return {a.mean[slice], a.rstd[slice]}; }
+
+  GroupGradient<acc_type<T>> input_gradient(int64_t slice, const Sums& g) const {
+    return {static_cast<double>(L), a.mean[slice], a.rstd[slice], g.dz, g.dz_xhat};
+  }
+
+  // Of g = dz * weight over the slice, from those of dz over its channels.
+  Sums weighted(int64_t slice, const Sums* channels) const {
+    Sums all;
+    for (int64_t d = 0, c = slice % G * D; d < D; ++d, ++c)
+      all += Sums{parameters.weight[c] * channels[d].dz, parameters.weight[c] * channels[d].dz_xhat};
+    return all;
+  }
+
+  // dweight and dbias from `rows` rows of sums a channel, added from the first row to the last.
+  void keep_parameter_gradients(const Sums* sums, int64_t rows) const {
+    if (!a.dweight && !a.dbias) return;
+    constexpr int64_t kChannels = 64;
+    parallel_for((C + kChannels - 1) / kChannels, rows * C, [&](int64_t block) {
+      const int64_t begin = block * kChannels, end = std::min(C, begin + kChannels);
+      Sums total[kChannels];
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = begin; c < end; ++c) total[c - begin] += sums[row * C + c];
+      for (int64_t c = begin; c < end; ++c) {
+        if (a.dweight) write(a.dweight, a.param_dtype, c, total[c - begin].dz_xhat);
+        if (a.dbias) write(a.dbias, a.param_dtype, c, total[c - begin].dz);
+      }
+    });
+  }
+};
+
+template <typename T, Activation kAct>
+struct PlanesBackward : BackwardGroups<T> {
+  using Base = BackwardGroups<T>;
+  using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
+  const Chunks chunks{Runs{0, D, S, S}};
+  const int64_t planes = a.shape.N * C, pieces_of_plane = std::max<int64_t>(1, (S + kChunk - 1) / kChunk);
+  const ScratchArray<Sums> partial{pieces_of_plane > 1 ? planes* pieces_of_plane : 0};
+  const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
+  const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
+
+  void run() const {
+    sweep_twice(*this, a.shape.N * G, chunks.size());
+    this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
+  }
+
+  void first(int64_t slice, int64_t k) const {
+    if (!Base::wants_sums) return;
+    const Runs chunk = chunks[k];
+    const int64_t c = slice % G * D + chunk.offset / S, plane = slice * D + chunk.offset / S;
+    const auto standardize = uniform<T>(Base::standardize(slice));
+    for (int64_t run = 0; run < chunk.count; ++run) {
+      const int64_t i = slice * L + chunk.offset + run * S;
+      GradientSums<T> total;
+      total.template add_run<kAct>(Base::gradient(i, mask(i)), chunk.length,
+                                   uniform<T>(this->template affine<T>(slice, c + run)), standardize);
+      const Sums sums{tree_sum(total.dz), tree_sum(total.dz_xhat)};
+      if (pieces_of_plane > 1) {
+        partial[slice * chunks.size() + k] = sums;
+      } else {
+        channel_sums[plane + run] = sums;
+      }
+    }
+  }
+  void finish(int64_t slice) const {
+    if (!Base::wants_sums) return;
+    if (pieces_of_plane > 1) {
+      for (int64_t plane = slice * D; plane < (slice + 1) * D; ++plane) {
+        Sums all;
+        for (int64_t k = 0; k < pieces_of_plane; ++k) all += partial[plane * pieces_of_plane + k];
+        channel_sums[plane] = all;
+      }
+    }
+    slice_sums[slice] = Base::weighted(slice, &channel_sums[slice * D]);
+  }
+  void second(int64_t slice, int64_t k) const {
+    if (!Base::wants_elements) return;
+    const Runs chunk = chunks[k];
+    const int64_t c = slice % G * D + chunk.offset / S;
+    const auto coefficients = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
+    for (int64_t run = 0; run < chunk.count; ++run) {
+      const int64_t i = slice * L + chunk.offset + run * S;
+      group_gradient_run<kAct>(Base::gradient(i, mask(i)), offset_by(dx, i), offset_by(dresidual, i), chunk.length,
+                               uniform<T>(this->template affine<T>(slice, c + run)), coefficients, stream);
+    }
+  }
+};
+
+// What backward needs for the columns of a row, of one sample.
+template <typename T>
+struct ColumnCoefficients {
+  ColumnAffine<T> affine;
+  ColumnArray<T> rstd, rest, slope, offset;
+
+  explicit ColumnCoefficients(int64_t width) : affine(width), rstd(width), rest(width), slope(width), offset(width) {}
+  void set(int64_t j, const SliceStandardize<acc_type<T>>& v) const {
+    rstd[j] = v.rstd;
+    rest[j] = v.rest;
+  }
+  void set(int64_t j, const GroupGradient<acc_type<T>>& v) const {
+    slope[j] = v.slope;
+    offset[j] = v.offset;
+  }
+  Standardize<PerColumn<T>> standardize() const { return {affine.mean, rstd, rest}; }
+};
+
+// Samples in parts, so that the parameters' gradients have one row of float32 sums a part.
+template <typename T, Activation kAct>
+struct FlatBackward : BackwardGroups<T> {
+  using Base = BackwardGroups<T>;
+  using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
+  static constexpr int64_t kSamples = 32;
+  const Blocks blocks{G, L};
+  const int64_t samples = a.shape.N, parts = (samples + kSamples - 1) / kSamples;
+  const ScratchArray<Sums> channel_sums{parts * C};
+  const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
+
+  void run() const {
+    parallel_for(parts * blocks.size(), a.shape.numel(),
+                 [&](int64_t i) { part_of_block(i / blocks.size(), i % blocks.size()); });
+    this->keep_parameter_gradients(channel_sums.data(), parts);
+  }
+
+  void part_of_block(int64_t part, int64_t block) const {
+    using P = Pack<T>;
+    const int64_t begin = blocks.begin(block), end = blocks.end(block), width = (end - begin) * L;
+    const ColumnCoefficients<T> columns(width);
+    const ColumnArray<T> weight(width), dz(width), dz_xhat(width), sum_dz(width), sum_dz_xhat(width);
+    for (int64_t j = 0; j < width; ++j) {
+      weight[j] = static_cast<acc_type<T>>(Base::parameters.weight[begin * D + j / S]);
+      sum_dz[j] = sum_dz_xhat[j] = 0;
+    }
+    for (int64_t n = part * kSamples; n < std::min(samples, (part + 1) * kSamples); ++n) {
+      for (int64_t c = begin * D; c < end * D; ++c) {
+        const int64_t slice = n * G + c / D;
+        const auto channel = this->template affine<T>(slice, c);
+        const auto standardize = Base::standardize(slice);
+        for (int64_t j = (c - begin * D) * S; j < (c - begin * D + 1) * S; ++j) {
+          columns.affine.set(j, channel);
+          columns.set(j, standardize);
+        }
+      }
+      const Affine<PerColumn<T>> affine = columns.affine;
+      const PerColumn<T> slope = columns.slope, offset = columns.offset;
+      const auto standardize = columns.standardize();
+      const int64_t first = (n * G + begin) * L;
+      const RunGradient<T> g = Base::gradient(first, mask(first));
+      for_packs<T>(width, [&](int64_t j, auto count, int) {
+        const P x = P::load(g.x + j, count), d = g.template dz<kAct>(j, count, x, affine), e = d * standardize(x, j);
+        d.store_acc(&dz[j]);
+        e.store_acc(&dz_xhat[j]);
+        (P::load_acc(&sum_dz[j]) + d).store_acc(&sum_dz[j]);
+        (P::load_acc(&sum_dz_xhat[j]) + e).store_acc(&sum_dz_xhat[j]);
+      });
+      if (!Base::wants_elements) continue;
+      for (int64_t g0 = begin; g0 < end; ++g0) {
+        const int64_t at = (g0 - begin) * L;
+        Sums all;
+        for (int64_t i = 0; i < L; i += kChunk) {
+          P s(0), sx(0);
+          for_packs<T>(std::min(kChunk, L - i), [&](int64_t j, auto count, int) {
+            const P w = P::load_acc(&weight[at + i + j]).keep(count);
+            s = s + w * P::load_acc(&dz[at + i + j]).keep(count);
+            sx = sx + w * P::load_acc(&dz_xhat[at + i + j]).keep(count);
+          });
+          all += Sums{tree_sum(s), tree_sum(sx)};
+        }
+        const auto coefficients = Base::input_gradient(n * G + g0, all);
+        for (int64_t j = at; j < at + L; ++j) columns.set(j, coefficients);
+      }
+      for_group_tiles<T>(width, [&](int64_t j, auto tile, auto count) {
+        group_gradient_tile<kAct, decltype(tile)::value>(g, offset_by(dx, first), offset_by(dresidual, first),
+                                                         Strides{width, 0}, 1, j, count, affine, slope, offset, stream);
+      });
+    }
+    if (stream) stream_fence();
+    for (int64_t c = begin * D; c < end * D; ++c) {
+      Sums all;
+      for (int64_t j = (c - begin * D) * S; j < (c - begin * D + 1) * S; ++j) all += Sums{sum_dz[j], sum_dz_xhat[j]};
+      channel_sums[part * C + c] = all;
+    }
+  }
+};
+
+template <typename T, Activation kAct>
+struct ColumnsBackward : BackwardGroups<T> {
+  using Base = BackwardGroups<T>;
+  using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
+  const SampleRows sample = sample_rows(a.shape);
+  const Parts parts{sample};
+  const Strides strides{sample.width, Base::mask_rows.bytes_per_row()};
+  const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
+  const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
+
+  void run() const {
+    sweep_twice(*this, a.shape.N, parts.size());
+    this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
+  }
+
+  RunGradient<T> row_gradient(int64_t n, int64_t row) const {
+    return Base::gradient(n * C * S + row * sample.width,
+                          offset_by(a.mask, (n * sample.size() + row) * Base::mask_rows.bytes_per_row()));
+  }
+
+  void first(int64_t n, int64_t part) const {
+    if (!Base::wants_sums) return;
+    const int64_t columns = parts.width(part), begin = parts.begin(part);
+    const ColumnCoefficients<T> coefficients(columns);
+    for (int64_t c = 0; c < C; ++c) {
+      const int64_t slice = n * G + c / D;
+      const auto channel = this->template affine<T>(slice, c);
+      const auto standardize = Base::standardize(slice);
+      for (int64_t j = c; j < columns; j += C) {
+        coefficients.affine.set(j, channel);
+        coefficients.set(j, standardize);
+      }
+    }
+    const ScratchArray<double> dz(columns), dz_xhat(columns);
+    std::fill(&dz[0], &dz[columns], 0.0);
+    std::fill(&dz_xhat[0], &dz_xhat[columns], 0.0);
+    const Affine<PerColumn<T>> affine = coefficients.affine;
+    const auto standardize = coefficients.standardize();
+    for_row_blocks(begin, begin + parts.rows(part), [&](int64_t row, int64_t rows) {
+      for_group_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
+        add_tile_gradients<kAct, decltype(tile)::value>(row_gradient(n, row), strides, rows, j, count, affine,
+                                                        standardize, &dz[j], &dz_xhat[j]);
+      });
+    });
+    Sums* out = &partial[(n * parts.size() + part) * C];
+    for (int64_t c = 0; c < C; ++c) {
+      out[c] = Sums{};
+      for (int64_t j = c; j < columns; j += C) out[c] += Sums{dz[j], dz_xhat[j]};
+    }
+  }
+  void finish(int64_t n) const {
+    if (!Base::wants_sums) return;
+    for (int64_t c = 0; c < C; ++c) {
+      Sums all;
+      for (int64_t part = 0; part < parts.size(); ++part) all += partial[(n * parts.size() + part) * C + c];
+      channel_sums[n * C + c] = all;
+    }
+    for (int64_t g = 0; g < G; ++g) slice_sums[n * G + g] = Base::weighted(n * G + g, &channel_sums[n * C + g * D]);
+  }
+  void second(int64_t n, int64_t part) const {
+    if (!Base::wants_elements) return;
+    const int64_t columns = parts.width(part);
+    const ColumnCoefficients<T> coefficients(columns);
+    for (int64_t c = 0; c < C; ++c) {
+      const int64_t slice = n * G + c / D;
+      const auto channel = this->template affine<T>(slice, c);
+      const auto gradient = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
+      for (int64_t j = c; j < columns; j += C) {
+        coefficients.affine.set(j, channel);
+        coefficients.set(j, gradient);
+      }
+    }
+    const Affine<PerColumn<T>> affine = coefficients.affine;
+    const PerColumn<T> slope = coefficients.slope, offset = coefficients.offset;
+    parts.for_tiles<T>(part, [&](int64_t row, int64_t rows, int64_t j, auto tile, auto count) {
+      const int64_t i = n * C * S + row * sample.width;
+      group_gradient_tile<kAct, decltype(tile)::value>(row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i),
+                                                       strides, rows, j, count, affine, slope, offset, stream);
+    });
+  }
+};
+
+}  // namespace
+
+void group_norm_forward(const GroupNormForward& a) {
+  visit(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    visit(a.activation, [&](auto act) {
+      constexpr Activation kAct = decltype(act)::value;
+      switch (sample_rows(a.shape).layout) {
+        case SampleLayout::kPlanes: return PlanesForward<T, kAct>{{{a}}}.run();
+        case SampleLayout::kFlat: return FlatForward<T, kAct>{{{a}}}.run();
+        case SampleLayout::kColumns: return ColumnsForward<T, kAct>{{{a}}}.run();
+      }
+    });
+  });
+}
+
+void group_norm_backward(const GroupNormBackward& a) {
+  visit(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    visit(a.activation, [&](auto act) {
+      constexpr Activation kAct = decltype(act)::value;
+      switch (sample_rows(a.shape).layout) {
+        case SampleLayout::kPlanes: return PlanesBackward<T, kAct>{{{a}}}.run();
+        case SampleLayout::kFlat: return FlatBackward<T, kAct>{{{a}}}.run();
+        case SampleLayout::kColumns: return ColumnsBackward<T, kAct>{{{a}}}.run();
+      }
+    });
+  });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

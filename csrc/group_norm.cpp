@@ -1,0 +1,167 @@
+// group_norm: checks, allocation and choice of the kernel. The maths is in group_norm.h.
+#include "group_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "checks.h"
+#include "groups.h"
+#include "ops.h"
+
+namespace fastnorm {
+
+static constexpr const char* kOp = "group_norm";
+
+static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
+}
+
+static OptionalTensor dense(const OptionalTensor& t) {
+  return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
+}
+
+static OptionalTensor dense_in(const OptionalTensor& t, Layout layout) {
+  return is_given(t) ? OptionalTensor(in_layout(*t, layout)) : OptionalTensor();
+}
+
+static void check_groups(const Tensor& input, int64_t num_groups) {
+  TORCH_CHECK(input.dim() >= 2, kOp, ": input must have at least 2 dimensions (N, C, *), got ", input.dim(),
+              " with shape ", input.sizes());
+  TORCH_CHECK(num_groups > 0, kOp, ": num_groups must be positive, got ", num_groups);
+  TORCH_CHECK(input.size(1) % num_groups == 0, kOp, ": num_groups must divide the number of channels ", input.size(1),
+              " (input.size(1)), got ", num_groups);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, const Tensor& input, int64_t num_groups,
+                                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                                            const OptionalTensor& residual, double eps,
+                                                            std::optional<std::string_view> activation, bool keep_mask,
+                                                            bool want_variance) {
+  check_per_channel(op, "weight", weight, input);
+  check_per_channel(op, "bias", bias, input);
+  check_same_type(op, "weight", weight, "bias", bias);
+  check_like_input(op, "residual", residual, input);
+  const Activation act = activation_of(op, activation);
+
+  const Shape shape = shape_of(input);
+  const Tensor x = in_layout(input, shape.layout);
+  const Tensor y = empty_in_layout(x, shape.layout);
+  const auto contiguous = input.options().memory_format(at::MemoryFormat::Contiguous);
+  const Tensor statistics = at::empty({2, shape.N, num_groups}, contiguous.dtype(at::kDouble));
+  Tensor mask, variance;
+  if (input.numel() == 0) {
+    statistics.zero_();
+    return {y, statistics, mask, variance};
+  }
+  if (want_variance) variance = at::empty({shape.N, num_groups}, statistics.options());
+  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
+    const MaskRows rows = group_mask_rows(shape);
+    mask = at::empty({rows.rows, rows.bytes_per_row()}, contiguous.dtype(at::kByte));
+  }
+  const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
+
+  GroupNormForward args{};
+  args.shape = shape;
+  args.G = num_groups;
+  args.dtype = dtype_of(x);
+  args.param_dtype = param_dtype(input, weight, bias);
+  args.activation = act;
+  args.eps = eps;
+  args.x = x.const_data_ptr();
+  args.residual = data_or_null(r);
+  args.weight = data_or_null(w);
+  args.bias = data_or_null(b);
+  args.y = y.mutable_data_ptr();
+  args.mean = statistics.mutable_data_ptr<double>();
+  args.rstd = args.mean + shape.N * num_groups;
+  args.variance = variance.defined() ? variance.mutable_data_ptr<double>() : nullptr;
+  args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  cpu::group_norm_forward(args);
+  return {y, statistics, mask, variance};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      int64_t num_groups, double eps,
+                                                      std::optional<std::string_view> activation, bool keep_mask) {
+  check_supported(kOp, input);
+  check_groups(input, num_groups);
+  TORCH_CHECK_VALUE(input.numel() != num_groups, kOp, ": expected more than 1 value per group, got input shape ",
+                    input.sizes(), " with num_groups=", num_groups);
+  const auto [y, statistics, mask, variance] =
+      normalize_groups(kOp, input, num_groups, weight, bias, residual, eps, activation, keep_mask, false);
+  return {y, statistics, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
+  check_supported(kOp, input);
+  check_groups(input, num_groups);
+  check_like_input(kOp, "grad_output", grad_output, input);
+  check_per_channel(kOp, "weight", weight, input);
+  check_per_channel(kOp, "bias", bias, input);
+  check_like_input(kOp, "residual", residual, input);
+  const Activation act = activation_of(kOp, activation);
+  const Shape shape = shape_of(input);
+  const int64_t slices = shape.N * num_groups;
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * slices && statistics.is_contiguous(),
+              kOp, ": statistics must be what group_norm_forward returned");
+  if (is_given(mask)) {
+    const MaskRows rows = group_mask_rows(shape);
+    TORCH_CHECK(
+        mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() && mask->is_contiguous(),
+        kOp, ": mask must be what group_norm_forward returned");
+  }
+
+  const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
+  const Tensor x = in_layout(input, shape.layout), dy = in_layout(grad_output, shape.layout);
+  Tensor dx, dweight, dbias, dresidual;
+  if (wanted[0]) dx = empty_in_layout(x, shape.layout);
+  if (wanted[1] && is_given(w)) dweight = input.numel() ? at::empty_like(*w) : at::zeros_like(*w);
+  if (wanted[2] && is_given(b)) dbias = input.numel() ? at::empty_like(*b) : at::zeros_like(*b);
+  if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, shape.layout);
+  if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
+
+  GroupNormBackward args{};
+  args.shape = shape;
+  args.G = num_groups;
+  args.dtype = dtype_of(x);
+  args.param_dtype = param_dtype(input, weight, bias);
+  args.activation = act;
+  args.x = x.const_data_ptr();
+  args.dy = dy.const_data_ptr();
+  args.residual = data_or_null(r);
+  args.weight = data_or_null(w);
+  args.bias = data_or_null(b);
+  args.mean = statistics.const_data_ptr<double>();
+  args.rstd = args.mean + slices;
+  args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
+  args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
+  args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;
+  args.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
+  args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
+  cpu::group_norm_backward(args);
+  return {dx, dweight, dbias, dresidual};
+}
+
+// Plain loops: only a double backward comes here.
+Tensor group_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {
+  const double below = activation_of(kOp, activation) == Activation::kRelu ? 0.0 : kLeakySlope;
+  const Shape shape = shape_of(input);
+  const SampleRows sample = sample_rows(shape);
+  const int64_t per_sample = shape.C * shape.S, bytes_per_row = group_mask_rows(shape).bytes_per_row();
+  const Tensor slopes = empty_in_layout(input.to(at::kDouble), shape.layout);
+  double* out = slopes.mutable_data_ptr<double>();
+  const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+  for (int64_t i = 0; i < shape.numel(); ++i) {
+    const int64_t row = i / per_sample * sample.size() + i % per_sample / sample.width;
+    const int64_t j = i % per_sample % sample.width;
+    out[i] = bits[row * bytes_per_row + j / 8] >> (j % 8) & 1 ? 1.0 : below;
+  }
+  return slopes.to(input.scalar_type());
+}
+
+}  // namespace fastnorm
