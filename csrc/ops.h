@@ -10,13 +10,14 @@
 
 namespace fastnorm {
 
-// -> y, statistics (float64 [2, C]: mean and rstd), mask. `momentum` None: cumulative average. `keep_mask`: return what
-// backward needs of the activation if that is one bit an element (batch_norm.h), else an undefined tensor.
+// -> y, statistics (float64 [2, C]: mean and rstd), mask. `momentum` None: cumulative average. `renorm`: r_max and
+// d_max of batch renormalisation, whose statistics are [4, C] in training, r and d after mean and rstd. `keep_mask`:
+// return what backward needs of the activation if that is one bit an element (batch_norm.h), else an undefined tensor.
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
-    bool skip_nonfinite_stats, bool keep_mask);
+    bool skip_nonfinite_stats, std::optional<std::array<double, 2>> renorm, bool keep_mask);
 
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
@@ -40,5 +41,39 @@ Tensor alpha_dropout(const Tensor& input, double p, const Tensor& state, int64_t
 
 // -> dx = a * mask * grad_output
 Tensor alpha_dropout_backward(const Tensor& grad_output, double p, const Tensor& state, int64_t channel_dims);
+// layer_norm, or rms_norm without `subtract_mean`. -> y, and with `keep`, else undefined, what backward needs:
+// statistics (float32, float64 for float64: [3, M], rms_norm [1, M]; layer_norm.h) and the mask.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      at::IntArrayRef normalized_shape, double eps,
+                                                      std::optional<std::string_view> activation, bool subtract_mean,
+                                                      bool keep);
+
+// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                                               const OptionalTensor& residual,
+                                                               const OptionalTensor& mask, const Tensor& statistics,
+                                                               at::IntArrayRef normalized_shape,
+                                                               std::optional<std::string_view> activation,
+                                                               bool subtract_mean, std::array<bool, 4> wanted);
+// -> y. `region` "inter" or "intra", `convention` "torch" or "paper".
+Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alpha, double beta, double k,
+                                   std::string_view region, std::string_view convention);
+
+// -> dx.
+Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
+                                    double beta, double k, std::string_view region, std::string_view convention);
+// -> weight / sigma, u and v (in the arithmetic's type) and sigma for backward. With iterations > 0, u and v are
+// updated.
+std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& weight, const Tensor& u, const Tensor& v,
+                                                                 int64_t iterations, int64_t dim, double eps);
+
+// -> dweight; u, v and sigma are what forward returned.
+Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& u, const Tensor& v,
+                              const Tensor& sigma, int64_t dim);
+
+// -> v * (g / norm), differentiable as it is. `dim` -1: the norm of the whole of v.
+Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim);
 
 }  // namespace fastnorm

@@ -14,6 +14,8 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "BatchNorm1d": (fastnorm.BatchNorm1d(16), nn.BatchNorm1d(16), (32, 16)),
     "BatchNorm2d": (fastnorm.BatchNorm2d(16), nn.BatchNorm2d(16), (8, 16, 9, 9)),
     "BatchNorm3d": (fastnorm.BatchNorm3d(16), nn.BatchNorm3d(16), (4, 16, 3, 5, 5)),
+    "LayerNorm": (fastnorm.LayerNorm(100), nn.LayerNorm(100), (32, 100)),
+    "RMSNorm": (fastnorm.RMSNorm(100), nn.RMSNorm(100), (32, 100)),
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import reference
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import fastnorm.functional as fn
 from fastnorm import _C
+from fastnorm.autograd import SpectralNormFunction
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
 TORCH_ACTIVATION = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
@@ -51,6 +53,7 @@ class Case:
     kept: Callable[[Tensor], int] = field(default=lambda x: 0)
     saves_input: bool = True
     saves: tuple[int, ...] | None = None  # which of the parameters may be kept; None: all
+    keeps_layout: bool = True  # the output lies as the input does; else it is contiguous
     # Allowance in units in the last place, beside torch's own error, for results whose exact value is near zero; exp
     # and erf add their own two to four.
     units: int = 4
@@ -110,8 +113,47 @@ def _batch_norm_case(training: bool, act: str | None, residual: bool) -> Case:
         shapes=(*IMAGE_SHAPES[1:], (7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)),
         kept=lambda x: 16 * x.shape[1] + (mask_bytes(x) if bits else 0),
         saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
-        units=8 if act in ("silu", "gelu") else 4,
+        units=16 if act in ("silu", "gelu") else 4,
     )
+
+
+# ---- batch_renorm
+
+
+def _batch_renorm_case(act: str | None, residual: bool) -> Case:
+    limits = {"r_max": 2.0, "d_max": 0.5}
+
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Some channels within the limits, some beyond.
+
+        Where gradients are compared with differences all are far beyond: r and d follow x only within.
+        """
+        C = x.shape[1]
+        if x.shape == case.small:
+            return torch.full((C,), 500.0, dtype=x.dtype), torch.full((C,), 4096.0, dtype=x.dtype)
+        ramp = torch.linspace(0.5, 2.0, C).bfloat16()  # numbers that every type holds
+        return ramp.to(x.dtype), ramp.flip(0).to(x.dtype)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        return fn.batch_renorm(x, *statistics(x), weight, bias, True, **limits, residual=z, activation=act)
+
+    def run_reference(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        return reference.batch_renorm(x, weight, bias, z, statistics=statistics(x), act=act, **limits)
+
+    bits = residual and act in ("relu", "leaky_relu")
+    case = Case(
+        name=f"batch_renorm{'-residual' if residual else ''}{f'-{act}' if act else ''}",
+        op="batch_renorm",
+        fastnorm=run,
+        reference=run_reference,
+        torch=run_reference,  # torch has no such op: the formula in the input's own type
+        parameters=partial(channel_parameters, residual=residual),
+        shapes=(*IMAGE_SHAPES[1:], (7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)),
+        kept=lambda x: 32 * x.shape[1] + (mask_bytes(x) if bits else 0),
+        saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
+        units=16 if act in ("silu", "gelu") else 4,
+    )
+    return case
 
 
 # ---- dropout
@@ -157,6 +199,131 @@ def torch_alpha_dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
     a = 1 / ((alpha**2 * p + 1) * (1 - p)) ** 0.5
     noise = keep.to(x.dtype)
     return x * (noise * a) + ((noise - 1) * (alpha * a) + alpha * a * p)
+# ---- layer_norm and rms_norm
+
+# Rows below, at and above a vector's length, a group of rows, a chunk of a row; few and many of them.
+ROW_SHAPES = (
+    (1, 6),
+    (7, 3, 5),
+    (5, 3, 1023),
+    (2, 5, 17, 31),
+    (131, 64),
+    (67, 33, 32),
+    (70, 1025),
+    (3, 4097),
+    (66, 2, 2500),
+)
+
+
+def _row_parameters(x: Tensor, generator: torch.Generator, dims: int, bias: bool, residual: bool) -> list[Tensor]:
+    """weight, and bias and residual if wanted."""
+    shape = x.shape[x.dim() - dims :]
+    made = [torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5]
+    if bias:
+        made.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+    if residual:
+        made.append(torch.randn(x.shape, generator=generator, dtype=torch.float64))
+    return [t.to(x.dtype) for t in made]
+
+
+def _row_norm_case(op: str, act: str | None, residual: bool, leading: int | None = None) -> Case:
+    """Over the last dimension, or over all but the `leading` first ones."""
+    layer = op == "layer_norm"
+    norm, torch_norm = (fn.layer_norm, F.layer_norm) if layer else (fn.rms_norm, F.rms_norm)
+
+    def dims(x: Tensor) -> int:
+        return 1 if leading is None else x.dim() - leading
+
+    def arguments(x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[tuple, Tensor | None]:
+        """What the functions take by position, and the residual."""
+        shape = x.shape[x.dim() - dims(x) :]
+        return (x, shape, *tensors[: 1 + layer], 1e-5), tensors[-1] if residual else None
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        positional, z = arguments(x, tensors)
+        return norm(*positional, residual=z, activation=act)
+
+    def run_torch(x: Tensor, *tensors: Tensor) -> Tensor:
+        positional, z = arguments(x, tensors)
+        y = torch_norm(*positional)
+        return TORCH_ACTIVATION[act](y if z is None else y + z)
+
+    def run_reference(x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
+        bias, z = tensors[0] if layer else None, tensors[-1] if residual else None
+        return reference.row_norm(x, dims(x), weight, bias, z, subtract_mean=layer, act=act)
+
+    bits = residual and act in ("relu", "leaky_relu")
+    where = "" if leading is None else f"-but-{leading}"
+    return Case(
+        name=f"{op}{where}{'-residual' if residual else ''}{f'-{act}' if act else ''}",
+        op=op,
+        fastnorm=run,
+        reference=run_reference,
+        torch=run_torch,
+        parameters=partial(_row_parameters, dims=1, bias=layer, residual=residual)
+        if leading is None
+        else lambda x, generator: _row_parameters(x, generator, x.dim() - leading, layer, residual),
+        shapes=ROW_SHAPES,
+        empty=((0, 3, 4), (2, 3, 0)),
+        kept=lambda x: (
+            (12 if layer else 4) * (x.numel() // math.prod(x.shape[x.dim() - dims(x) :]))
+            + (mask_bytes(x) if bits else 0)
+        ),
+        keeps_layout=False,
+        saves=tuple(range(2 + layer)) if act in ("silu", "gelu") else tuple(range(1 + layer)),
+        units=8 if act in ("silu", "gelu") else 4,
+    )
+
+
+# ---- weight_norm and spectral_norm
+
+
+def _weight_norm_case(dim: int | None) -> Case:
+    def magnitude(v: Tensor, generator: torch.Generator) -> list[Tensor]:
+        shape = [] if dim is None else [n if d == dim else 1 for d, n in enumerate(v.shape)]
+        return [(torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5).to(v.dtype)]
+
+    in_torch = -1 if dim is None else dim
+    return Case(
+        name=f"weight_norm-{dim}",
+        op="weight_norm",
+        fastnorm=lambda v, g: _C.weight_norm(v, g, in_torch),
+        reference=lambda v, g: reference.weight_norm(v, g, dim),
+        torch=lambda v, g: torch._weight_norm(v, g, in_torch),
+        parameters=magnitude,
+        # a slice of one element has the exact gradient 0, to which no error is relative
+        shapes=(*IMAGE_SHAPES[1:], *(((7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)) if dim != 3 else ())),
+        kept=lambda v: 8 * (1 if dim is None else v.shape[dim]),
+    )
+
+
+def _spectral_norm_case(dim: int) -> Case:
+    @cache
+    def directions(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The first singular vectors of the case's own weight of this shape, rounded to what every type holds."""
+        if 0 in shape:
+            return torch.zeros(shape[dim]), torch.zeros(math.prod(shape) // max(1, shape[dim]))
+        matrix = reference.as_matrix(case.inputs(shape, torch.float64)[0], dim)
+        return tuple(t.bfloat16() for t in reference.power_method(matrix, torch.ones_like(matrix[0]), 20))
+
+    def vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = directions(tuple(x.shape))
+        return u.to(x.dtype), v.to(x.dtype)
+
+    def run_torch(x: Tensor) -> Tensor:
+        u, v = vectors(x)
+        return x / torch.vdot(u, torch.mv(x.movedim(dim, 0).flatten(1), v))
+
+    case = Case(
+        name=f"spectral_norm-{dim}",
+        op="spectral_norm",
+        fastnorm=lambda x: SpectralNormFunction.apply(x, *vectors(x), 0, dim, 1e-12),
+        reference=lambda x: reference.spectral_norm(x, *vectors(x), dim),
+        torch=run_torch,
+        shapes=(*IMAGE_SHAPES, *(((7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)) if dim != 3 else ())),
+        kept=lambda x: (8 if x.dtype == torch.float64 else 4) * (x.shape[dim] + x.numel() // x.shape[dim]) + 8,
+    )
+    return case
 
 
 CASES: tuple[Case, ...] = (
@@ -166,9 +333,24 @@ CASES: tuple[Case, ...] = (
         for act in ACTIVATIONS
         for residual in (False, True)
     ),
+    *(
+        _row_norm_case(op, act, residual)
+        for op in ("layer_norm", "rms_norm")
+        for act in ACTIVATIONS
+        for residual in (False, True)
+    ),
+    _row_norm_case("layer_norm", None, False, leading=1),
+    _row_norm_case("layer_norm", "leaky_relu", True, leading=1),
+    _row_norm_case("rms_norm", "gelu", True, leading=1),
+    _row_norm_case("layer_norm", None, False, leading=0),
     *(_dropout_case(p) for p in (0.001, 0.5, 1.0)),
     _dropout_case(0.3, "dropout2d"),
     *(_dropout_case(p, "alpha_dropout") for p in (0.001, 0.5, 1.0)),
     _dropout_case(0.3, "feature_alpha_dropout"),
     *(_dropout_case(p, "drop_path") for p in (0.25, 0.5)),
+    *(_batch_renorm_case(act, residual) for act in (None, "relu", "gelu") for residual in (False, True)),
+    *(_dropout_case(p) for p in (0.001, 0.5, 1.0)),
+    _dropout_case(0.3, "dropout2d"),
+    *(_spectral_norm_case(dim) for dim in (0, 1, 3)),
+    *(_weight_norm_case(dim) for dim in (0, 1, 3, None)),
 )

@@ -1,0 +1,484 @@
+// Local response normalisation on the CPU. A task takes its share of the tensor tile by tile; a tile goes through
+// buffers of the arithmetic's type that stay in the first two levels of cache:
+//
+//   squares   x^2 with zeros around it, as far as the windows reach
+//   sums      of the squares over the window, one axis after the other, each as sums of the flat buffer shifted against
+//   itself y         from x and the sums, straight to memory
+//
+// Backward puts u = dy * x * scale^(-beta - 1) between zeros likewise and sums it over the mirrored window.
+//
+// What differs between the four cases (inter and intra, contiguous and channels_last) is only how a tile's runs of
+// contiguous elements lie in memory and in the buffer: see plan(). Every window is summed afresh, in an order that
+// depends on its size alone: a running sum that adds what enters and subtracts what leaves would keep the rounding
+// error of every large value it has seen.
+#include "../local_response_norm.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+// ---- scale^-beta
+
+enum class Power { kHalf, kThreeQuarters, kOne, kAny };
+
+template <typename F>
+void visit_power(double beta, const F& f) {
+  if (beta == 0.5) return f(std::integral_constant<Power, Power::kHalf>{});
+  if (beta == 0.75) return f(std::integral_constant<Power, Power::kThreeQuarters>{});
+  if (beta == 1.0) return f(std::integral_constant<Power, Power::kOne>{});
+  return f(std::integral_constant<Power, Power::kAny>{});
+}
+
+// 1 / sqrt(s) to 13 bits or more; anything for s that is not a normal positive number.
+template <typename Vec>
+Vec rough_rsqrt(Vec s) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<Vec, at::vec::Vectorized<float>>) return _mm512_rsqrt14_ps(s);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<Vec, at::vec::Vectorized<float>>) {
+    const Vec r = _mm256_rsqrt_ps(s);  // 11 bits, doubled by a Newton step
+    return r * at::vec::fmadd(s * r, r * Vec(-0.5), Vec(1.5));
+  }
+#endif
+  return s.sqrt().reciprocal();
+}
+
+template <typename Vec>
+struct Powers {
+  Vec power, inverse;  // s^-beta, 1 / s
+};
+
+// s^-1/2 or s^-3/4, and 1 / s if wanted. Square roots and divisions take ten cycles each where everything else takes
+// one, so the roots come from rough ones r = s^-1/2 (1 + ..) and q = r^1/2 (1 + ..), whose errors are computed, if
+// kExact to twice the precision, and taken out to first order: the second is below 2^-26. What remains is the rounding
+// of the last step, as in torch's pow.
+//
+// Scalar math: s r^2 = 1 + h,  q^2 = r (1 + d),  s^-1/2 = r (1 - h/2),  s^-3/4 = r q (1 - 3/4 h - d/2),  1 / s = r^2 (1
+// - h)
+template <Power kPower, bool kExact, bool kInverse, typename Vec>
+Powers<Vec> refined_powers(Vec s) {
+  using at::vec::fmadd;
+  using at::vec::fmsub;
+  const Vec one(1), r = rough_rsqrt(s), t = s * r;
+  Vec h = fmsub(t, r, one);
+  if constexpr (kExact) h = fmadd(fmsub(s, r, t), r, h);
+  Powers<Vec> result;
+  if constexpr (kInverse) result.inverse = r * r * (one - h);
+  if constexpr (kPower == Power::kHalf) {
+    result.power = fmadd(r * h, Vec(-1. / 2), r);
+  } else {
+    const Vec g = rough_rsqrt(r), q = r * g, d = fmsub(q, q, r) * g * g;
+    const Vec rq = r * q, correction = fmadd(h, Vec(-3. / 4), d * Vec(-1. / 2));
+    if constexpr (kExact) {
+      result.power = fmadd(rq, correction, fmsub(r, q, rq)) + rq;
+    } else {
+      result.power = fmadd(rq, correction, rq);
+    }
+  }
+  // Zero, infinity, NaN, negative and, in some instruction sets, subnormal numbers all end as NaN above.
+  if (result.power.has_inf_nan()) [[unlikely]] {
+    result.power = kPower == Power::kHalf ? s.sqrt().reciprocal() : (s.sqrt() * s.sqrt().sqrt()).reciprocal();
+    if constexpr (kInverse) result.inverse = s.reciprocal();
+  }
+  return result;
+}
+
+// How scale^-beta is computed for an element type; what is exact enough to be rounded to 16 bits needs no second
+// precision.
+template <Power kPower, typename T>
+struct Raise {
+  using Vec = typename Pack<T>::Vec;
+  static constexpr bool kExact = !Pack<T>::kConverts;
+  static constexpr bool kRoots = kPower == Power::kHalf || kPower == Power::kThreeQuarters;
+  Vec beta;
+
+  // x * s^-beta
+  Vec divide(Vec x, Vec s) const {
+    if constexpr (kRoots) {
+      return x * refined_powers<kPower, kExact, false>(s).power;
+    } else if constexpr (kPower == Power::kOne) {
+      return x / s;
+    } else {
+      return x / s.pow(beta);
+    }
+  }
+
+  Powers<Vec> powers(Vec s) const {
+    if constexpr (kRoots) {
+      return refined_powers<kPower, kExact, true>(s);
+    } else {
+      const Vec inverse = s.reciprocal();
+      return {kPower == Power::kOne ? inverse : s.pow(beta).reciprocal(), inverse};
+    }
+  }
+};
+
+// ---- sums of a flat buffer shifted against itself
+
+constexpr int64_t kSlack = 64;  // elements that may be read and written beyond the end of a buffer
+
+// Scalar math: to[i] = from[i] + from[i + shift] + ... (kCount terms), in pairs; `to` may be `from`.
+template <int kCount, typename acc_t>
+void sum_shifted(const acc_t* from, acc_t* to, int64_t n, int64_t shift) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  for (int64_t i = 0; i < n; i += Vec::size()) {
+    Vec sum[2] = {Vec::loadu(from + i), Vec::loadu(from + i + shift)};
+    for (int j = 2; j < kCount; ++j) sum[j % 2] = sum[j % 2] + Vec::loadu(from + i + j * shift);
+    (sum[0] + sum[1]).store(to + i);
+  }
+}
+
+constexpr int64_t kMostTerms = 8;  // up to here one sweep over all terms is less work than doubling
+
+// The same for `count` >= 2 terms. `from`, `to` and `spare` hold n + (count - 1) * shift elements; `from` is not
+// written unless it is `to`. Many terms: windows of 1, 2, 4 ... elements in `spare`, those that make up `count` joined
+// in `to`.
+template <typename acc_t>
+void sum_windows(const acc_t* from, acc_t* to, acc_t* spare, int64_t n, int64_t shift, int64_t count) {
+  switch (count) {
+    case 2: return sum_shifted<2>(from, to, n, shift);
+    case 3: return sum_shifted<3>(from, to, n, shift);
+    case 4: return sum_shifted<4>(from, to, n, shift);
+    case 5: return sum_shifted<5>(from, to, n, shift);
+    case 6: return sum_shifted<6>(from, to, n, shift);
+    case 7: return sum_shifted<7>(from, to, n, shift);
+    case kMostTerms: return sum_shifted<kMostTerms>(from, to, n, shift);
+  }
+  using Vec = at::vec::Vectorized<acc_t>;
+  const acc_t* doubled = from;  // sums of `terms` elements
+  int64_t joined = 0;           // elements in the sums of `to`
+  for (int64_t terms = 1;; terms *= 2) {
+    if (count & terms) {
+      const int64_t end = n + (count - joined - terms) * shift;
+      if (joined > 0) {
+        for (int64_t i = 0; i < end; i += Vec::size())
+          (Vec::loadu(doubled + i) + Vec::loadu(to + i + terms * shift)).store(to + i);
+      } else if (to != doubled) {
+        std::copy(doubled, doubled + end, to);
+      }
+      joined += terms;
+    }
+    if (2 * terms > count) return;
+    sum_shifted<2>(doubled, spare, n + (count - 2 * terms) * shift, terms * shift);
+    doubled = spare;
+  }
+}
+
+// ---- tiles
+
+// A window along one axis, clipped to what can matter; `shift` elements of the buffer from one of its elements to the
+// next.
+struct Window {
+  int64_t before = 0, after = 0, shift = 0;
+
+  int64_t count() const { return before + 1 + after; }
+  int64_t reach() const { return (count() - 1) * shift; }
+};
+
+// The tensor as `slices` that no window crosses, a slice as strips of `width` elements out of `extent`, a strip as
+// `rows` of `runs` of contiguous elements, a tile as `chunk` rows of a strip. Strides are those of memory, pitches
+// those of the buffer.
+struct Plan {
+  int64_t slices, slice_stride;
+  int64_t extent, width;
+  int64_t rows, row_stride, row_pitch;
+  int64_t runs, run_stride, run_pitch;
+  int64_t chunk;
+  Window outer, inner;  // across rows; within a row
+
+  int64_t strips() const { return (extent + width - 1) / width; }
+  int64_t chunks() const { return (rows + chunk - 1) / chunk; }
+  int64_t tiles() const { return slices * strips() * chunks(); }
+  // Rows that follow each other without a gap, in memory and in the buffer, are one run.
+  bool is_one_run() const { return runs == 1 && row_stride == width && row_pitch == width; }
+};
+
+constexpr int64_t kTile = 1 << 13;         // elements of a buffer where the tile is free to choose: 32 KiB of float32
+constexpr int64_t kLargestTile = 1 << 16;  // where it is not, elements before a tile is cut across the window
+constexpr int64_t kNarrowest = 32;         // elements of a strip, at least: two lines of float32
+constexpr int64_t kTaskElements = 1 << 15;
+
+Window window_of(const LocalResponseNormSetting& setting, int64_t length, int64_t shift) {
+  return {std::min(setting.before, length - 1), std::min(setting.after, length - 1), shift};
+}
+
+// Rows a tile, where those around it that the windows reach are read and summed once more.
+int64_t rows_per_tile(const Plan& p) {
+  const int64_t around = p.outer.count() - 1;
+  if ((p.rows + around) * p.row_pitch <= kLargestTile) return p.rows;
+  return std::clamp(kLargestTile / p.row_pitch - around, std::min(p.rows, std::max<int64_t>(4, 2 * around)), p.rows);
+}
+
+Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetting& setting) {
+  const int64_t N = shape.N, C = shape.C, S = shape.S;
+  const bool last = shape.layout == Layout::kChannelsLast;
+  Plan p{};
+  p.runs = 1;
+  if (setting.region == Region::kInter && !last) {  // rows are channels
+    const int64_t around = window_of(setting, C, 1).count() - 1;
+    p.slices = N, p.slice_stride = C * S, p.extent = S;
+    p.width = std::min(S, std::max(kNarrowest, kTile / (C + around) / kNarrowest * kNarrowest));
+    p.rows = C, p.row_stride = S, p.row_pitch = p.width;
+    p.outer = window_of(setting, C, p.row_pitch);
+    p.chunk = rows_per_tile(p);
+  } else if (setting.region == Region::kInter) {  // rows are positions
+    p.inner = window_of(setting, C, 1);
+    p.slices = 1, p.extent = p.width = C;
+    p.rows = N * S, p.row_stride = C, p.row_pitch = C + p.inner.reach();
+    p.chunk = std::clamp<int64_t>(kTile / p.row_pitch, 1, p.rows);
+  } else if (!last) {  // rows are those of the image
+    p.inner = window_of(setting, W, 1);
+    p.slices = N * C, p.slice_stride = S, p.extent = p.width = W;
+    p.rows = H, p.row_stride = W, p.row_pitch = W + p.inner.reach();
+    p.outer = window_of(setting, H, p.row_pitch);
+    p.chunk = rows_per_tile(p);
+  } else {  // likewise, of strips of channels; a strip of all channels has whole rows contiguous
+    const bool whole = C <= kNarrowest;
+    const int64_t strip = whole ? C : kNarrowest / 2;
+    p.inner = window_of(setting, W, strip);
+    p.slices = N, p.slice_stride = S * C, p.extent = whole ? W * C : C, p.width = whole ? W * C : strip;
+    p.rows = H, p.row_stride = W * C, p.row_pitch = W * strip + p.inner.reach();
+    if (!whole) p.runs = W, p.run_stride = C, p.run_pitch = strip;
+    p.outer = window_of(setting, H, p.row_pitch);
+    p.chunk = rows_per_tile(p);
+  }
+  return p;
+}
+
+struct Tile {
+  int64_t offset;      // of its strip's first element in memory
+  int64_t begin, end;  // rows
+  int64_t length;      // of a run
+  int64_t next;        // from an element to the one at its place in the next tile
+};
+
+Tile tile_of(const Plan& p, int64_t i) {
+  struct Place {
+    int64_t offset, row, strip;
+  };
+  const auto place = [&](int64_t j) {
+    const int64_t strip = j / p.chunks() % p.strips(), slice = j / p.chunks() / p.strips();
+    return Place{slice * p.slice_stride + strip * p.width, j % p.chunks() * p.chunk, strip};
+  };
+  const Place here = place(i), next = place(std::min(i + 1, p.tiles() - 1));
+  return {here.offset, here.row, std::min(p.rows, here.row + p.chunk),
+          std::min(p.width, p.extent - here.strip * p.width),
+          next.offset - here.offset + (next.row - here.row) * p.row_stride};
+}
+
+// Tiles are read in bursts, between which the memory would idle: each line is asked for while the tile before is worked
+// on, and each line to be written while its tile is.
+template <typename T>
+void prefetch(const T* p, int64_t i) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + i * static_cast<int64_t>(sizeof(T)));
+}
+
+// Calls f(offset in memory, offset in a buffer whose first row is `first`, length) for every run of the rows begin ..
+// end.
+template <typename F>
+void for_runs(const Plan& p, const Tile& tile, int64_t begin, int64_t end, int64_t first, const F& f) {
+  if (p.is_one_run()) {
+    return f(tile.offset + begin * p.row_stride, (begin - first) * p.row_pitch, (end - begin) * p.row_pitch);
+  }
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t run = 0; run < p.runs; ++run)
+      f(tile.offset + row * p.row_stride + run * p.run_stride, (row - first) * p.row_pitch + run * p.run_pitch,
+        tile.length);
+}
+
+// Fills a buffer's rows begin .. end, which may lie outside of the tensor and are zero there. f writes a run, whole
+// packs with zeros from its end on: these land between the rows, where zeros belong, or where a later run or row is
+// going to be written.
+template <typename acc_t, typename F>
+void fill_rows(const Plan& p, const Tile& tile, int64_t begin, int64_t end, acc_t* buffer, const F& f) {
+  const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, p.rows);
+  std::fill(buffer, buffer + (first - begin) * p.row_pitch, acc_t(0));
+  for_runs(p, tile, first, last, begin, f);
+  std::fill(buffer + (last - begin) * p.row_pitch, buffer + (end - begin) * p.row_pitch, acc_t(0));
+}
+
+// The buffers of a task, zero at first; between the runs they stay so.
+template <typename acc_t>
+class Buffers {
+ public:
+  Buffers(const Plan& p, int64_t rows, int64_t count)
+      : size_((rows * p.row_pitch + p.inner.reach() + kSlack + 15) / 16 * 16), memory_(count * size_) {
+    std::fill(memory_.data(), memory_.data() + count * size_, acc_t(0));
+  }
+  acc_t* operator[](int64_t i) const { return memory_.data() + i * size_; }
+
+ private:
+  int64_t size_;
+  ScratchArray<acc_t> memory_;
+};
+
+template <typename T>
+struct Kernel {
+  using P = Pack<T>;
+  using Vec = typename P::Vec;
+  using acc_t = acc_type<T>;
+  const LocalResponseNormSetting& setting;
+  const Plan p;
+  const int64_t numel;
+  const T *x, *dy;  // dy: backward only
+  T* out;           // y or dx
+  const bool stream;
+  const P a{static_cast<acc_t>(setting.a)}, k{static_cast<acc_t>(setting.k)};
+
+  // Sums over the windows of `rows` rows; the one of an element begins where the element would be without zeros before
+  // it.
+  const acc_t* sums(const acc_t* from, acc_t* to, acc_t* spare, int64_t rows) const {
+    const int64_t n = rows * p.row_pitch;
+    if (p.outer.count() > 1) {
+      sum_windows(from, to, spare, n + p.inner.reach(), p.outer.shift, p.outer.count());
+      from = to;
+    }
+    if (p.inner.count() > 1) {
+      sum_windows(from, to, spare, n, p.inner.shift, p.inner.count());
+      from = to;
+    }
+    return from;
+  }
+
+  void put_run(int64_t offset, int64_t length, const auto& value) const {
+    T* to = out + offset;
+    if (stream && reinterpret_cast<uintptr_t>(to) % kStreamAlignment == 0) {
+      return for_packs<T>(length, [&](int64_t i, auto count, int) {
+        if constexpr (std::is_same_v<decltype(count), Full>) {
+          value(i, count).stream(to + i);
+        } else {
+          value(i, count).store(to + i, count);
+        }
+      });
+    }
+    for_packs<T>(length, [&](int64_t i, auto count, int) { value(i, count).store(to + i, count); });
+  }
+
+  void squares(const Tile& tile, int64_t begin, int64_t end, acc_t* to) const {
+    const int64_t margin = p.inner.before * p.inner.shift;
+    fill_rows(p, tile, begin, end, to, [&](int64_t offset, int64_t at, int64_t length) {
+      for_packs<T>(length, [&](int64_t i, auto count, int) {
+        const P v = P::load(x + offset + i, count);
+        if (!dy && !stream) prefetch(out, offset + i);
+        (v * v).store_acc(to + margin + at + i);
+      });
+    });
+  }
+
+  // Scalar math: y = x * (k + a * sum)^-beta
+  template <Power kPower>
+  void forward(const Tile& tile, const Buffers<acc_t>& buffer) const {
+    const Raise<kPower, T> raise{Vec(static_cast<acc_t>(setting.beta))};
+    squares(tile, tile.begin - p.outer.before, tile.end + p.outer.after, buffer[0]);
+    const acc_t* sum = sums(buffer[0], buffer[1], buffer[2], tile.end - tile.begin);
+    for_runs(p, tile, tile.begin, tile.end, tile.begin, [&](int64_t offset, int64_t at, int64_t length) {
+      put_run(offset, length, [&](int64_t i, auto count) {
+        const P scale = fmadd(P::load_acc(sum + at + i), a, k);
+        prefetch(x, offset + i + tile.next);
+        return map<T>([&](Vec v, Vec s) { return raise.divide(v, s); }, P::load(x + offset + i, count), scale);
+      });
+    });
+  }
+
+  // Scalar math: g = dy * scale^-beta,  u = g * x / scale,  dx = g - 2 * a * beta * x * sum u
+  template <Power kPower>
+  void backward(const Tile& tile, const Buffers<acc_t>& buffer) const {
+    const Raise<kPower, T> raise{Vec(static_cast<acc_t>(setting.beta))};
+    const P coefficient(static_cast<acc_t>(-2 * setting.a * setting.beta));
+    const int64_t begin = tile.begin - p.outer.after, end = tile.end + p.outer.before;  // rows of u
+    const int64_t first = begin - p.outer.before;                                       // of the squares
+    acc_t *square = buffer[0], *u = buffer[1], *spare = buffer[3];
+    squares(tile, first, end + p.outer.after, square);
+    const acc_t* sum = sums(square, buffer[2], spare, end - begin);
+
+    // g takes the place of the squares, whose sums are done, unless they are their own sums (size 1).
+    acc_t* g = (sum == square ? buffer[2] : square) + (begin - first) * p.row_pitch + p.inner.before * p.inner.shift;
+    const int64_t margin = p.inner.after * p.inner.shift;
+    fill_rows(p, tile, begin, end, u, [&](int64_t offset, int64_t at, int64_t length) {
+      for_packs<T>(length, [&](int64_t i, auto count, int) {
+        const P v = P::load(x + offset + i, count), d = P::load(dy + offset + i, count);
+        if (!stream) prefetch(out, offset + i);
+        prefetch(x, offset + i + tile.next);
+        prefetch(dy, offset + i + tile.next);
+        const P scale = fmadd(P::load_acc(sum + at + i), a, k);
+        P g_i, u_i;
+        for (int j = 0; j < P::kVecs; ++j) {
+          const Powers<Vec> powers = raise.powers(scale.v[j]);
+          g_i.v[j] = d.v[j] * powers.power;
+          u_i.v[j] = g_i.v[j] * v.v[j] * powers.inverse;
+        }
+        g_i.keep(count).store_acc(g + at + i);
+        u_i.keep(count).store_acc(u + margin + at + i);
+      });
+    });
+
+    sum = sums(u, buffer[2], spare, tile.end - tile.begin);
+    g += (tile.begin - begin) * p.row_pitch;
+    for_runs(p, tile, tile.begin, tile.end, tile.begin, [&](int64_t offset, int64_t at, int64_t length) {
+      put_run(offset, length, [&](int64_t i, auto count) {
+        const P v = P::load(x + offset + i, count);
+        return fmadd(v * coefficient, P::load_acc(sum + at + i), P::load_acc(g + at + i));
+      });
+    });
+  }
+
+  template <typename F>
+  void for_tiles(int64_t rows, int64_t buffers, const F& f) const {
+    const bool doubles =
+        std::max(p.outer.count(), p.inner.count()) > kMostTerms;  // the last buffer is for sum_windows then
+    const int64_t tiles = p.tiles(),
+                  per_task = std::max<int64_t>(1, kTaskElements * tiles / std::max<int64_t>(1, numel));
+    parallel_for((tiles + per_task - 1) / per_task, numel, [&](int64_t task) {
+      const Buffers<acc_t> buffer(p, rows, buffers + doubles);
+      for (int64_t i = task * per_task; i < std::min(tiles, (task + 1) * per_task); ++i) f(tile_of(p, i), buffer);
+      if (stream) stream_fence();
+    });
+  }
+};
+
+}  // namespace
+
+void local_response_norm_forward(const LocalResponseNormForward& args) {
+  visit(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t numel = args.shape.numel();
+    const Kernel<T> kernel{args.setting,
+                           plan(args.shape, args.H, args.W, args.setting),
+                           numel,
+                           static_cast<const T*>(args.x),
+                           nullptr,
+                           static_cast<T*>(args.y),
+                           numel * size_of(args.dtype) >= stream_threshold()};
+    visit_power(args.setting.beta, [&](auto power) {
+      kernel.for_tiles(kernel.p.chunk + kernel.p.outer.count() - 1, 2, [&](const Tile& tile, const auto& buffer) {
+        kernel.template forward<decltype(power)::value>(tile, buffer);
+      });
+    });
+  });
+}
+
+void local_response_norm_backward(const LocalResponseNormBackward& args) {
+  visit(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t numel = args.shape.numel();
+    const Kernel<T> kernel{args.setting,
+                           plan(args.shape, args.H, args.W, args.setting),
+                           numel,
+                           static_cast<const T*>(args.x),
+                           static_cast<const T*>(args.dy),
+                           static_cast<T*>(args.dx),
+                           numel * size_of(args.dtype) >= stream_threshold()};
+    visit_power(args.setting.beta, [&](auto power) {
+      kernel.for_tiles(kernel.p.chunk + 2 * (kernel.p.outer.count() - 1), 3, [&](const Tile& tile, const auto& buffer) {
+        kernel.template backward<decltype(power)::value>(tile, buffer);
+      });
+    });
+  });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

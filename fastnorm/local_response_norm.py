@@ -1,0 +1,186 @@
+"""Local response normalisation: autograd function, functional and module."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnorm import _C
+from fastnorm.double_backward import double_backward
+from fastnorm.fallback import call_torch, uncovered_transform
+
+Region = Literal["inter", "intra"]
+Convention = Literal["torch", "paper"]
+
+
+class LocalResponseNormFunction(torch.autograd.Function):
+    """y = x * (k + a * sum x^2)^-beta, see :func:`local_response_norm`. Kept for backward: x, from which the sums are computed anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, size: int, alpha: float, beta: float, k: float, region: Region, convention: Convention
+    ) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.setting = size, alpha, beta, k, region, convention
+        return _C.local_response_norm_forward(input, size, alpha, beta, k, region, convention)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        differentiated = torch.is_grad_enabled()
+        gradient = LocalResponseNormBackwardFunction.apply if differentiated else _C.local_response_norm_backward
+        return gradient(dy, *ctx.saved_tensors, *ctx.setting), None, None, None, None, None, None
+
+
+class LocalResponseNormBackwardFunction(torch.autograd.Function):
+    """The gradient of :class:`LocalResponseNormFunction` as a function that can itself be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, input: Tensor, *setting: Any) -> Tensor:
+        ctx.save_for_backward(dy, input)
+        ctx.setting = setting
+        return _C.local_response_norm_backward(dy, input, *setting)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        dy, input = ctx.saved_tensors
+        ddy, dx = double_backward(lambda x: _composite(x, *ctx.setting), [input], dy, [ddx])
+        return ddy, dx, None, None, None, None, None, None
+
+
+def _composite(
+    input: Tensor, size: int, alpha: float, beta: float, k: float, region: Region, convention: Convention
+) -> Tensor:
+    """The op in torch's ops, for every region and convention."""
+    dims = (1,) if region == "inter" else (2, 3)
+    before, after = size // 2, (size - 1) // 2 if convention == "torch" else size // 2
+    sums = input * input
+    for dim in dims:
+        reach = sums.shape[dim] - 1  # further out there is nothing to sum
+        padding = [0, 0] * (sums.dim() - 1 - dim) + [min(before, reach), min(after, reach)]
+        sums = F.pad(sums, padding).unfold(dim, min(before, reach) + 1 + min(after, reach), 1).sum(-1)
+    scale = k + sums * (alpha / size ** len(dims) if convention == "torch" else alpha)
+    return input / scale**beta
+
+
+def local_response_norm(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    *,
+    region: Region = "inter",
+    convention: Convention = "torch",
+) -> Tensor:
+    """Local response normalisation (Krizhevsky, Sutskever & Hinton 2012, "ImageNet classification with deep convolutional
+    neural networks", section 3.3): each element is divided by a power of the energy around it.
+
+        y = x / scale^beta,   scale = k + a * sum of x^2 over the window
+
+    The window runs along the channels (``region="inter"``), or along both axes of the plane, a square within the channel
+    (``"intra"``, Caffe's WITHIN_CHANNEL). Beyond the edges there are zeros.
+
+    ``convention="torch"``: the window of element i is i - size // 2 .. i + (size - 1) // 2, and a is alpha divided by the number
+    of elements in it, size or size^2 (as torch, Caffe and oneDNN do). ``"paper"``: the window is i - size // 2 .. i + size // 2, so
+    that an even size has size + 1 elements, and a = alpha.
+
+    Only x is kept for backward. Squares and sums of bfloat16 and float16 are float32, so they do not overflow.
+
+    Args:
+        input: (N, C, *) with at least one * dimension, for ``region="intra"`` (N, C, H, W); float64, float32, bfloat16 or
+            float16. Contiguous and channels_last tensors are read as they lie, other strides take one copy. The output has
+            the input's layout.
+        size: of the window in elements, at least 1; may exceed the tensor.
+        alpha: in units of input^-2, if k has none.
+        beta: any real number; 0.5, 0.75 and 1 are the fast ones, 0 copies the input.
+        k: added to the sum. With k = 0 a window of zeros gives 0 / 0 = NaN, as in torch.
+        region: ``"inter"`` or ``"intra"``.
+        convention: ``"torch"`` or ``"paper"``.
+
+    Raises:
+        ValueError: too few dimensions for the region; an unknown region or convention.
+        RuntimeError: size below 1.
+
+    Example:
+        >>> x = torch.tensor([2.0, 1.0, 2.0]).view(1, 3, 1)
+        >>> y = fastnorm.functional.local_response_norm(x, 2, alpha=1.0, beta=1.0, k=0.0, convention="paper")
+        >>> y[0, 1, 0]  # 1 / (4 + 1 + 4)
+        tensor(0.1111)
+    """
+    reason = uncovered_transform("local_response_norm")
+    if reason is None:
+        try:
+            if input.requires_grad and torch.is_grad_enabled():
+                return LocalResponseNormFunction.apply(input, size, alpha, beta, k, region, convention)
+            return _C.local_response_norm_forward(input, size, alpha, beta, k, region, convention)
+        except NotImplementedError as uncovered:
+            reason = str(uncovered)
+    return call_torch(reason, _torch_local_response_norm, input, size, alpha, beta, k, region, convention)
+
+
+def _torch_local_response_norm(
+    input: Tensor, size: int, alpha: float, beta: float, k: float, region: Region, convention: Convention
+) -> Tensor:
+    _check_names("local_response_norm", region, convention)
+    if region == "inter" and convention == "torch":
+        return F.local_response_norm(input, size, alpha, beta, k)
+    dims = 3 if region == "inter" else 4
+    if input.dim() < dims or (region == "intra" and input.dim() > dims):
+        shape = "(N, C, *)" if region == "inter" else "(N, C, H, W)"
+        raise ValueError(f"local_response_norm: input must have shape {shape} for region={region!r}, got {list(input.shape)}")
+    if size < 1:
+        raise RuntimeError(f"local_response_norm: size must be at least 1, got {size}")
+    return _composite(input, size, alpha, beta, k, region, convention) if input.numel() else input.clone()
+
+
+def _check_names(op: str, region: str, convention: str) -> None:
+    if region not in ("inter", "intra"):
+        raise ValueError(f"{op}: region must be 'inter' or 'intra', got {region!r}")
+    if convention not in ("torch", "paper"):
+        raise ValueError(f"{op}: convention must be 'torch' or 'paper', got {convention!r}")
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """torch.nn.LocalResponseNorm on fastnorm's kernels: the same arguments and numbers.
+
+    Args:
+        size, alpha, beta, k: as torch.nn.LocalResponseNorm has them.
+        region: "inter" (along the channels) or "intra" (a square of size x size within a channel).
+        convention: "torch", or "paper" for the window and the alpha of the AlexNet paper; see
+            :func:`fastnorm.functional.local_response_norm`.
+
+    Shape:
+        input: (N, C, *), for region="intra" (N, C, H, W); output the same.
+
+    Example:
+        >>> norm = fastnorm.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0, convention="paper")
+        >>> norm(torch.randn(8, 16, 4, 4)).shape
+        torch.Size([8, 16, 4, 4])
+    """
+
+    def __init__(
+        self,
+        size: int,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 1.0,
+        *,
+        region: Region = "inter",
+        convention: Convention = "torch",
+    ) -> None:
+        _check_names(type(self).__name__, region, convention)
+        super().__init__(size, alpha, beta, k)
+        self.region = region
+        self.convention = convention
+
+    def forward(self, input: Tensor) -> Tensor:
+        return local_response_norm(
+            input, self.size, self.alpha, self.beta, self.k, region=self.region, convention=self.convention
+        )
+
+    def extra_repr(self) -> str:
+        extra = "" if self.region == "inter" else f", region={self.region!r}"
+        return super().extra_repr() + extra + ("" if self.convention == "torch" else f", convention={self.convention!r}")
