@@ -241,14 +241,14 @@ _DRAWN_DIMS = {"dropout": 0, "dropout2d": 2, "alpha_dropout": 0, "feature_alpha_
 
 def _dropout_case(p: float, function: str = "dropout") -> Case:
     channel_dims = _DRAWN_DIMS[function]
-    mask = {0: fn.dropout, 1: fn.drop_path, 2: fn.dropout2d}[channel_dims]
     wanted = reference.alpha_dropout if "alpha" in function else reference.dropout
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(7)
 
     def run_torch(x: Tensor) -> Tensor:
-        factor = mask(torch.ones_like(x), p, True, generator=generator())
+        # the reference's mask: with the library's own, a wrong one would excuse itself
+        factor = reference.dropout(torch.ones_like(x), p, _seed(7), channel_dims=channel_dims)
         if "alpha" not in function or p == 1:
             return x * factor
         return torch_alpha_dropout(x, factor != 0, p)

@@ -1,6 +1,6 @@
 // Dropout on the CPU: the mask is drawn 64 elements at a time, from the element's logical index, and never stored.
 //
-// elements, contiguous:     memory order is logical order; a thread owns a stretch of it.
+// elements, contiguous:     memory order is logical order; a task owns kTaskElements.
 // elements, channels_last:  a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive
 //                           s of one channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks
 //                           rows of channels.
@@ -16,6 +16,7 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
+constexpr int64_t kTaskElements = 1 << 14;
 constexpr int64_t kTaskRows = 64;
 
 // bit 8 * i + j of the result is bit 8 * j + i of x (Hacker's Delight, 7-3)
@@ -73,10 +74,11 @@ struct DropoutKernel {
 
   void contiguous() const {
     const int64_t numel = a.shape.numel();
-    parallel_for_ranges((numel + 63) / 64, numel, [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) {
-        const uint64_t bits = keep.of_group(static_cast<uint64_t>(group * 64 / kElementsPerPhilox));
-        apply(group * 64, std::min<int64_t>(64, numel - group * 64), reinterpret_cast<const uint8_t*>(&bits));
+    parallel_for((numel + kTaskElements - 1) / kTaskElements, numel, [&](int64_t task) {
+      const int64_t end = std::min(numel, (task + 1) * kTaskElements);
+      for (int64_t i = task * kTaskElements; i < end; i += 64) {
+        const uint64_t bits = keep.of_group(static_cast<uint64_t>(i / kElementsPerPhilox));
+        apply(i, std::min<int64_t>(64, end - i), reinterpret_cast<const uint8_t*>(&bits));
       }
       if (stream) stream_fence();
     });
