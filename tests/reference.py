@@ -105,3 +105,31 @@ def dropout(x: Tensor, p: float, seed: int, *, channel_dims: int = 0) -> Tensor:
     drawn = x.shape[:channel_dims] if channel_dims else x.shape
     keep = dropout_keep(math.prod(drawn), p, seed).view(list(drawn) + [1] * (x.dim() - len(drawn)))
     return x * keep * (0.0 if p >= 1 else 65536 / (65536 - dropout_threshold(p)))
+
+
+def local_response_norm(
+    x: Tensor,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    *,
+    region: str = "inter",
+    convention: str = "torch",
+) -> Tensor:
+    """Element i's window as a matrix of zeros and ones along each axis: [i, j] is whether j belongs to it."""
+    before, after = size // 2, (size - 1) // 2 if convention == "torch" else size // 2
+
+    def members(length: int) -> Tensor:
+        i, j = torch.arange(length).view(-1, 1), torch.arange(length)
+        return ((j >= i - before) & (j <= i + after)).to(x.dtype)
+
+    squares = x**2
+    if region == "inter":
+        sums = torch.einsum("cd,nd...->nc...", members(x.shape[1]), squares)
+        elements = size
+    else:
+        sums = members(x.shape[2]) @ squares @ members(x.shape[3]).T
+        elements = size**2
+    scale = k + (alpha / elements if convention == "torch" else alpha) * sums
+    return x * scale ** (-beta)
