@@ -34,6 +34,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm_mask_slopes", wrap_pybind_function_no_gil(fastnorm::batch_norm_mask_slopes));
   m.def("dropout_state", wrap_pybind_function_no_gil(fastnorm::dropout_state));
   m.def("dropout", wrap_pybind_function_no_gil(fastnorm::dropout));
+  m.def("alpha_dropout", wrap_pybind_function_no_gil(fastnorm::alpha_dropout));
+  m.def("alpha_dropout_backward", wrap_pybind_function_no_gil(fastnorm::alpha_dropout_backward));
+  m.def("layer_norm_forward", wrap_pybind_function_no_gil(fastnorm::layer_norm_forward));
+  m.def("layer_norm_backward", wrap_pybind_function_no_gil(fastnorm::layer_norm_backward));
   m.def("local_response_norm_forward", wrap_pybind_function_no_gil(fastnorm::local_response_norm_forward));
   m.def("local_response_norm_backward", wrap_pybind_function_no_gil(fastnorm::local_response_norm_backward));
 

@@ -1,4 +1,4 @@
-// dropout: checks, the generator, and choice of the kernel. The maths is in dropout.h and philox.h.
+// dropout and alpha dropout: checks, the generator, and choice of the kernel. The maths is in dropout.h and philox.h.
 #include "dropout.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -8,8 +8,6 @@
 #include "ops.h"
 
 namespace fastnorm {
-
-static constexpr const char* kOp = "dropout";
 
 Tensor dropout_state(const std::optional<at::Generator>& generator) {
   auto* gen = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
@@ -21,36 +19,66 @@ Tensor dropout_state(const std::optional<at::Generator>& generator) {
   return state;
 }
 
-Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace) {
-  check_supported(kOp, input);
-  TORCH_CHECK_VALUE(p >= 0 && p <= 1, kOp, ": p must be in [0, 1], got ", p);
-  TORCH_CHECK(state.scalar_type() == at::kLong && state.numel() == 2 && state.is_contiguous() && state.is_cpu(), kOp,
+// The layout that a tensor is read in: channels_last where only that is dense.
+static Layout layout_of(const Tensor& t) { return t.dim() < 2 ? Layout::kContiguous : shape_of(t).layout; }
+
+static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel (*level)(double), const Tensor& state,
+                    int64_t channel_dims, bool inplace) {
+  check_supported(op, input);
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, op, ": p must be in [0, 1], got ", p);
+  TORCH_CHECK(state.scalar_type() == at::kLong && state.numel() == 2 && state.is_contiguous() && state.is_cpu(), op,
               ": state must be two contiguous numbers of type Long on the CPU, got shape ", state.sizes(), " of type ",
               state.scalar_type());
-  TORCH_CHECK(channel_dims >= 0 && channel_dims <= input.dim(), kOp, ": channel_dims must be in [0, ", input.dim(),
-              "], got ", channel_dims);
+  TORCH_CHECK(channel_dims >= 0 && channel_dims <= std::min<int64_t>(2, input.dim()), op,
+              ": channel_dims must be in [0, ", std::min<int64_t>(2, input.dim()), "], got ", channel_dims);
 
   Dropout args{};
-  args.by_channel = channel_dims > 0;
-  args.shape = {1, 1, input.numel(), Layout::kContiguous};
-  if (channel_dims == 2 || (channel_dims == 0 && input.dim() > 2)) args.shape = shape_of(input);
-  if (channel_dims == 1)
-    args.shape = {1, input.size(0), input.size(0) ? input.numel() / input.size(0) : 0, Layout::kContiguous};
+  Layout layout = Layout::kContiguous;  // of x and y
+  if (channel_dims == 2 || (channel_dims == 0 && input.dim() > 2)) {
+    args.shape = shape_of(input);
+    args.by_channel = channel_dims == 2 && args.shape.S != 1;  // one position a channel: an element is a channel
+    layout = args.shape.layout;
+  } else if (channel_dims == 1) {  // samples lie one after the other in either layout; how each lies does not matter
+    const int64_t N = input.size(0);
+    args.shape = {1, N, N ? input.numel() / N : 0, Layout::kContiguous};
+    args.by_channel = true;
+    layout = layout_of(input);
+  } else {
+    args.shape = {1, 1, input.numel(), Layout::kContiguous};
+  }
 
-  const bool dense = is_dense(input, args.shape.layout);
-  const Tensor x = dense ? input : in_layout(input, args.shape.layout);
-  const Tensor y = inplace && dense ? input : inplace ? x : empty_in_layout(x, args.shape.layout);
+  const bool dense = is_dense(input, layout);
+  const Tensor x = dense ? input : in_layout(input, layout);
+  const Tensor y = inplace && dense ? input : inplace ? x : empty_in_layout(x, layout);
+  // As torch does where an op writes: refuse an inference tensor outside of inference mode, and let autograd know.
+  if (inplace && dense) input.unsafeGetTensorImpl()->bump_version();
   if (input.numel() > 0) {
     args.dtype = dtype_of(x);
     args.seed = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[0]);
     args.offset = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[1]);
-    args.level = dropout_level(p);
+    args.level = level(p);
     args.x = x.const_data_ptr();
     args.y = y.mutable_data_ptr();
     cpu::dropout(args);
   }
   if (inplace && !dense) input.copy_(y);
   return inplace ? input : y;
+}
+
+Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace) {
+  return apply("dropout", input, p, dropout_level, state, channel_dims, inplace);
+}
+
+Tensor alpha_dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace) {
+  return apply("alpha_dropout", input, p, alpha_dropout_level, state, channel_dims, inplace);
+}
+
+Tensor alpha_dropout_backward(const Tensor& grad_output, double p, const Tensor& state, int64_t channel_dims) {
+  const auto linear_part = [](double p) {
+    const DropoutLevel level = alpha_dropout_level(p);
+    return DropoutLevel{level.threshold, level.scale};
+  };
+  return apply("alpha_dropout_backward", grad_output, p, linear_part, state, channel_dims, false);
 }
 
 }  // namespace fastnorm

@@ -31,10 +31,31 @@ Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::opti
 // -> int64 [2]: the seed and offset of one mask, taken from `generator` (the CPU's default one if none is given).
 Tensor dropout_state(const std::optional<at::Generator>& generator);
 
-// -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions share a draw, 0: one an
+// -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions have a draw each, 0: one an
 // element.
 Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
+// -> a * (mask ? input : alpha') + b (dropout.h), of the same mask.
+Tensor alpha_dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
+
+// -> dx = a * mask * grad_output
+Tensor alpha_dropout_backward(const Tensor& grad_output, double p, const Tensor& state, int64_t channel_dims);
+// layer_norm, or rms_norm without `subtract_mean`. -> y, and with `keep`, else undefined, what backward needs:
+// statistics (float32, float64 for float64: [3, M], rms_norm [1, M]; layer_norm.h) and the mask.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      at::IntArrayRef normalized_shape, double eps,
+                                                      std::optional<std::string_view> activation, bool subtract_mean,
+                                                      bool keep);
+
+// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                                               const OptionalTensor& residual,
+                                                               const OptionalTensor& mask, const Tensor& statistics,
+                                                               at::IntArrayRef normalized_shape,
+                                                               std::optional<std::string_view> activation,
+                                                               bool subtract_mean, std::array<bool, 4> wanted);
 // -> y. `region` "inter" or "intra", `convention` "torch" or "paper".
 Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alpha, double beta, double k,
                                    std::string_view region, std::string_view convention);

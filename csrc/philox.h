@@ -51,6 +51,8 @@ FASTNORM_HOST_DEVICE inline Philox4x32 dropout_bits(uint64_t seed, uint64_t offs
 struct DropoutLevel {
   uint32_t threshold;  // 0 (nothing dropped: p < 2^-17) .. 65535
   double scale;        // 1 / (1 - threshold / 65536), or 0 for p = 1
+  // Alpha dropout's (dropout.h): what is added to kept and to dropped elements.
+  double shift_kept = 0, shift_dropped = 0;
 };
 
 namespace {

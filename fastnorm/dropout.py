@@ -1,4 +1,4 @@
-"""Inverted dropout: autograd function, functionals and modules."""
+"""Inverted dropout, alpha dropout and stochastic depth: autograd functions, functionals and modules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnorm import _C
-from fastnorm.fallback import call_torch, uncovered_transform
+from fastnorm.fallback import apply_of, call_torch, uncovered_transform
 
 
 class DropoutFunction(torch.autograd.Function):
-    """y = input * mask / (1 - p), the mask a function of ``state`` (a seed and an offset) and the index alone.
+    """y = input * mask / (1 - p), the mask a function of ``state`` (seed and offset) and the element's index alone.
 
     Kept for backward: the state. The map is linear and its own adjoint, so backward is the same function of the
     gradient, and derivatives of every order are.
@@ -25,13 +25,50 @@ class DropoutFunction(torch.autograd.Function):
         y = _C.dropout(input, p, state, channel_dims, inplace)
         if inplace:
             ctx.mark_dirty(input)
-        ctx.p, ctx.state, ctx.channel_dims = p, state, channel_dims
+        ctx.setting = p, state, channel_dims
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         function = DropoutFunction.apply if torch.is_grad_enabled() else _C.dropout
-        return function(dy, ctx.p, ctx.state, ctx.channel_dims, False), None, None, None, None
+        return function(dy, *ctx.setting, False), None, None, None, None
+
+
+class AlphaDropoutFunction(torch.autograd.Function):
+    """y = a * (input where mask, else alpha') + b, see :func:`alpha_dropout`; the mask as in :class:`DropoutFunction`.
+
+    Kept for backward: the state.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
+        y = _C.alpha_dropout(input, p, state, channel_dims, inplace)
+        if inplace:
+            ctx.mark_dirty(input)
+        ctx.setting = p, state, channel_dims
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        function = AlphaDropoutBackwardFunction.apply if torch.is_grad_enabled() else _C.alpha_dropout_backward
+        return function(dy, *ctx.setting), None, None, None, None
+
+
+class AlphaDropoutBackwardFunction(torch.autograd.Function):
+    """dx = a * mask * dy: linear and its own adjoint, so derivatives of every order are this function too."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, p: float, state: Tensor, channel_dims: int) -> Tensor:
+        ctx.setting = p, state, channel_dims
+        return _C.alpha_dropout_backward(dy, p, state, channel_dims)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        return AlphaDropoutBackwardFunction.apply(ddx, *ctx.setting), None, None, None
+
+
+_apply_dropout = apply_of(DropoutFunction)
+_apply_alpha_dropout = apply_of(AlphaDropoutFunction)
 
 
 def _dropout(
@@ -43,22 +80,28 @@ def _dropout(
     inplace: bool,
     generator: torch.Generator | None,
     channel_dims: int,
+    alpha: bool = False,
 ) -> Tensor:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: p must be in [0, 1], got {p}")
     if not training or p == 0.0:
         return input
     differentiated = input.requires_grad and torch.is_grad_enabled()
-    if inplace and differentiated and input.is_leaf:
-        raise RuntimeError(f"{op}: inplace=True on a leaf tensor that requires grad, whose value the graph needs")
+    if inplace and differentiated and (input.is_leaf or (input._is_view() and input._base.is_leaf)):
+        raise RuntimeError(
+            f"{op}: inplace=True on a leaf tensor that requires grad, or a view of one, whose value the graph needs"
+        )
     reason = uncovered_transform(op)
     if reason is None:
         try:
             state = _C.dropout_state(generator)
-            function = DropoutFunction.apply if differentiated else _C.dropout
+            if alpha:
+                function = _apply_alpha_dropout if differentiated else _C.alpha_dropout
+            else:
+                function = _apply_dropout if differentiated else _C.dropout
             return function(input, p, state, channel_dims, inplace)
         except NotImplementedError as uncovered:
-            reason = str(uncovered).replace("dropout", op, 1)
+            reason = f"{op}: {str(uncovered).partition(': ')[2]}"
     return call_torch(reason, torch_op, input, p, training, inplace)
 
 
@@ -88,7 +131,7 @@ def dropout(
 
     Raises:
         ValueError: p outside [0, 1], or NaN.
-        RuntimeError: inplace on a leaf that requires grad.
+        RuntimeError: inplace on a leaf that requires grad, or a view of one.
 
     Example:
         >>> x = torch.ones(4, 1000)
@@ -176,6 +219,114 @@ dropout3d.__doc__ = _CHANNELS_DOC.format(
     errors="RuntimeError: fewer than two dimensions.",
 )
 
+
+def alpha_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Alpha dropout (Klambauer et al. 2017, arXiv:1706.02515): an input of mean 0 and variance 1 keeps both.
+
+        y[i] = a * (input[i] if keep[i] else alpha') + b,   P(keep[i]) = 1 - p
+        alpha' = -1.7580993,   a = ((1 - p) * (1 + p * alpha'^2))^(-1/2),   b = -a * p * alpha'
+
+    alpha' is the value that SELU saturates at. The mask, and the p that a and b are computed from, are those of
+    :func:`dropout`: one seed gives both the same mask. p = 1 gives zeros; a dropped NaN or inf gives NaN, both as in
+    torch.
+
+    Args:
+        input: any shape; float64, float32, bfloat16 or float16.
+        p: probability of an element to be set to alpha', in [0, 1].
+        training: False, torch's default for this function, returns the input.
+        inplace, generator: as in :func:`dropout`.
+
+    Raises:
+        ValueError: p outside [0, 1], or NaN.
+        RuntimeError: inplace on a leaf that requires grad, or a view of one.
+
+    Example:
+        >>> x = torch.ones(4, 1000)
+        >>> y = fastnorm.functional.alpha_dropout(x, 0.5, True, generator=torch.Generator().manual_seed(0))
+        >>> [round(value, 4) for value in sorted(y.unique().tolist())]
+        [-0.7792, 1.6656]
+    """
+    return _dropout("alpha_dropout", F.alpha_dropout, input, p, training, inplace, generator, 0, True)
+
+
+def feature_alpha_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """:func:`alpha_dropout` of whole channels: keep[n, c] in place of keep[i].
+
+    Args:
+        input: (N, C, *), read so whatever its rank, as torch reads it: there is no form without a batch.
+        p: probability of a channel to be set to alpha', in [0, 1].
+        training: False, torch's default for this function, returns the input.
+        inplace, generator: as in :func:`dropout`.
+
+    Raises:
+        ValueError: p outside [0, 1], or NaN.
+        RuntimeError: fewer than two dimensions, in training; inplace on a leaf that requires grad, or a view of one.
+
+    Example:
+        >>> y = fastnorm.functional.feature_alpha_dropout(torch.randn(4, 10, 7, 7), 0.25, True)
+        >>> y.shape
+        torch.Size([4, 10, 7, 7])
+    """
+    if input.dim() < 2 and training and p != 0.0:
+        raise RuntimeError(f"feature_alpha_dropout: input must have shape (N, C, *), got {list(input.shape)}")
+    return _dropout("feature_alpha_dropout", F.feature_alpha_dropout, input, p, training, inplace, generator, 2, True)
+
+
+def drop_path(
+    input: Tensor,
+    p: float = 0.0,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training drops whole samples of a residual branch.
+
+        y[n, ...] = input[n, ...] * keep[n] / (1 - p),   P(keep[n]) = 1 - p
+
+    The mask, and the rounding of p, are those of :func:`dropout` at the sample's index. The arguments are in the order
+    of timm's drop_path; torchvision's stochastic_depth(input, p, "row", training) computes the same.
+
+    Args:
+        input: (N, *), float64, float32, bfloat16 or float16; contiguous and channels_last tensors are read as they lie.
+        p: probability of a sample to be dropped, in [0, 1].
+        training: False returns the input.
+        inplace, generator: as in :func:`dropout`.
+
+    Raises:
+        ValueError: p outside [0, 1], or NaN.
+        RuntimeError: a tensor without dimensions, in training; inplace on a leaf that requires grad, or a view of one.
+
+    Example:
+        >>> x, branch = torch.randn(8, 4, 5, 5), torch.nn.Conv2d(4, 4, 3, padding=1)
+        >>> y = x + fastnorm.functional.drop_path(branch(x), 0.1, training=True)
+    """
+    if input.dim() < 1 and training and p != 0.0:
+        raise RuntimeError(f"drop_path: input must have shape (N, *), got {list(input.shape)}")
+    return _dropout("drop_path", _torch_drop_path, input, p, training, inplace, generator, 1)
+
+
+def _torch_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    dtype = input.dtype.to_real() if input.is_complex() else input.dtype
+    ones = torch.ones([input.size(0)] + [1] * (input.dim() - 1), dtype=dtype, device=input.device)
+    keep = F.dropout(ones, p, training)
+    return input.mul_(keep) if inplace else input * keep
+
+
 _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels, see :func:`fastnorm.functional.{function}`.
 
     Args:
@@ -223,3 +374,48 @@ class Dropout3d(_Dropout, nn.Dropout3d):
 
     def forward(self, input: Tensor) -> Tensor:
         return dropout3d(input, self.p, self.training, self.inplace)
+
+
+class AlphaDropout(_Dropout, nn.AlphaDropout):
+    __doc__ = _MODULE_DOC.format(
+        name="AlphaDropout", function="alpha_dropout", what="an element", example="4, 10"
+    ).replace("zeroed", "set to alpha'")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return alpha_dropout(input, self.p, self.training, self.inplace)
+
+
+class FeatureAlphaDropout(_Dropout, nn.FeatureAlphaDropout):
+    __doc__ = _MODULE_DOC.format(
+        name="FeatureAlphaDropout", function="feature_alpha_dropout", what="a channel", example="4, 10, 7, 7"
+    ).replace("zeroed", "set to alpha'")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return feature_alpha_dropout(input, self.p, self.training, self.inplace)
+
+
+class DropPath(_Dropout):
+    """Stochastic depth for a residual branch, see :func:`fastnorm.functional.drop_path`.
+
+        x + drop_path(branch(x))
+
+    Args:
+        p: probability of a sample to be dropped, in [0, 1]. Huang et al. let it grow linearly with depth.
+        inplace: write the result into the input.
+
+    Raises:
+        ValueError: p outside [0, 1], or NaN.
+
+    Example:
+        >>> fastnorm.DropPath(0.1)
+        DropPath(p=0.1)
+    """
+
+    def __init__(self, p: float = 0.0, inplace: bool = False) -> None:
+        super().__init__(p, inplace)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return drop_path(input, self.p, self.training, self.inplace)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + (", inplace=True" if self.inplace else "")

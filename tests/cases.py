@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Case:
     kept: Callable[[Tensor], int] = field(default=lambda x: 0)
     saves_input: bool = True
     saves: tuple[int, ...] | None = None  # which of the parameters may be kept; None: all
+    keeps_layout: bool = True  # the output lies as the input does; else it is contiguous
     subtracts_mean: bool = True  # so that its errors do not grow with |mean| / std
     # Allowance in units in the last place, beside torch's own error, for results whose exact value is near zero; exp
     # and erf add their own two to four.
@@ -111,7 +113,7 @@ def _batch_norm_case(training: bool, act: str | None, residual: bool) -> Case:
         shapes=(*IMAGE_SHAPES[1:], (7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)),
         kept=lambda x: 16 * x.shape[1] + (mask_bytes(x) if bits else 0),
         saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
-        units=8 if act in ("silu", "gelu") else 4,
+        units=16 if act in ("silu", "gelu") else 4,
     )
 
 
@@ -123,23 +125,116 @@ def _seed(seed: int) -> int:
     return int(_C.dropout_state(torch.Generator().manual_seed(seed))[0]) & (2**64 - 1)
 
 
+_DRAWN_DIMS = {"dropout": 0, "dropout2d": 2, "alpha_dropout": 0, "feature_alpha_dropout": 2, "drop_path": 1}
+
+
 def _dropout_case(p: float, function: str = "dropout") -> Case:
-    channel_dims = 0 if function == "dropout" else 2
-    run = getattr(fn, function)
+    channel_dims = _DRAWN_DIMS[function]
+    mask = {0: fn.dropout, 1: fn.drop_path, 2: fn.dropout2d}[channel_dims]
+    wanted = reference.alpha_dropout if "alpha" in function else reference.dropout
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(7)
+
+    def run_torch(x: Tensor) -> Tensor:
+        factor = mask(torch.ones_like(x), p, True, generator=generator())
+        if "alpha" not in function or p == 1:
+            return x * factor
+        return torch_alpha_dropout(x, factor != 0, p)
+
     return Case(
         name=f"{function}-{p}",
-        op="dropout",
-        fastnorm=lambda x: run(x, p, generator=torch.Generator().manual_seed(7)),
-        reference=lambda x: reference.dropout(x, p, _seed(7), channel_dims=channel_dims),
-        torch=lambda x: (
-            x
-            * (fn.dropout2d if channel_dims else fn.dropout)(
-                torch.ones_like(x), p, generator=torch.Generator().manual_seed(7)
-            )
-        ),
-        shapes=IMAGE_SHAPES if channel_dims else (*IMAGE_SHAPES, (1,), (1000,), (3, 1023), (2, 3, 5, 7, 11)),
+        op=function.replace("feature_", "").replace("2d", ""),
+        fastnorm=lambda x: getattr(fn, function)(x, p, True, generator=generator()),
+        reference=lambda x: wanted(x, p, _seed(7), channel_dims=channel_dims),
+        torch=run_torch,
+        shapes=IMAGE_SHAPES if channel_dims == 2 else (*IMAGE_SHAPES, (1,), (1000,), (3, 1023), (2, 3, 5, 7, 11)),
         kept=lambda x: 16,
         saves_input=False,
+    )
+
+
+def torch_alpha_dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """The operations of torch's own alpha dropout, in its order, with a given mask."""
+    alpha = 1.7580993408473766
+    a = 1 / ((alpha**2 * p + 1) * (1 - p)) ** 0.5
+    noise = keep.to(x.dtype)
+    return x * (noise * a) + ((noise - 1) * (alpha * a) + alpha * a * p)
+
+
+# ---- layer_norm and rms_norm
+
+# Rows below, at and above a vector's length, a group of rows, a chunk of a row; few and many of them.
+ROW_SHAPES = (
+    (1, 6),
+    (7, 3, 5),
+    (5, 3, 1023),
+    (2, 5, 17, 31),
+    (131, 64),
+    (67, 33, 32),
+    (70, 1025),
+    (3, 4097),
+    (66, 2, 2500),
+)
+
+
+def _row_parameters(x: Tensor, generator: torch.Generator, dims: int, bias: bool, residual: bool) -> list[Tensor]:
+    """weight, and bias and residual if wanted."""
+    shape = x.shape[x.dim() - dims :]
+    made = [torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5]
+    if bias:
+        made.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+    if residual:
+        made.append(torch.randn(x.shape, generator=generator, dtype=torch.float64))
+    return [t.to(x.dtype) for t in made]
+
+
+def _row_norm_case(op: str, act: str | None, residual: bool, leading: int | None = None) -> Case:
+    """Over the last dimension, or over all but the `leading` first ones."""
+    layer = op == "layer_norm"
+    norm, torch_norm = (fn.layer_norm, F.layer_norm) if layer else (fn.rms_norm, F.rms_norm)
+
+    def dims(x: Tensor) -> int:
+        return 1 if leading is None else x.dim() - leading
+
+    def arguments(x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[tuple, Tensor | None]:
+        """What the functions take by position, and the residual."""
+        shape = x.shape[x.dim() - dims(x) :]
+        return (x, shape, *tensors[: 1 + layer], 1e-5), tensors[-1] if residual else None
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        positional, z = arguments(x, tensors)
+        return norm(*positional, residual=z, activation=act)
+
+    def run_torch(x: Tensor, *tensors: Tensor) -> Tensor:
+        positional, z = arguments(x, tensors)
+        y = torch_norm(*positional)
+        return TORCH_ACTIVATION[act](y if z is None else y + z)
+
+    def run_reference(x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
+        bias, z = tensors[0] if layer else None, tensors[-1] if residual else None
+        return reference.row_norm(x, dims(x), weight, bias, z, subtract_mean=layer, act=act)
+
+    bits = residual and act in ("relu", "leaky_relu")
+    where = "" if leading is None else f"-but-{leading}"
+    return Case(
+        name=f"{op}{where}{'-residual' if residual else ''}{f'-{act}' if act else ''}",
+        op=op,
+        fastnorm=run,
+        reference=run_reference,
+        torch=run_torch,
+        parameters=partial(_row_parameters, dims=1, bias=layer, residual=residual)
+        if leading is None
+        else lambda x, generator: _row_parameters(x, generator, x.dim() - leading, layer, residual),
+        shapes=ROW_SHAPES,
+        empty=((0, 3, 4), (2, 3, 0)),
+        kept=lambda x: (
+            (12 if layer else 4) * (x.numel() // math.prod(x.shape[x.dim() - dims(x) :]))
+            + (mask_bytes(x) if bits else 0)
+        ),
+        keeps_layout=False,
+        saves=tuple(range(2 + layer)) if act in ("silu", "gelu") else tuple(range(1 + layer)),
+        units=8 if act in ("silu", "gelu") else 4,
     )
 
 
@@ -193,8 +288,21 @@ CASES: tuple[Case, ...] = (
         for act in ACTIVATIONS
         for residual in (False, True)
     ),
+    *(
+        _row_norm_case(op, act, residual)
+        for op in ("layer_norm", "rms_norm")
+        for act in ACTIVATIONS
+        for residual in (False, True)
+    ),
+    _row_norm_case("layer_norm", None, False, leading=1),
+    _row_norm_case("layer_norm", "leaky_relu", True, leading=1),
+    _row_norm_case("rms_norm", "gelu", True, leading=1),
+    _row_norm_case("layer_norm", None, False, leading=0),
     *(_dropout_case(p) for p in (0.001, 0.5, 1.0)),
     _dropout_case(0.3, "dropout2d"),
+    *(_dropout_case(p, "alpha_dropout") for p in (0.001, 0.5, 1.0)),
+    _dropout_case(0.3, "feature_alpha_dropout"),
+    *(_dropout_case(p, "drop_path") for p in (0.25, 0.5)),
     _local_response_norm_case(1, 0.5, 0.75, 1.0),
     _local_response_norm_case(5, 1e-4, 0.75, 1.0),
     _local_response_norm_case(4, 0.5, 0.75, 2.0),

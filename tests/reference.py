@@ -67,6 +67,26 @@ def running_statistics(x: Tensor, mean: Tensor, var: Tensor, momentum: float) ->
     return (1 - momentum) * mean + momentum * batch_mean, (1 - momentum) * var + momentum * batch_var
 
 
+def row_norm(
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    subtract_mean: bool = True,
+    eps: float = 1e-5,
+    act: str | None = None,
+) -> Tensor:
+    """Layer normalisation over the last `dims` dimensions, or without the mean RMS normalisation."""
+    over = list(range(x.dim() - dims, x.dim()))
+    d = x - x.mean(over, keepdim=True) if subtract_mean else x
+    z = d / torch.sqrt((d**2).mean(over, keepdim=True) + eps)
+    z = z if weight is None else z * weight
+    z = z if bias is None else z + bias
+    return activation(z if residual is None else z + residual, act)
+
+
 def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
     """Philox4x32 (Salmon et al. 2011, section 3.3) of counters (n, 4) uint32; returns (n, 4) uint32."""
     low = np.uint64(0xFFFFFFFF)
@@ -105,6 +125,21 @@ def dropout(x: Tensor, p: float, seed: int, *, channel_dims: int = 0) -> Tensor:
     drawn = x.shape[:channel_dims] if channel_dims else x.shape
     keep = dropout_keep(math.prod(drawn), p, seed).view(list(drawn) + [1] * (x.dim() - len(drawn)))
     return x * keep * (0.0 if p >= 1 else 65536 / (65536 - dropout_threshold(p)))
+
+
+def alpha_dropout(x: Tensor, p: float, seed: int, *, channel_dims: int = 0) -> Tensor:
+    """a * (keep ? x : alpha') + b; a and b keep mean 0 and variance 1 for the p that is drawn. Zeros for p = 1."""
+    if p >= 1:
+        return x * 0.0
+    selu_scale, selu_alpha = 1.0507009873554805, 1.6732632423543772  # Klambauer et al. 2017, equation 14
+    saturation = -selu_scale * selu_alpha
+    drawn = x.shape[:channel_dims] if channel_dims else x.shape
+    keep = dropout_keep(math.prod(drawn), p, seed).view(list(drawn) + [1] * (x.dim() - len(drawn)))
+    q = dropout_threshold(p) / 65536
+    # of keep ? x : alpha', for x of mean 0 and variance 1: mean q alpha', variance (1 - q) + q alpha'^2 - mean^2
+    mean = q * saturation
+    a = (1 - q + q * saturation**2 - mean**2) ** -0.5
+    return a * (torch.where(keep, x, torch.full_like(x, saturation)) - mean)
 
 
 def local_response_norm(

@@ -91,7 +91,7 @@ def test_output_has_the_layout_of_the_input(case: Case) -> None:
         for layout in (lambda t: t, channels_last):
             x = layout(tensors[0])
             y = case.fastnorm(x, *tensors[1:])
-            assert y.stride() == x.stride()
+            assert y.stride() == x.stride() if case.keeps_layout else y.is_contiguous()
 
 
 STRIDES = {

@@ -1,11 +1,13 @@
 // Dropout on the CPU: the mask is drawn 64 elements at a time, from the element's logical index, and never stored.
 //
-// elements, contiguous:      memory order is logical order; a task owns kTaskElements.
-// elements, channels_last:   a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive
-// s of one
-//                            channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks rows of
-//                            channels.
-// channels:                  one bit a channel, drawn once a task, then a multiplication.
+// elements, contiguous:     memory order is logical order; a thread owns a stretch of it.
+// elements, channels_last:  a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive
+//                           s of one channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks
+//                           rows of channels.
+// channels, contiguous:     a thread owns a stretch of memory, wherever in a channel that begins and ends: a few large
+//                           samples occupy all threads as many small channels do.
+// channels, channels_last:  a thread owns a stretch of rows; the bits of a sample's channels are drawn once and mask
+//                           each of its rows.
 #include "../dropout.h"
 
 #include "parallel.h"
@@ -14,7 +16,6 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTaskElements = 1 << 14;
 constexpr int64_t kTaskRows = 64;
 
 // bit 8 * i + j of the result is bit 8 * j + i of x (Hacker's Delight, 7-3)
@@ -27,7 +28,8 @@ uint64_t transpose_8x8(uint64_t x) {
   return x ^ t ^ t << 28;
 }
 
-template <typename T>
+// kShifted: alpha dropout's forward. Dropout, and the backward of both, only multiply.
+template <typename T, bool kShifted>
 struct DropoutKernel {
   using P = Pack<T>;
   using acc_t = acc_type<T>;
@@ -37,37 +39,44 @@ struct DropoutKernel {
   const int64_t N = a.shape.N, C = a.shape.C, S = a.shape.S;
   const KeepBits keep{a.seed, a.offset, a.level.threshold};
   const P scale{static_cast<acc_t>(a.level.scale)};
+  const P shift_kept{static_cast<acc_t>(a.level.shift_kept)}, shift_dropped{static_cast<acc_t>(a.level.shift_dropped)};
   const bool stream = a.shape.numel() * size_of(a.dtype) >= stream_threshold();
 
-  // Scalar math: y[i] = x[i] * (bit i ? scale : 0)
+  // Scalar math: y[i] = x[i] * (bit i ? scale : 0) + (bit i ? shift_kept : shift_dropped)
   FASTNORM_LOOP void apply(int64_t at, int64_t n, const uint8_t* bits) const {
-    const P kept = scale, dropped(acc_t(0));
-    multiply(at, n, [&](int64_t i, auto count) { return choose(load_bits<T>(bits + i / 8, count), kept, dropped); });
+    const P kept = scale, dropped(acc_t(0)), to_kept = shift_kept, to_dropped = shift_dropped;
+    map_run(at, n, [&](const P& value, int64_t i, auto count) {
+      const uint32_t here = load_bits<T>(bits + i / 8, count);
+      const P factor = choose(here, kept, dropped);
+      if constexpr (!kShifted) return value * factor;
+      return fmadd(value, factor, choose(here, to_kept, to_dropped));
+    });
   }
 
   // The same for a run that is kept or dropped as a whole.
   FASTNORM_LOOP void apply_uniform(int64_t at, int64_t n, bool keeps) const {
-    const P factor = keeps ? scale : P(acc_t(0));
-    multiply(at, n, [&](int64_t, auto) { return factor; });
+    const P factor = keeps ? scale : P(acc_t(0)), shift = keeps ? shift_kept : shift_dropped;
+    map_run(at, n, [&](const P& value, int64_t, auto) {
+      if constexpr (!kShifted) return value * factor;
+      return fmadd(value, factor, shift);
+    });
   }
 
   template <typename F>
-  void multiply(int64_t at, int64_t n, const F& factor) const {
+  void map_run(int64_t at, int64_t n, const F& f) const {
     const T* from = x + at;
     T* to = y + at;
     const bool past_caches = stream && fills_lines(to, n);
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
-      put(P::load(from + i, count) * factor(i, count), to + i, count, past_caches);
-    });
+    for_packs<T>(
+        n, [&](int64_t i, auto count, int) { put(f(P::load(from + i, count), i, count), to + i, count, past_caches); });
   }
 
   void contiguous() const {
     const int64_t numel = a.shape.numel();
-    parallel_for((numel + kTaskElements - 1) / kTaskElements, numel, [&](int64_t task) {
-      const int64_t end = std::min(numel, (task + 1) * kTaskElements);
-      for (int64_t i = task * kTaskElements; i < end; i += 64) {
-        const uint64_t bits = keep.of_group(static_cast<uint64_t>(i / kElementsPerPhilox));
-        apply(i, std::min<int64_t>(64, end - i), reinterpret_cast<const uint8_t*>(&bits));
+    parallel_for_ranges((numel + 63) / 64, numel, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        const uint64_t bits = keep.of_group(static_cast<uint64_t>(group * 64 / kElementsPerPhilox));
+        apply(group * 64, std::min<int64_t>(64, numel - group * 64), reinterpret_cast<const uint8_t*>(&bits));
       }
       if (stream) stream_fence();
     });
@@ -116,40 +125,62 @@ struct DropoutKernel {
   }
 
   void whole_channels() const {
-    if (a.shape.layout == Layout::kContiguous) {
-      parallel_for((N * C + 63) / 64, a.shape.numel(), [&](int64_t task) {
-        const uint64_t bits = keep.of_group(static_cast<uint64_t>(task * 64 / kElementsPerPhilox));
-        const int64_t end = std::min(N * C, (task + 1) * 64);
-        for (int64_t i = task * 64; i < end; ++i) apply_uniform(i * S, S, bits >> (i % 64) & 1);
-        if (stream) stream_fence();
-      });
-      return;
-    }
-    const int64_t row_bytes = (C + 7) / 8, chunks = (S + kTaskRows - 1) / kTaskRows;
-    parallel_for(N * chunks, a.shape.numel(), [&](int64_t task) {
-      const int64_t n = task / chunks, s0 = task % chunks * kTaskRows, rows = std::min(kTaskRows, S - s0);
-      const ScratchArray<uint8_t> bits(row_bytes);
-      for (int64_t c = 0; c < C; c += 8) {  // eight indices need at most two blocks
-        const uint64_t index = static_cast<uint64_t>(n * C + c);
-        const uint64_t two = keep.of_group(index / kElementsPerPhilox);
-        bits[c / 8] = static_cast<uint8_t>(two >> (index % kElementsPerPhilox));
+    const int64_t numel = a.shape.numel();
+    parallel_for_ranges((numel + 63) / 64, numel, [&](int64_t begin, int64_t end) {
+      end = std::min(numel, end * 64);
+      int64_t i = begin * 64, channel = i / S, next = (channel + 1) * S;
+      uint64_t bits = keep.of_group(static_cast<uint64_t>(channel / 64 * 64 / kElementsPerPhilox));
+      while (i < end) {
+        apply_uniform(i, std::min(next, end) - i, bits >> (channel % 64) & 1);
+        i = next;
+        next += S;
+        if (++channel % 64 == 0) bits = keep.of_group(static_cast<uint64_t>(channel / kElementsPerPhilox));
       }
-      for (int64_t r = 0; r < rows; ++r) apply((n * S + s0 + r) * C, C, bits.data());
       if (stream) stream_fence();
     });
   }
 
+  void whole_channels_last() const {
+    parallel_for_ranges(N * S, a.shape.numel(), [&](int64_t begin, int64_t end) {
+      const ScratchArray<uint8_t> bits((C + 7) / 8);
+      for (int64_t row = begin; row < end;) {
+        const int64_t n = row / S, next = std::min(end, (n + 1) * S);
+        sample_bits(n, bits.data());
+        for (; row < next; ++row) apply(row * C, C, bits.data());
+      }
+      if (stream) stream_fence();
+    });
+  }
+
+  // One bit for each channel of sample n. A draw of 64 bits from a whole block on holds 57 channels or more.
+  void sample_bits(int64_t n, uint8_t* out) const {
+    constexpr int64_t kBytes = 7;
+    const int64_t bytes = (C + 7) / 8;
+    for (int64_t b = 0; b < bytes; b += kBytes) {
+      const uint64_t index = static_cast<uint64_t>(n * C + b * 8);
+      const uint64_t bits = keep.of_group(index / kElementsPerPhilox) >> (index % kElementsPerPhilox);
+      std::memcpy(out + b, &bits, static_cast<size_t>(std::min(kBytes, bytes - b)));
+    }
+  }
+
   void run() const {
-    if (a.by_channel) return whole_channels();
-    if (a.shape.layout == Layout::kContiguous) return contiguous();
-    return channels_last();
+    const bool last = a.shape.layout == Layout::kChannelsLast;
+    if (a.by_channel) return last ? whole_channels_last() : whole_channels();
+    return last ? channels_last() : contiguous();
   }
 };
 
 }  // namespace
 
 void dropout(const Dropout& a) {
-  visit(a.dtype, [&](auto type) { DropoutKernel<decltype(type)>{a}.run(); });
+  const bool shifted = a.level.shift_kept != 0 || a.level.shift_dropped != 0;
+  visit(a.dtype, [&](auto type) {
+    if (shifted) {
+      DropoutKernel<decltype(type), true>{a}.run();
+    } else {
+      DropoutKernel<decltype(type), false>{a}.run();
+    }
+  });
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

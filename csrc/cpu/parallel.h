@@ -46,6 +46,15 @@ void parallel_for(int64_t tasks, int64_t elements, const F& task) {
       &task);
 }
 
+// Calls body(begin, end) for ranges that make up 0 .. tasks, one a thread. For work in which no task feeds another
+// through a sum: where a range ends depends on the number of threads.
+template <typename F>
+void parallel_for_ranges(int64_t tasks, int64_t elements, const F& body) {
+  parallel_ranges(
+      tasks, elements < kSerialElements,
+      [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &body);
+}
+
 // The same, each thread from its last task to its first: a second sweep then begins with what the first left in the
 // cache.
 template <typename F>

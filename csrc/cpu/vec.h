@@ -270,6 +270,41 @@ void store_bits(uint8_t* p, uint32_t bits, Partial n) {
   std::memcpy(p, &bits, (n.count + 7) / 8);
 }
 
+// The sum of the lanes in float64, in a tree: what a row or chunk costs once, so in few instructions.
+inline double lane_sum(at::vec::Vectorized<double> v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_pd(v);
+#else
+  double lane[at::vec::Vectorized<double>::size()], total = 0;
+  v.store(lane);
+  for (const double e : lane) total += e;
+  return total;
+#endif
+}
+inline double lane_sum(at::vec::Vectorized<float> v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_pd(
+      _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256d four =
+      _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+#else
+  float lane[at::vec::Vectorized<float>::size()];
+  v.store(lane);
+  double total = 0;
+  for (const float e : lane) total += e;
+  return total;
+#endif
+}
+template <typename T>
+double lane_sum(const Pack<T>& p) {
+  auto all = p.v[0];
+  for (int k = 1; k < Pack<T>::kVecs; ++k) all = all + p.v[k];
+  return lane_sum(all);
+}
+
 // Calls f(i, Full, u) for each whole pack of n elements, kUnroll of them together with u = 0 .. kUnroll - 1
 // (independent accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what is left.
 template <typename T, int kUnroll = 1, typename F>

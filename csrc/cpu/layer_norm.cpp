@@ -1,0 +1,546 @@
+// Layer and RMS normalisation on the CPU. Each row is reduced by itself, and read once from memory:
+//
+// forward    a task owns a group of rows: statistics in two sweeps (mean, then deviations from it), a third one
+// normalises, all of
+//            them in the first-level cache. Rows beyond kChunk elements go by chunks; a few of them, chunk by chunk on
+//            all threads.
+// backward   rows: a task owns a part, which it takes by groups of rows: a first sweep reduces g and g * xhat of each
+// row, a second
+//            writes dx and adds the group's dz and dz * xhat to one float32 sum a column, flushed to float64 every
+//            kBlockRows rows. The parts' sums are merged at the end. strips (few rows, or very long ones): blocks of
+//            rows that stay in the last-level cache, reduced by chunks, then written by strips of columns, each strip
+//            summed over all rows by one task.
+//
+// Sums are float32 within a chunk or block and float64 beyond. A row's result depends on nothing but the row: neither
+// on the number of threads nor on the rows around it.
+#include "../layer_norm.h"
+
+#include <cmath>
+
+#include "columns.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+// Rows that are swept together: one accumulator each hides the latency of an addition, and the parameters are loaded
+// once for all.
+template <typename T>
+constexpr int kGroup = std::max(1, 4 / Pack<T>::kVecs);
+
+// ---- parameters
+
+// A weight and a bias for each column, in the arithmetic's type, readable in whole packs.
+template <typename T>
+struct ColumnParameters {
+  PerColumn<T> weight, bias;
+
+  Pack<T> operator()(const Pack<T>& xhat, int64_t i) const { return fmadd(xhat, weight[i], bias[i]); }
+};
+
+// Columns first .. first + n of them: where they lie, or in a copy; ones and zeros where there are none, for a test in
+// the loop would double its code.
+template <typename T>
+class ParameterArrays {
+ public:
+  using acc_t = acc_type<T>;
+
+  template <typename Args>
+  ParameterArrays(const Args& a, int64_t first, int64_t n)
+      : in_place_(a.weight && a.bias && a.param_dtype == kAccDtype && n % Pack<T>::kSize == 0),
+        stride_((n / Pack<T>::kSize + 1) * Pack<T>::kSize),
+        copies_(in_place_ ? 0 : 2 * stride_),
+        parameters_{PerColumn<T>(place(a.weight, a.param_dtype, first, n, 0)),
+                    PerColumn<T>(place(a.bias, a.param_dtype, first, n, 1))} {}
+
+  const ColumnParameters<T>& operator*() const { return parameters_; }
+
+ private:
+  static constexpr Dtype kAccDtype = std::is_same_v<acc_t, double> ? Dtype::kFloat64 : Dtype::kFloat32;
+
+  const acc_t* place(const void* from, Dtype dtype, int64_t first, int64_t n, int64_t index) const {
+    if (in_place_) return static_cast<const acc_t*>(from) + first;
+    acc_t* to = copies_.data() + index * stride_;
+    std::fill(to, to + stride_, acc_t(index == 0 ? 1 : 0));
+    if (from == nullptr) return to;
+    visit(dtype, [&](auto type) {
+      using U = decltype(type);
+      if constexpr (std::is_same_v<acc_type<U>, acc_t>)
+        for_packs<U>(n, [&](int64_t i, auto count, int) {
+          Pack<U>::load(static_cast<const U*>(from) + first + i, count).store_acc(to + i);
+        });
+    });
+    return to;
+  }
+
+  bool in_place_;
+  int64_t stride_;
+  ScratchArray<acc_t> copies_;
+  ColumnParameters<T> parameters_;
+};
+
+// Writes a gradient, rounded to the parameter's type; nothing where it is not wanted.
+template <typename V>
+void write_parameter(void* to, Dtype dtype, int64_t first, const V* values, int64_t n) {
+  if (to == nullptr) return;
+  visit(dtype, [&](auto type) {
+    using U = decltype(type);
+    for (int64_t i = 0; i < n; ++i) static_cast<U*>(to)[first + i] = static_cast<U>(values[i]);
+  });
+}
+
+// What a row is normalised by.
+template <typename T>
+struct RowWise;
+template <typename T>
+struct Affine<RowWise<T>> {
+  Standardize<Uniform<T>> standardize;
+  ColumnParameters<T> parameters;
+
+  Pack<T> operator()(const Pack<T>& x, int64_t i) const { return parameters(standardize(x, i), i); }
+};
+
+// ---- statistics
+
+// The sum of squares where float32 cannot hold them. Rows of zeros are told apart first: padding is full of them.
+template <typename T>
+double sum_of_squares_float64(const T* x, int64_t n) {
+  Pack<T> magnitudes(0);
+  for_packs<T>(n, [&](int64_t i, auto count, int) {
+    magnitudes = magnitudes + map<T>([](auto v) { return v.abs(); }, Pack<T>::load(x + i, count));
+  });
+  double squares = 0;
+  if (lane_sum(magnitudes) == 0) return squares;
+  for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return squares;
+}
+
+// Moments of kRows rows of n <= kChunk elements, N apart; about zero if the mean is not to be subtracted.
+// Scalar math: m = sum x / n;  s1 = sum (x - m);  s2 = sum (x - m)^2
+template <int kRows, int kUnroll, typename T>
+FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_mean, Moments* moments) {
+  using P = Pack<T>;
+  using acc_t = acc_type<T>;
+  const double count_all = static_cast<double>(n), reciprocal = 1.0 / count_all;
+  P s1[kRows * kUnroll], s2[kRows * kUnroll];
+  const auto total = [](P(&sums)[kRows * kUnroll], int r) {
+    P all = sums[r];
+    for (int u = 1; u < kUnroll; ++u) all = all + sums[u * kRows + r];
+    return lane_sum(all);
+  };
+  const auto clear = [](P(&sums)[kRows * kUnroll]) {
+    for (auto& s : sums) s = P(0);
+  };
+
+  clear(s2);
+  if (!subtract_mean) {
+    for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const P v = P::load(x + r * N + i, count);
+        s2[u * kRows + r] = fmadd(v, v, s2[u * kRows + r]);
+      }
+    });
+    for (int r = 0; r < kRows; ++r) {
+      double squares = total(s2, r);
+      if constexpr (!std::is_same_v<acc_t, double>)
+        if (out_of_range(1, squares, squares)) squares = sum_of_squares_float64(x + r * N, n);
+      moments[r] = {count_all, 0, squares};
+    }
+    return;
+  }
+
+  clear(s1);
+  for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) s1[u * kRows + r] = s1[u * kRows + r] + P::load(x + r * N + i, count);
+  });
+  acc_t m[kRows];
+  for (int r = 0; r < kRows; ++r) m[r] = static_cast<acc_t>(total(s1, r) * reciprocal);
+  P shift[kRows];
+  for (int r = 0; r < kRows; ++r) shift[r] = P(m[r]);
+  clear(s1);
+  for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const P d = (P::load(x + r * N + i, count) - shift[r]).keep(count);
+      s1[u * kRows + r] = s1[u * kRows + r] + d;
+      s2[u * kRows + r] = fmadd(d, d, s2[u * kRows + r]);
+    }
+  });
+  for (int r = 0; r < kRows; ++r) {
+    const double deviations = total(s1, r), squares = total(s2, r);
+    if (!std::is_same_v<acc_t, double> && out_of_range(m[r], deviations, squares)) {
+      moments[r] = chunk_moments_float64(x + r * N, Runs{0, 1, 0, n});
+    } else {
+      moments[r] = shifted_moments(count_all, m[r], deviations, squares);
+    }
+  }
+}
+
+// ---- forward
+
+template <typename T>
+struct RowsForward {
+  using acc_t = acc_type<T>;
+  const LayerNormForward& a;
+  const T* x = static_cast<const T*>(a.x);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  acc_t *mean = static_cast<acc_t*>(a.mean), *rstd = static_cast<acc_t*>(a.rstd), *rest = static_cast<acc_t*>(a.rest);
+  const int64_t M = a.M, N = a.N, chunks = (N + kChunk - 1) / kChunk;
+  const MaskRows mask = a.mask_rows();
+  const bool stream = stream_output(M * N, a.dtype);
+
+  SliceStandardize<acc_t> finish(int64_t row, const Moments& m) const {
+    const SliceStandardize<acc_t> s(m.mean, 1.0 / std::sqrt(m.biased_variance() + a.eps));
+    if (mean) mean[row] = s.mean;
+    if (rstd) rstd[row] = s.rstd;
+    if (rest) rest[row] = s.rest;
+    return s;
+  }
+
+  int64_t chunk_length(int64_t chunk) const { return std::min(kChunk, N - chunk * kChunk); }
+
+  Moments moments(int64_t row, int64_t chunk) const {
+    Moments m;
+    row_moments<1, kGroup<T>>(x + row * N + chunk * kChunk, N, chunk_length(chunk), a.subtract_mean, &m);
+    return m;
+  }
+
+  // Columns first .. first + n of a row.
+  template <Activation kAct>
+  void normalize(int64_t row, int64_t first, int64_t n, const SliceStandardize<acc_t>& s,
+                 const ColumnParameters<T>& parameters) const {
+    const int64_t i = row * N + first;
+    const Affine<RowWise<T>> affine{uniform<T>(s), parameters};
+    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row() + first / 8),
+                        n, affine, stream);
+  }
+
+  template <Activation kAct, int kRows>
+  void short_rows(int64_t row, const ColumnParameters<T>& parameters) const {
+    Moments m[kRows];
+    row_moments<kRows, 1>(x + row * N, N, N, a.subtract_mean, m);
+    for (int r = 0; r < kRows; ++r) normalize<kAct>(row + r, 0, N, finish(row + r, m[r]), parameters);
+  }
+
+  template <Activation kAct>
+  void run() const {
+    if (chunks > 1 && M < 2 * num_threads()) return long_rows<kAct>();
+    const ParameterArrays<T> parameters(a, 0, N);
+    if (chunks == 1) {
+      return parallel_for((M + kGroup<T> - 1) / kGroup<T>, M * N, [&](int64_t group) {
+        const int64_t begin = group * kGroup<T>, end = std::min(M, begin + kGroup<T>);
+        if (end - begin == kGroup<T>) {
+          short_rows<kAct, kGroup<T>>(begin, *parameters);
+        } else {
+          for (int64_t row = begin; row < end; ++row) short_rows<kAct, 1>(row, *parameters);
+        }
+        if (stream) stream_fence();
+      });
+    }
+    parallel_for(M, M * N, [&](int64_t row) {
+      Moments m;
+      for (int64_t k = 0; k < chunks; ++k) m.merge(moments(row, k));
+      normalize<kAct>(row, 0, N, finish(row, m), *parameters);
+      if (stream) stream_fence();
+    });
+  }
+
+  template <Activation kAct>
+  void long_rows() const {
+    const ScratchArray<Moments> partial(M * chunks);
+    const ScratchArray<SliceStandardize<acc_t>> standardize(M);
+    parallel_for(M * chunks, M * N, [&](int64_t i) { partial[i] = moments(i / chunks, i % chunks); });
+    for (int64_t row = 0; row < M; ++row) {
+      Moments m;
+      for (int64_t k = 0; k < chunks; ++k) m.merge(partial[row * chunks + k]);
+      standardize[row] = finish(row, m);
+    }
+    parallel_for_reversed(M * chunks, M * N, [&](int64_t i) {
+      const int64_t row = i / chunks, first = i % chunks * kChunk, n = chunk_length(i % chunks);
+      const ParameterArrays<T> parameters(a, first, n);
+      normalize<kAct>(row, first, n, standardize[row], *parameters);
+      if (stream) stream_fence();
+    });
+  }
+};
+
+// ---- backward
+
+constexpr int64_t kLongRow = 1 << 15;      // elements; a group of longer rows would leave the second-level cache
+constexpr int64_t kFewRows = 64;           // too few to be split into parts that keep a float64 sum a column each
+constexpr int64_t kSmall = 1 << 16;        // elements one task takes anyway
+constexpr int64_t kStripsBlock = 1 << 20;  // elements that stay in the last-level cache
+constexpr int64_t kLeastPartRows = 16;
+constexpr int64_t kLeastPartElements = 1 << 15;
+
+// The rows a task owns, by the shape alone.
+struct RowTasks {
+  int64_t M, rows;
+
+  RowTasks(int64_t M_, int64_t N)
+      : M(M_), rows(std::max((M_ + kMaxParts - 1) / kMaxParts, (kLeastPartElements + N - 1) / N)) {
+    rows = (rows + kLeastPartRows - 1) / kLeastPartRows * kLeastPartRows;
+  }
+  int64_t size() const { return (M + rows - 1) / rows; }
+  int64_t begin(int64_t part) const { return part * rows; }
+  int64_t end(int64_t part) const { return std::min(M, begin(part) + rows); }
+};
+
+template <typename T>
+struct RowsBackward {
+  using acc_t = acc_type<T>;
+  using P = Pack<T>;
+  const LayerNormBackward& a;
+  const T* x = static_cast<const T*>(a.x);
+  const T* dy = static_cast<const T*>(a.dy);
+  const T* residual = static_cast<const T*>(a.residual);
+  const acc_t* mean = static_cast<const acc_t*>(a.mean);
+  const acc_t* rstd = static_cast<const acc_t*>(a.rstd);
+  const acc_t* rest = static_cast<const acc_t*>(a.rest);
+  T* dx = static_cast<T*>(a.dx);
+  T* dresidual = static_cast<T*>(a.dresidual);
+  const int64_t M = a.M, N = a.N, chunks = (N + kChunk - 1) / kChunk;
+  const MaskRows mask = a.mask_rows();
+  const bool stream = stream_output(M * N, a.dtype);
+  const bool wants_columns = a.dweight || a.dbias;
+
+  // With an activation the arithmetic has parallelism enough, and the code is large.
+  template <Activation kAct>
+  static constexpr int kGroupOf = kAct == Activation::kNone ? kGroup<T> : 1;
+
+  int64_t chunk_length(int64_t chunk) const { return std::min(kChunk, N - chunk * kChunk); }
+
+  RunGradient<T> gradient(int64_t row, int64_t first) const {
+    const int64_t i = row * N + first;
+    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * mask.bytes_per_row() + first / 8)};
+  }
+  Affine<RowWise<T>> affine(int64_t row, const ColumnParameters<T>& parameters) const {
+    const auto at = [&](const acc_t* p) { return Uniform<T>(p ? p[row] : acc_t(0)); };
+    return {{at(mean), at(rstd), at(rest)}, parameters};
+  }
+
+  struct Row {
+    RunGradient<T> gradient;
+    Affine<RowWise<T>> affine;
+  };
+  template <int kRows>
+  struct Group {
+    Row rows[kRows];
+    const Row& operator[](int r) const { return rows[r]; }
+  };
+  template <int... r>
+  Group<sizeof...(r)> group(int64_t row, int64_t first, const ColumnParameters<T>& parameters,
+                            std::integer_sequence<int, r...>) const {
+    return {{{gradient(row + r, first), affine(row + r, parameters)}...}};
+  }
+
+  // Calls f(row, number of rows) for the rows of begin .. end in groups.
+  template <Activation kAct, typename F>
+  static void for_groups(int64_t begin, int64_t end, const F& f) {
+    int64_t row = begin;
+    for (; row + kGroupOf<kAct> <= end; row += kGroupOf<kAct>) f(row, std::integral_constant<int, kGroupOf<kAct>>{});
+    if constexpr (kGroupOf<kAct> > 1)
+      for (; row < end; ++row) f(row, std::integral_constant<int, 1>{});
+  }
+
+  // Adds to total[r] the sums over n <= kChunk columns of g and g * xhat.
+  // Scalar math: g = dz * weight;  total.dz += g;  total.dz_xhat += g * xhat
+  template <Activation kAct, int kRows>
+  FASTNORM_LOOP void reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
+                            Sums* total) const {
+    const auto rows = group(row, first, parameters, std::make_integer_sequence<int, kRows>{});
+    P g_sum[kRows], g_xhat_sum[kRows];
+    for (int r = 0; r < kRows; ++r) g_sum[r] = g_xhat_sum[r] = P(0);
+    for_packs<T>(n, [&](int64_t i, auto count, int) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const P x_i = P::load(rows[r].gradient.x + i, count);
+        const P g = rows[r].gradient.template dz<kAct>(i, count, x_i, rows[r].affine) * parameters.weight[i];
+        g_sum[r] = g_sum[r] + g;
+        g_xhat_sum[r] = fmadd(g, rows[r].affine.standardize(x_i, i).keep(count), g_xhat_sum[r]);
+      }
+    });
+    for (int r = 0; r < kRows; ++r) total[r] += Sums{lane_sum(g_sum[r]), lane_sum(g_xhat_sum[r])};
+  }
+
+  // The means of g and g * xhat over a row: dx = (g - (xhat * mean_g_xhat + mean_g)) * rstd, zero exactly for rows of
+  // one.
+  struct RowGradient {
+    acc_t mean_g, mean_g_xhat;
+  };
+  RowGradient row_gradient(const Sums& sums) const {
+    const double n = static_cast<double>(N);
+    return {a.subtract_mean ? static_cast<acc_t>(sums.dz / n) : acc_t(0), static_cast<acc_t>(sums.dz_xhat / n)};
+  }
+
+  // dx and dresidual of n columns; dz and dz * xhat added to dbias[] and dweight[], which can be written in whole
+  // packs.
+  template <Activation kAct, int kRows>
+  FASTNORM_LOOP void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
+                           const RowGradient* coefficients, acc_t* dweight, acc_t* dbias) const {
+    const int64_t at = row * N + first;
+    const auto rows = group(row, first, parameters, std::make_integer_sequence<int, kRows>{});
+    P mean_g[kRows], mean_g_xhat[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      mean_g[r] = P(coefficients[r].mean_g);
+      mean_g_xhat[r] = P(coefficients[r].mean_g_xhat);
+    }
+    const bool past_caches = stream && fills_lines(dx + at, n) && (kRows == 1 || fills_lines(dx + at, N));
+    for_packs<T>(n, [&](int64_t i, auto count, int) {
+      P dz_sum(0), dz_xhat_sum(0);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const P x_i = P::load(rows[r].gradient.x + i, count);
+        const P dz = rows[r].gradient.template dz<kAct>(i, count, x_i, rows[r].affine);
+        const P xhat = rows[r].affine.standardize(x_i, i);
+        if (wants_columns) {
+          dz_sum = dz_sum + dz;
+          dz_xhat_sum = fmadd(dz, xhat, dz_xhat_sum);
+        }
+        const int64_t to = at + r * N + i;
+        if (dresidual) dz.store(dresidual + to, count);
+        if (dx == nullptr) continue;
+        const P d = dz * parameters.weight[i] - fmadd(xhat, mean_g_xhat[r], mean_g[r]);
+        const P dx_i = d * rows[r].affine.standardize.rstd[i];
+        put(dx_i, dx + to, count, past_caches);
+      }
+      if (wants_columns) {
+        (P::load_acc(dbias + i) + dz_sum).store_acc(dbias + i);
+        (P::load_acc(dweight + i) + dz_xhat_sum).store_acc(dweight + i);
+      }
+    });
+  }
+
+  // dweight and dbias of some columns, side by side: float32 sums, padded to whole packs.
+  struct ColumnSums {
+    int64_t stride;
+    ScratchArray<acc_t> values;
+
+    explicit ColumnSums(int64_t n) : stride((n / P::kSize + 1) * P::kSize), values(2 * stride) { clear(); }
+    void clear() const { std::fill(dweight(), dweight() + 2 * stride, acc_t(0)); }
+    acc_t* dweight() const { return values.data(); }
+    acc_t* dbias() const { return values.data() + stride; }
+  };
+
+  template <Activation kAct>
+  void by_rows() const {
+    const RowTasks tasks(M, N);
+    const ParameterArrays<T> parameters(a, 0, N);
+    const ScratchArray<double> partial(wants_columns ? tasks.size() * 2 * N
+                                                     : 0);  // a row of dweight and one of dbias each
+    parallel_for(tasks.size(), M * N, [&](int64_t task) {
+      const ColumnSums sums(wants_columns ? N : 0);
+      double *dweight = partial.data() + task * 2 * N, *dbias = dweight + N;
+      for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kBlockRows) {
+        for_groups<kAct>(begin, std::min(tasks.end(task), begin + kBlockRows), [&](int64_t row, auto count) {
+          constexpr int kRows = decltype(count)::value;
+          Sums total[kRows];
+          if (dx)
+            for (int64_t k = 0; k < chunks; ++k) {
+              const ColumnParameters<T> at{PerColumn<T>((*parameters).weight.values + k * kChunk),
+                                           PerColumn<T>((*parameters).bias.values + k * kChunk)};
+              reduce<kAct, kRows>(row, k * kChunk, chunk_length(k), at, total);
+            }
+          RowGradient coefficients[kRows];
+          for (int r = 0; r < kRows; ++r) coefficients[r] = row_gradient(total[r]);
+          write<kAct, kRows>(row, 0, N, *parameters, coefficients, sums.dweight(), sums.dbias());
+        });
+        if (wants_columns) {
+          const bool first = begin == tasks.begin(task);
+          for (int64_t j = 0; j < N; ++j) dweight[j] = (first ? 0.0 : dweight[j]) + sums.dweight()[j];
+          for (int64_t j = 0; j < N; ++j) dbias[j] = (first ? 0.0 : dbias[j]) + sums.dbias()[j];
+          sums.clear();
+        }
+      }
+      if (stream) stream_fence();
+    });
+    if (wants_columns) merge(partial.data(), tasks.size());
+  }
+
+  // dweight and dbias from the parts' sums.
+  void merge(const double* partial, int64_t parts) const {
+    constexpr int64_t kColumns = 256;
+    parallel_for((N + kColumns - 1) / kColumns, parts * N, [&](int64_t task) {
+      const int64_t first = task * kColumns, n = std::min(kColumns, N - first);
+      for (int which = 0; which < 2; ++which) {
+        double total[kColumns];
+        std::fill(total, total + n, 0.0);
+        for (int64_t part = 0; part < parts; ++part)
+          for (int64_t j = 0; j < n; ++j) total[j] += partial[(2 * part + which) * N + first + j];
+        write_parameter(which == 0 ? a.dweight : a.dbias, a.param_dtype, first, total, n);
+      }
+    });
+  }
+
+  template <Activation kAct>
+  void by_strips() const {
+    const int64_t rows = std::min({M, kBlockRows, std::max<int64_t>(1, kStripsBlock / N)});
+    const bool one_block = rows == M;
+    const ScratchArray<Sums> partial(dx ? rows * chunks : 0);
+    const ScratchArray<RowGradient> coefficients(rows);
+    const ScratchArray<double> total(wants_columns && !one_block ? 2 * N : 0);
+    for (int64_t begin = 0; begin < M; begin += rows) {
+      const int64_t end = std::min(M, begin + rows);
+      if (dx) {
+        parallel_for((end - begin) * chunks, (end - begin) * N, [&](int64_t i) {
+          const int64_t first = i % chunks * kChunk, n = chunk_length(i % chunks);
+          const ParameterArrays<T> parameters(a, first, n);
+          partial[i] = Sums{};
+          reduce<kAct, 1>(begin + i / chunks, first, n, *parameters, &partial[i]);
+        });
+      }
+      for (int64_t row = begin; row < end; ++row) {
+        Sums sums;
+        for (int64_t k = 0; k < (dx ? chunks : 0); ++k) sums += partial[(row - begin) * chunks + k];
+        coefficients[row - begin] = row_gradient(sums);
+      }
+      parallel_for_reversed(chunks, (end - begin) * N, [&](int64_t chunk) {
+        const int64_t first = chunk * kChunk, n = chunk_length(chunk);
+        const ParameterArrays<T> parameters(a, first, n);
+        const ColumnSums sums(wants_columns ? n : 0);
+        for_groups<kAct>(begin, end, [&](int64_t row, auto count) {
+          write<kAct, decltype(count)::value>(row, first, n, *parameters, &coefficients[row - begin], sums.dweight(),
+                                              sums.dbias());
+        });
+        if (stream) stream_fence();
+        if (!wants_columns) return;
+        if (one_block) {
+          write_parameter(a.dweight, a.param_dtype, first, sums.dweight(), n);
+          write_parameter(a.dbias, a.param_dtype, first, sums.dbias(), n);
+          return;
+        }
+        double *dweight = total.data() + first, *dbias = dweight + N;
+        for (int64_t j = 0; j < n; ++j) dweight[j] = (begin == 0 ? 0.0 : dweight[j]) + sums.dweight()[j];
+        for (int64_t j = 0; j < n; ++j) dbias[j] = (begin == 0 ? 0.0 : dbias[j]) + sums.dbias()[j];
+        if (end == M) {
+          write_parameter(a.dweight, a.param_dtype, first, dweight, n);
+          write_parameter(a.dbias, a.param_dtype, first, dbias, n);
+        }
+      });
+    }
+  }
+
+  template <Activation kAct>
+  void run() const {
+    if (N > kLongRow || (M < kFewRows && M * N > kSmall)) return by_strips<kAct>();
+    by_rows<kAct>();
+  }
+};
+
+}  // namespace
+
+void layer_norm_forward(const LayerNormForward& a) {
+  visit(a.dtype, [&](auto type) {
+    visit(a.activation, [&](auto act) { RowsForward<decltype(type)>{a}.template run<decltype(act)::value>(); });
+  });
+}
+
+void layer_norm_backward(const LayerNormBackward& a) {
+  visit(a.dtype, [&](auto type) {
+    visit(a.activation, [&](auto act) { RowsBackward<decltype(type)>{a}.template run<decltype(act)::value>(); });
+  });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,0 +1,96 @@
+"""RMS normalisation: functional and module, on the kernels and the autograd function of :mod:`fastnorm.layer_norm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastnorm.activation import check_activation
+from fastnorm.layer_norm import _norm
+
+_EPS_FLOAT64 = torch.finfo(torch.float64).eps
+_EPS_FLOAT32 = torch.finfo(torch.float32).eps
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """RMS normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), with a residual and an activation fused.
+
+        y = activation(x * rstd * weight + residual),   rstd = 1 / sqrt(mean(x^2) + eps)
+
+    where the mean is over the elements that the last dimensions, ``normalized_shape``, hold together.
+
+    Args:
+        input: (*, normalized_shape), float64, float32, bfloat16 or float16; rows that are not contiguous take one
+            copy. The output is contiguous.
+        normalized_shape: the sizes of the dimensions to normalise over, the input's last.
+        weight: normalized_shape, of the input's type or, for bfloat16 and float16, float32; may be None.
+        eps: added to the mean of squares, in units of input squared. None: the machine epsilon of the type that the
+            arithmetic is done in, as in torch: 2.2e-16 for a float64 input, 1.2e-7 for the others.
+        residual: added before the activation; input's shape and type.
+        activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"`` or ``"gelu"`` (the erf form).
+
+    Raises:
+        ValueError: an unknown activation.
+        RuntimeError: a shape or device that does not fit.
+
+    Example:
+        >>> x = torch.randn(4, 10, 16)
+        >>> y = fastnorm.functional.rms_norm(x, (16,), activation="silu")
+        >>> y.shape
+        torch.Size([4, 10, 16])
+    """
+    return _norm(input, weight, None, residual, (normalized_shape, _eps_of(input, eps), activation, False))
+
+
+def _eps_of(input: Tensor, eps: float | None) -> float:
+    if eps is None:
+        return _EPS_FLOAT64 if input.dtype == torch.float64 else _EPS_FLOAT32
+    return eps
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm on fastnorm's kernels: the same arguments, parameters, state_dict and numbers.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as torch.nn.RMSNorm has them.
+        activation: fused into the kernel: None, "relu", "leaky_relu", "silu" or "gelu".
+
+    Shape:
+        input, and ``residual`` where one is given to forward: (*, normalized_shape); output the same.
+
+    Example:
+        >>> norm = fastnorm.RMSNorm(16)
+        >>> norm(torch.randn(8, 5, 16)).shape
+        torch.Size([8, 5, 16])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        check_activation("RMSNorm", activation)
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        parameters = self._parameters  # see LayerNorm.forward
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        setting = (self.normalized_shape, _eps_of(input, self.eps), self.activation, False)
+        return _norm(input, weight, None, residual, setting)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
