@@ -13,14 +13,14 @@
 
 namespace fastnorm {
 
-static constexpr const char* kOp = "batch_norm";
+static constexpr const char *kOp = "batch_norm", *kRenorm = "batch_renorm";
 
 static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
   return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
 }
 
-static void check_channels(const Tensor& input) {
-  TORCH_CHECK(input.dim() >= 2, kOp, ": input must have at least 2 dimensions (N, C, *), got ", input.dim(),
+static void check_channels(const char* op, const Tensor& input) {
+  TORCH_CHECK(input.dim() >= 2, op, ": input must have at least 2 dimensions (N, C, *), got ", input.dim(),
               " with shape ", input.sizes());
 }
 
@@ -28,43 +28,50 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
-    bool skip_nonfinite_stats, bool keep_mask) {
-  check_supported(kOp, input);
-  check_channels(input);
-  check_per_channel(kOp, "weight", weight, input);
-  check_per_channel(kOp, "bias", bias, input);
-  check_same_type(kOp, "weight", weight, "bias", bias);
-  check_per_channel(kOp, "running_mean", running_mean, input);
-  check_per_channel(kOp, "running_var", running_var, input);
-  check_same_type(kOp, "running_mean", running_mean, "running_var", running_var);
-  check_like_input(kOp, "residual", residual, input);
-  TORCH_CHECK(is_given(running_mean) == is_given(running_var), kOp,
+    bool skip_nonfinite_stats, std::optional<std::array<double, 2>> renorm, bool keep_mask) {
+  const char* op = renorm ? kRenorm : kOp;
+  check_supported(op, input);
+  check_channels(op, input);
+  check_per_channel(op, "weight", weight, input);
+  check_per_channel(op, "bias", bias, input);
+  check_same_type(op, "weight", weight, "bias", bias);
+  check_per_channel(op, "running_mean", running_mean, input);
+  check_per_channel(op, "running_var", running_var, input);
+  check_same_type(op, "running_mean", running_mean, "running_var", running_var);
+  check_like_input(op, "residual", residual, input);
+  TORCH_CHECK(is_given(running_mean) == is_given(running_var), op,
               ": running_mean and running_var must be given together, got only ",
               is_given(running_mean) ? "running_mean" : "running_var");
-  TORCH_CHECK(training || is_given(running_mean), kOp,
-              ": running_mean and running_var must be given if training=False");
+  TORCH_CHECK(training || is_given(running_mean), op, ": running_mean and running_var must be given if training=False");
   if (is_given(running_mean) && training) {
-    TORCH_CHECK(running_mean->is_contiguous() && running_var->is_contiguous(), kOp,
+    TORCH_CHECK(running_mean->is_contiguous() && running_var->is_contiguous(), op,
                 ": running_mean and running_var must be contiguous to be updated");
   }
   if (is_given(num_batches_tracked)) {
-    TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1, kOp,
+    TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1, op,
                 ": num_batches_tracked must be one number of type Long, got shape ", num_batches_tracked->sizes(),
                 " of type ", num_batches_tracked->scalar_type());
-    check_same_device(kOp, "num_batches_tracked", *num_batches_tracked, input);
+    check_same_device(op, "num_batches_tracked", *num_batches_tracked, input);
   }
-  TORCH_CHECK_VALUE(momentum || !training || !is_given(running_mean) || is_given(num_batches_tracked), kOp,
+  TORCH_CHECK_VALUE(momentum || !training || !is_given(running_mean) || is_given(num_batches_tracked), op,
                     ": momentum=None (cumulative average) needs num_batches_tracked");
-  const Activation act = activation_of(kOp, activation);
+  const auto [r_max, d_max] = renorm.value_or(std::array<double, 2>{1, 0});
+  if (renorm) {
+    TORCH_CHECK(is_given(running_mean), op, ": running_mean and running_var must be given, for r and d come from them");
+    TORCH_CHECK_VALUE(r_max >= 1, op, ": r_max must be at least 1, got ", r_max);
+    TORCH_CHECK_VALUE(d_max >= 0, op, ": d_max must be at least 0, got ", d_max);
+  }
+  const bool corrects = training && (r_max > 1 || d_max > 0);  // else it is batch_norm, bit for bit
+  const Activation act = activation_of(op, activation);
 
   const Shape shape = shape_of(input);
-  TORCH_CHECK_VALUE(!training || shape.N * shape.S != 1, kOp,
+  TORCH_CHECK_VALUE(!training || shape.N * shape.S != 1, op,
                     ": expected more than 1 value per channel in training, got input shape ", input.sizes());
 
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);
   const auto per_channel = input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
-  const Tensor statistics = at::empty({2, shape.C}, per_channel);
+  const Tensor statistics = at::empty({corrects ? 4 : 2, shape.C}, per_channel);
   Tensor mask;
   if (input.numel() == 0) {
     // As torch does: a batch that is counted but teaches nothing.
@@ -106,6 +113,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   args.y = y.mutable_data_ptr();
   args.mean = statistics.mutable_data_ptr<double>();
   args.rstd = args.mean + shape.C;
+  args.r = corrects ? args.rstd + shape.C : nullptr;
+  args.d = corrects ? args.r + shape.C : nullptr;
+  args.r_max = r_max;
+  args.d_max = d_max;
   args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   cpu::batch_norm_forward(args);
 
@@ -120,22 +131,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
-  check_supported(kOp, input);
-  check_channels(input);
-  check_like_input(kOp, "grad_output", grad_output, input);
-  check_per_channel(kOp, "weight", weight, input);
-  check_per_channel(kOp, "bias", bias, input);
-  check_like_input(kOp, "residual", residual, input);
-  const Activation act = activation_of(kOp, activation);
+  const bool corrected = statistics.dim() == 2 && statistics.size(0) == 4;
+  const char* op = corrected ? kRenorm : kOp;
+  check_supported(op, input);
+  check_channels(op, input);
+  check_like_input(op, "grad_output", grad_output, input);
+  check_per_channel(op, "weight", weight, input);
+  check_per_channel(op, "bias", bias, input);
+  check_like_input(op, "residual", residual, input);
+  const Activation act = activation_of(op, activation);
   const Shape shape = shape_of(input);
-  TORCH_CHECK(
-      statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * shape.C && statistics.is_contiguous(), kOp,
-      ": statistics must be what batch_norm_forward returned");
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == (corrected ? 4 : 2) * shape.C &&
+                  statistics.is_contiguous(),
+              op, ": statistics must be what batch_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows rows = mask_rows(shape);
     TORCH_CHECK(
         mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() && mask->is_contiguous(),
-        kOp, ": mask must be what batch_norm_forward returned");
+        op, ": mask must be what batch_norm_forward returned");
   }
 
   const auto dense = [](const OptionalTensor& t) {
@@ -164,6 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   args.bias = data_or_null(b);
   args.mean = statistics.const_data_ptr<double>();
   args.rstd = args.mean + shape.C;
+  args.r = corrected ? args.rstd + shape.C : nullptr;
+  args.d = corrected ? args.r + shape.C : nullptr;
   args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
   args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;

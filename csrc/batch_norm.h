@@ -9,6 +9,12 @@
 //   dz = dy * activation'(z),   dbias = sum dz,   dweight = sum dz * xhat,   dresidual = dz
 //   dx = weight * rstd * (dz - dbias / (N * S) - xhat * dweight / (N * S))     in training
 //   dx = weight * rstd * dz                                                    with running statistics
+//
+// Batch renormalisation (Ioffe 2017, arXiv:1702.03275) in training: xhat * r + d takes the place of xhat in z and in
+// dweight, with two constants of each channel from the running statistics as they were before this batch,
+//   r = clip(sigma / sigma_running, 1 / r_max, r_max),   d = clip((mean - mean_running) / sigma_running, -d_max, d_max)
+//   sigma = sqrt(var + eps),   sigma_running = sqrt(running_var + eps)
+//   dx = weight * r * rstd * (dz - dbias / (N * S) - xhat * (sum dz * xhat) / (N * S))
 #pragma once
 
 #include "activation.h"
@@ -44,6 +50,9 @@ struct BatchNormForward {
   void* y;
   double *mean, *rstd;
   uint8_t* mask;  // or null
+
+  double r_max, d_max;
+  double *r, *d;  // [C], both or none: batch renormalisation; only in training and with running statistics
 };
 
 struct BatchNormBackward {
@@ -55,6 +64,7 @@ struct BatchNormBackward {
   const void *x, *dy, *residual;  // residual for silu and gelu, else null
   const void *weight, *bias;
   const double *mean, *rstd;
+  const double *r, *d;  // as forward made them, or null
   const uint8_t* mask;  // or null
 
   void *dx, *dresidual;   // each or null: not wanted

@@ -40,6 +40,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("layer_norm_backward", wrap_pybind_function_no_gil(fastnorm::layer_norm_backward));
   m.def("local_response_norm_forward", wrap_pybind_function_no_gil(fastnorm::local_response_norm_forward));
   m.def("local_response_norm_backward", wrap_pybind_function_no_gil(fastnorm::local_response_norm_backward));
+  m.def("spectral_norm_backward", wrap_pybind_function_no_gil(fastnorm::spectral_norm_backward));
+  m.def("spectral_norm_forward", wrap_pybind_function_no_gil(fastnorm::spectral_norm_forward));
+  m.def("weight_norm", wrap_pybind_function_no_gil(fastnorm::weight_norm));
 
   m.def("instruction_set", instruction_set, "The instruction set that the kernels use in this process.");
   m.attr("torch_version") = TORCH_VERSION;

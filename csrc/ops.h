@@ -10,13 +10,14 @@
 
 namespace fastnorm {
 
-// -> y, statistics (float64 [2, C]: mean and rstd), mask. `momentum` None: cumulative average. `keep_mask`: return what
-// backward needs of the activation if that is one bit an element (batch_norm.h), else an undefined tensor.
+// -> y, statistics (float64 [2, C]: mean and rstd), mask. `momentum` None: cumulative average. `renorm`: r_max and
+// d_max of batch renormalisation, whose statistics are [4, C] in training, r and d after mean and rstd. `keep_mask`:
+// return what backward needs of the activation if that is one bit an element (batch_norm.h), else an undefined tensor.
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
-    bool skip_nonfinite_stats, bool keep_mask);
+    bool skip_nonfinite_stats, std::optional<std::array<double, 2>> renorm, bool keep_mask);
 
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
@@ -63,5 +64,16 @@ Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alp
 // -> dx.
 Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
                                     double beta, double k, std::string_view region, std::string_view convention);
+// -> weight / sigma, u and v (in the arithmetic's type) and sigma for backward. With iterations > 0, u and v are
+// updated.
+std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& weight, const Tensor& u, const Tensor& v,
+                                                                 int64_t iterations, int64_t dim, double eps);
+
+// -> dweight; u, v and sigma are what forward returned.
+Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& u, const Tensor& v,
+                              const Tensor& sigma, int64_t dim);
+
+// -> v * (g / norm), differentiable as it is. `dim` -1: the norm of the whole of v.
+Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim);
 
 }  // namespace fastnorm

@@ -34,6 +34,8 @@ bool is_dense(const Tensor& t, Layout layout) {
   return matches(0);
 }
 
+bool is_dense(const Tensor& t) { return t.is_contiguous() || (t.dim() > 2 && is_dense(t, Layout::kChannelsLast)); }
+
 Shape shape_of(const Tensor& t) {
   int64_t S = 1;
   for (int64_t d = 2; d < t.dim(); ++d) S *= t.size(d);

@@ -27,6 +27,9 @@ Tensor in_layout(const Tensor& t, Layout layout);
 // Whether t is dense as (N, C, *spatial), or as (N, *spatial, C).
 bool is_dense(const Tensor& t, Layout layout);
 
+// Whether t, of any rank, is dense in one of the two layouts: what kernels read as it lies.
+bool is_dense(const Tensor& t);
+
 // A new tensor of x's sizes, type and device, dense in `layout`. Large ones ask the system for huge pages before the
 // first write: faulting in 4 KiB pages one by one takes longer than a kernel's own work.
 Tensor empty_in_layout(const Tensor& x, Layout layout);

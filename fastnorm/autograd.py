@@ -2,13 +2,15 @@
 
 from fastnorm.batch_norm import BatchNormFunction
 from fastnorm.dropout import AlphaDropoutFunction, DropoutFunction
-
-__all__ = ["AlphaDropoutFunction", "BatchNormFunction", "DropoutFunction"]
-from fastnorm.dropout import DropoutFunction
 from fastnorm.layer_norm import LayerNormFunction
-
-__all__ = ["BatchNormFunction", "DropoutFunction", "LayerNormFunction"]
-from fastnorm.dropout import DropoutFunction
 from fastnorm.local_response_norm import LocalResponseNormFunction
+from fastnorm.parametrizations import SpectralNormFunction
 
-__all__ = ["BatchNormFunction", "DropoutFunction", "LocalResponseNormFunction"]
+__all__ = [
+    "AlphaDropoutFunction",
+    "BatchNormFunction",
+    "DropoutFunction",
+    "LayerNormFunction",
+    "LocalResponseNormFunction",
+    "SpectralNormFunction",
+]

@@ -13,9 +13,13 @@ from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch, uncovered_transform
 
-# running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats: what no
-# gradient goes to, as one argument, for each argument of an autograd function costs time.
-_Setting = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None, float, str | None, bool]
+# running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats, renorm (r_max
+# and d_max of batch_renorm, or None): what no gradient goes to, as one argument, for each argument of an autograd
+# function costs time.
+Setting = tuple[
+    Tensor | None, Tensor | None, Tensor | None,
+    bool, float | None, float, str | None, bool, tuple[float, float] | None,
+]  # fmt: skip
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -23,14 +27,15 @@ class BatchNormFunction(torch.autograd.Function):
 
     Kept for backward: x, weight, bias, two numbers a channel; with a residual and relu or leaky_relu one bit an
     element, with a residual and silu or gelu the residual. The activation's other masks are recomputed from x.
+    :func:`batch_renorm` keeps two numbers a channel more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
     ) -> Tensor:
         y, statistics, mask = _C.batch_norm_forward(input, weight, bias, residual, *setting, True)
-        _, _, _, training, _, eps, activation, _ = setting
+        _, _, _, training, _, eps, activation, _, _ = setting
         kept_residual = residual if activation in ("silu", "gelu") else None
         ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
         ctx.setting = training, eps, activation
@@ -66,7 +71,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
             residual = torch.zeros_like(input).requires_grad_()
 
         def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            z = _composite(input, weight, bias, None if training else statistics, eps)
+            z = _composite(input, weight, bias, statistics, training, eps)
             if slopes is None:
                 return add_and_activate(z, residual, activation)
             return (z if residual is None else z + residual) * slopes
@@ -76,7 +81,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
 
 
 def _composite(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor | None, eps: float
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, training: bool, eps: float
 ) -> Tensor:
     """Batch normalisation in elementary ops, differentiable any number of times.
 
@@ -84,7 +89,7 @@ def _composite(
     """
     shape = [1, -1] + [1] * (input.dim() - 2)
     x = input if input.dtype == torch.float64 else input.float()
-    if statistics is None:
+    if training:
         dims = [d for d in range(input.dim()) if d != 1]
         centred = x - x.mean(dims, keepdim=True)
         rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
@@ -92,6 +97,9 @@ def _composite(
         mean, rstd = (s.to(x.dtype).view(shape) for s in statistics)
         centred = x - mean
     z = centred * rstd
+    if len(statistics) == 4:
+        r, d = (s.to(x.dtype).view(shape) for s in statistics[2:])
+        z = z * r + d
     z = z if weight is None else z * weight.view(shape)
     z = z if bias is None else z + bias.view(shape)
     return z.to(input.dtype)
@@ -163,15 +171,17 @@ def batch_norm(
         torch.Size([8, 4, 5, 5])
     """
     setting = (
-        running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats,
+        running_mean, running_var, num_batches_tracked,
+        training, momentum, eps, activation, skip_nonfinite_stats, None,
     )  # fmt: skip
-    return _batch_norm(input, weight, bias, residual, setting)
+    return batch_norm_or_renorm(input, weight, bias, residual, setting)
 
 
-def _batch_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
+def batch_norm_or_renorm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
 ) -> Tensor:
-    reason = uncovered_transform("batch_norm")
+    """The kernel through :class:`BatchNormFunction`, or past it where no gradient is due, or torch's op."""
+    reason = uncovered_transform("batch_norm" if setting[-1] is None else "batch_renorm")
     if reason is None:
         try:
             if torch.is_grad_enabled() and (
@@ -200,8 +210,11 @@ def _torch_batch_norm(
     eps: float,
     activation: str | None,
     skip_nonfinite_stats: bool,
+    renorm: tuple[float, float] | None,
 ) -> Tensor:
-    check_activation("batch_norm", activation)
+    check_activation("batch_norm" if renorm is None else "batch_renorm", activation)
+    if training and renorm is not None:
+        weight, bias = _renormalized(input, weight, bias, running_mean, running_var, eps, *renorm)
     statistics = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
     before = [t.clone() for t in statistics] if training and skip_nonfinite_stats else []
     if training and num_batches_tracked is not None:
@@ -216,11 +229,37 @@ def _torch_batch_norm(
     return add_and_activate(z, residual, activation)
 
 
+def _renormalized(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    r_max: float,
+    d_max: float,
+) -> tuple[Tensor, Tensor]:
+    """The weight * r and bias + weight * d that make batch normalisation batch renormalisation."""
+    if running_mean is None or running_var is None:
+        raise RuntimeError("batch_renorm: running_mean and running_var must be given, for r and d come from them")
+    with torch.no_grad():
+        x = input if input.dtype == torch.float64 else input.float()
+        var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        sigma = (running_var.to(x.dtype) + eps).sqrt()
+        r = ((var + eps).sqrt() / sigma).clamp(1 / r_max, r_max)
+        d = ((mean - running_mean) / sigma).clamp(-d_max, d_max)
+    like = input if weight is None else weight
+    r, d = r.to(like.dtype), d.to(like.dtype)
+    scale, shift = (r, d) if weight is None else (weight * r, weight * d)
+    return scale, shift if bias is None else bias + shift
+
+
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the three modules add to torch's."""
 
     _input_dims: tuple[int, ...]
     _input_shape: str
+    _renorm: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -271,9 +310,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         by_batch = training or (running_mean is None and running_var is None)
         setting = (
             running_mean, running_var, num_batches_tracked,
-            by_batch, self.momentum, self.eps, self.activation, self.skip_nonfinite_stats,
+            by_batch, self.momentum, self.eps, self.activation, self.skip_nonfinite_stats, self._renorm,
         )  # fmt: skip
-        return _batch_norm(input, weight, bias, residual, setting)
+        return batch_norm_or_renorm(input, weight, bias, residual, setting)
 
     def extra_repr(self) -> str:
         extra = "" if self.activation is None else f", activation={self.activation!r}"

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import reference
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastnorm.functional as fn
 from fastnorm import _C
+from fastnorm.autograd import SpectralNormFunction
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
 TORCH_ACTIVATION = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
@@ -115,6 +116,45 @@ def _batch_norm_case(training: bool, act: str | None, residual: bool) -> Case:
         saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
         units=16 if act in ("silu", "gelu") else 4,
     )
+
+
+# ---- batch_renorm
+
+
+def _batch_renorm_case(act: str | None, residual: bool) -> Case:
+    limits = {"r_max": 2.0, "d_max": 0.5}
+
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Some channels within the limits, some beyond.
+
+        Where gradients are compared with differences all are far beyond: r and d follow x only within.
+        """
+        C = x.shape[1]
+        if x.shape == case.small:
+            return torch.full((C,), 500.0, dtype=x.dtype), torch.full((C,), 4096.0, dtype=x.dtype)
+        ramp = torch.linspace(0.5, 2.0, C).bfloat16()  # numbers that every type holds
+        return ramp.to(x.dtype), ramp.flip(0).to(x.dtype)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        return fn.batch_renorm(x, *statistics(x), weight, bias, True, **limits, residual=z, activation=act)
+
+    def run_reference(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        return reference.batch_renorm(x, weight, bias, z, statistics=statistics(x), act=act, **limits)
+
+    bits = residual and act in ("relu", "leaky_relu")
+    case = Case(
+        name=f"batch_renorm{'-residual' if residual else ''}{f'-{act}' if act else ''}",
+        op="batch_renorm",
+        fastnorm=run,
+        reference=run_reference,
+        torch=run_reference,  # torch has no such op: the formula in the input's own type
+        parameters=partial(channel_parameters, residual=residual),
+        shapes=(*IMAGE_SHAPES[1:], (7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)),
+        kept=lambda x: 32 * x.shape[1] + (mask_bytes(x) if bits else 0),
+        saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
+        units=16 if act in ("silu", "gelu") else 4,
+    )
+    return case
 
 
 # ---- dropout
@@ -238,6 +278,57 @@ def _row_norm_case(op: str, act: str | None, residual: bool, leading: int | None
     )
 
 
+# ---- weight_norm and spectral_norm
+
+
+def _weight_norm_case(dim: int | None) -> Case:
+    def magnitude(v: Tensor, generator: torch.Generator) -> list[Tensor]:
+        shape = [] if dim is None else [n if d == dim else 1 for d, n in enumerate(v.shape)]
+        return [(torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5).to(v.dtype)]
+
+    in_torch = -1 if dim is None else dim
+    return Case(
+        name=f"weight_norm-{dim}",
+        op="weight_norm",
+        fastnorm=lambda v, g: _C.weight_norm(v, g, in_torch),
+        reference=lambda v, g: reference.weight_norm(v, g, dim),
+        torch=lambda v, g: torch._weight_norm(v, g, in_torch),
+        parameters=magnitude,
+        # a slice of one element has the exact gradient 0, to which no error is relative
+        shapes=(*IMAGE_SHAPES[1:], *(((7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)) if dim != 3 else ())),
+        kept=lambda v: 8 * (1 if dim is None else v.shape[dim]),
+    )
+
+
+def _spectral_norm_case(dim: int) -> Case:
+    @cache
+    def directions(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The first singular vectors of the case's own weight of this shape, rounded to what every type holds."""
+        if 0 in shape:
+            return torch.zeros(shape[dim]), torch.zeros(math.prod(shape) // max(1, shape[dim]))
+        matrix = reference.as_matrix(case.inputs(shape, torch.float64)[0], dim)
+        return tuple(t.bfloat16() for t in reference.power_method(matrix, torch.ones_like(matrix[0]), 20))
+
+    def vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = directions(tuple(x.shape))
+        return u.to(x.dtype), v.to(x.dtype)
+
+    def run_torch(x: Tensor) -> Tensor:
+        u, v = vectors(x)
+        return x / torch.vdot(u, torch.mv(x.movedim(dim, 0).flatten(1), v))
+
+    case = Case(
+        name=f"spectral_norm-{dim}",
+        op="spectral_norm",
+        fastnorm=lambda x: SpectralNormFunction.apply(x, *vectors(x), 0, dim, 1e-12),
+        reference=lambda x: reference.spectral_norm(x, *vectors(x), dim),
+        torch=run_torch,
+        shapes=(*IMAGE_SHAPES, *(((7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)) if dim != 3 else ())),
+        kept=lambda x: (8 if x.dtype == torch.float64 else 4) * (x.shape[dim] + x.numel() // x.shape[dim]) + 8,
+    )
+    return case
+
+
 # ---- local_response_norm
 
 
@@ -303,6 +394,11 @@ CASES: tuple[Case, ...] = (
     *(_dropout_case(p, "alpha_dropout") for p in (0.001, 0.5, 1.0)),
     _dropout_case(0.3, "feature_alpha_dropout"),
     *(_dropout_case(p, "drop_path") for p in (0.25, 0.5)),
+    *(_batch_renorm_case(act, residual) for act in (None, "relu", "gelu") for residual in (False, True)),
+    *(_dropout_case(p) for p in (0.001, 0.5, 1.0)),
+    _dropout_case(0.3, "dropout2d"),
+    *(_spectral_norm_case(dim) for dim in (0, 1, 3)),
+    *(_weight_norm_case(dim) for dim in (0, 1, 3, None)),
     _local_response_norm_case(1, 0.5, 0.75, 1.0),
     _local_response_norm_case(5, 1e-4, 0.75, 1.0),
     _local_response_norm_case(4, 0.5, 0.75, 2.0),

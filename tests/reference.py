@@ -59,6 +59,28 @@ def batch_norm(
     return affine((x - mean) / torch.sqrt(var + eps), weight, bias, residual, act)
 
 
+def batch_renorm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    statistics: tuple[Tensor, Tensor],
+    r_max: float,
+    d_max: float,
+    eps: float = 1e-5,
+    act: str | None = None,
+) -> Tensor:
+    """In training; `statistics`: the running mean and variance before this batch."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(dims, keepdim=True)
+    sigma = torch.sqrt(((x - mean) ** 2).mean(dims, keepdim=True) + eps)
+    running_mean, running_sigma = _per_channel(statistics[0], x), torch.sqrt(_per_channel(statistics[1], x) + eps)
+    r = torch.clip(sigma / running_sigma, 1 / r_max, r_max).detach()
+    d = torch.clip((mean - running_mean) / running_sigma, -d_max, d_max).detach()
+    return affine((x - mean) / sigma * r + d, weight, bias, residual, act)
+
+
 def running_statistics(x: Tensor, mean: Tensor, var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
     """(mean, var) after a batch x in training: the new value weighs `momentum`, the variance is unbiased."""
     dims = [d for d in range(x.dim()) if d != 1]
@@ -85,6 +107,32 @@ def row_norm(
     z = z if weight is None else z * weight
     z = z if bias is None else z + bias
     return activation(z if residual is None else z + residual, act)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int | None) -> Tensor:
+    dims = [d for d in range(v.dim()) if d != dim]
+    squares = v**2
+    return v * g / torch.sqrt(squares.sum(dims, keepdim=True) if dims else squares)
+
+
+def as_matrix(weight: Tensor, dim: int) -> Tensor:
+    """[h, w]: the rows are dimension `dim`, the columns the others in their order."""
+    return torch.stack([row.reshape(-1) for row in weight.unbind(dim)])
+
+
+def power_method(matrix: Tensor, v: Tensor, iterations: int, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """u and v after at least one iteration."""
+    for _ in range(iterations):
+        t = (matrix * v).sum(1)
+        u = t / max(eps, math.sqrt((t * t).sum()))
+        s = (matrix * u[:, None]).sum(0)
+        v = s / max(eps, math.sqrt((s * s).sum()))
+    return u, v
+
+
+def spectral_norm(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
+    """Without the power method: u and v as they are, constants."""
+    return weight / (u[:, None] * as_matrix(weight, dim) * v).sum()
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:

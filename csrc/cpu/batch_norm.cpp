@@ -11,6 +11,7 @@
 // Sums are float32 within a chunk or block and float64 beyond, in an order fixed by the shape alone.
 #include "../batch_norm.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "columns.h"
@@ -22,13 +23,19 @@ namespace {
 
 template <typename acc_t, typename Args>
 SliceAffine<acc_t> channel_affine(const Args& a, int64_t c) {
-  return {a.mean[c], a.rstd[c], read(a.weight, a.param_dtype, c, 1.0), read(a.bias, a.param_dtype, c, 0.0)};
+  const double weight = read(a.weight, a.param_dtype, c, 1.0), bias = read(a.bias, a.param_dtype, c, 0.0);
+  if (a.r) return {a.mean[c], a.rstd[c], weight * a.r[c], bias + weight * a.d[c]};  // xhat * r + d in place of xhat
+  return {a.mean[c], a.rstd[c], weight, bias};
 }
 
 // Stores what backward keeps of channel c.
 void keep_statistics(const BatchNormForward& a, int64_t c, double mean, double biased_variance) {
   a.mean[c] = mean;
   a.rstd[c] = 1.0 / std::sqrt(biased_variance + a.eps);
+  if (a.r == nullptr) return;
+  const double sigma = std::sqrt(read(a.running_var, a.stats_dtype, c, 1) + a.eps);
+  a.r[c] = std::clamp(std::sqrt(biased_variance + a.eps) / sigma, 1 / a.r_max, a.r_max);
+  a.d[c] = std::clamp((mean - read(a.running_mean, a.stats_dtype, c, 0)) / sigma, -a.d_max, a.d_max);
 }
 
 // running = (1 - momentum) * running + momentum * new, the variance unbiased
@@ -138,7 +145,7 @@ struct PlanesForward {
 
 // What the sums of a channel are for: parameter gradients now, dx coefficients later.
 void keep_parameter_gradients(const BatchNormBackward& a, int64_t c, const Sums& sums) {
-  if (a.dweight) write(a.dweight, a.param_dtype, c, sums.dz_xhat);
+  if (a.dweight) write(a.dweight, a.param_dtype, c, a.r ? a.r[c] * sums.dz_xhat + a.d[c] * sums.dz : sums.dz_xhat);
   if (a.dbias) write(a.dbias, a.param_dtype, c, sums.dz);
 }
 

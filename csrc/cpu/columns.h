@@ -107,6 +107,25 @@ FASTNORM_LOOP void merge_tile_moments(const T* x, int64_t stride, int64_t rows, 
   }
 }
 
+// Sums of x * y over rows begin .. end of a tile, added to sum[].
+template <int kTile, typename T, typename Count>
+FASTNORM_LOOP void add_tile_products(const T* x, const T* y, int64_t stride, int64_t begin, int64_t end, Count count,
+                                     double* sum) {
+  using P = Pack<T>;
+  P s[kTile];
+  for (auto& e : s) e = P(0);
+  for (int64_t r = begin; r < end; ++r) {
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t i = r * stride + t * P::kSize;
+      s[t] = fmadd(P::load(x + i, count), P::load(y + i, count), s[t]);
+    }
+  }
+  acc_type<T> lane[kTile * P::kSize];
+  for (int t = 0; t < kTile; ++t) s[t].store_acc(lane + t * P::kSize);
+  const int columns = tile_columns<kTile, T>(count);
+  for (int i = 0; i < columns; ++i) sum[i] += lane[i];
+}
+
 // Sums of dz and dz * xhat over rows begin .. end of a tile, added to dz[] and dz_xhat[]. gradient_at(row) gives the
 // row's RunGradient.
 template <Activation kAct, int kTile, typename T, typename Count, typename Rows>

@@ -81,6 +81,23 @@ FASTNORM_LOOP Moments chunk_moments(const T* x, const Runs& chunk) {
   return shifted_moments(n, m, deviations, squares);
 }
 
+// Scalar math: sum(x * y) over a chunk
+template <typename T>
+FASTNORM_LOOP double chunk_dot(const T* x, const T* y, const Runs& chunk) {
+  using P = Pack<T>;
+  constexpr int kUnroll = std::max(1, 4 / P::kVecs);
+  P sum[kUnroll];
+  for (auto& s : sum) s = P(0);
+  for (int64_t run = 0; run < chunk.count; ++run) {
+    const int64_t start = chunk.offset + run * chunk.stride;
+    for_packs<T, kUnroll>(chunk.length, [&](int64_t i, auto count, int u) {
+      sum[u] = fmadd(P::load(x + start + i, count), P::load(y + start + i, count), sum[u]);
+    });
+  }
+  for (int u = 1; u < kUnroll; ++u) sum[0] = sum[0] + sum[u];
+  return sum[0].sum();
+}
+
 // The two sums that backward of every norm needs of a slice.
 struct Sums {
   double dz = 0, dz_xhat = 0;

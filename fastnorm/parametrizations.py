@@ -1,0 +1,177 @@
+"""weight_norm and spectral_norm as torch.nn.utils.parametrizations has them, each one kernel forward and one back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations as torch_parametrizations
+from torch.nn.utils import parametrize
+
+from fastnorm import _C
+from fastnorm.double_backward import double_backward
+from fastnorm.fallback import call_torch, uncovered_transform
+
+__all__ = ["spectral_norm", "weight_norm"]
+
+
+# ---- weight_norm
+
+
+class _WeightNorm(torch_parametrizations._WeightNorm):
+    """torch's parametrization, with the kernel in its forward."""
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        reason = uncovered_transform("weight_norm")
+        if reason is None:
+            try:
+                return _C.weight_norm(weight_v, weight_g, self.dim)
+            except NotImplementedError as uncovered:
+                reason = str(uncovered)
+        return call_torch(reason, super().forward, weight_g, weight_v)
+
+
+def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
+    """Weight normalisation (Salimans & Kingma 2016, arXiv:1602.07868) of a parameter: direction and length apart.
+
+        w = g * v / ||v||
+
+    The norm is over all dimensions but ``dim``, so by default one for each output channel. The parameter becomes
+    ``parametrizations.<name>.original0``, g, and ``.original1``, v, as with
+    torch.nn.utils.parametrizations.weight_norm: a state_dict of either loads into the other, and so does one of the
+    older torch.nn.utils.weight_norm (``<name>_g``, ``<name>_v``). A slice of zeros gives NaN, as in torch.
+    torch.nn.utils.parametrize.remove_parametrizations undoes it.
+
+    Args:
+        module: what has the parameter.
+        name: the parameter's name; float64, float32, bfloat16 or float16. Any dense layout is kept.
+        dim: the dimension that g has; None or -1 for one norm of the whole tensor (so torch reads -1).
+
+    Returns:
+        The module itself.
+
+    Raises:
+        AttributeError: no parameter of that name.
+        IndexError: dim is no dimension of the parameter.
+
+    Example:
+        >>> linear = fastnorm.parametrizations.weight_norm(torch.nn.Linear(20, 40))
+        >>> linear.parametrizations.weight.original0.shape
+        torch.Size([40, 1])
+    """
+    parametrize.register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
+
+    def accept_old_names(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        old = f"{prefix}{name}_g", f"{prefix}{name}_v"
+        if all(key in state_dict for key in old):
+            for i, key in enumerate(old):
+                state_dict[f"{prefix}parametrizations.{name}.original{i}"] = state_dict.pop(key)
+
+    module._register_load_state_dict_pre_hook(accept_old_names)
+    return module
+
+
+# ---- spectral_norm
+
+
+class SpectralNormFunction(torch.autograd.Function):
+    """y = weight / (u^T weight v), after ``iterations`` of the power method on u and v, see :func:`spectral_norm`.
+
+    Kept for backward: the weight, u and v as they were used, and sigma.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, iterations: int, dim: int, eps: float) -> Tensor:
+        y, kept_u, kept_v, sigma = _C.spectral_norm_forward(weight, u, v, iterations, dim, eps)
+        ctx.save_for_backward(weight, kept_u, kept_v, sigma)
+        ctx.dim = dim
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = _C.spectral_norm_backward if not torch.is_grad_enabled() else SpectralNormBackwardFunction.apply
+        return gradient(dy, *ctx.saved_tensors, ctx.dim), None, None, None, None, None
+
+
+class SpectralNormBackwardFunction(torch.autograd.Function):
+    """The gradient of :class:`SpectralNormFunction` as a function that can itself be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(dy, weight, u, v)
+        ctx.dim = dim
+        return _C.spectral_norm_backward(dy, weight, u, v, sigma, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+        dy, weight, u, v = ctx.saved_tensors
+
+        def forward(weight: Tensor) -> Tensor:
+            w = weight.to(u.dtype)
+            sigma = torch.dot(u, torch.mv(w.movedim(ctx.dim, 0).flatten(1), v))
+            return (w / sigma).to(weight.dtype)
+
+        return *double_backward(forward, [weight], dy, [grad_grad]), None, None, None, None
+
+
+class _SpectralNorm(torch_parametrizations._SpectralNorm):
+    """torch's parametrization, with the kernel in its forward."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.dim() == 1:  # its norm is known: nothing to approximate
+            return super().forward(weight)
+        reason = uncovered_transform("spectral_norm")
+        if reason is None:
+            buffers = self._buffers
+            iterations = self.n_power_iterations if self.training else 0
+            try:
+                args = weight, buffers["_u"], buffers["_v"], iterations, self.dim, self.eps
+                if weight.requires_grad and torch.is_grad_enabled():
+                    return SpectralNormFunction.apply(*args)
+                return _C.spectral_norm_forward(*args)[0]
+            except NotImplementedError as uncovered:
+                reason = str(uncovered)
+        return call_torch(reason, super().forward, weight)
+
+
+def spectral_norm(
+    module: nn.Module, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+) -> nn.Module:
+    """Spectral normalisation (Miyato et al. 2018, arXiv:1802.05957; Yoshida & Miyato 2017, arXiv:1705.10941).
+
+        y = weight / sigma,   sigma = u^T W v,   W the weight as a matrix whose rows are ``dim``
+
+    In training, every time the weight is asked for, u and v first take a step of the power method towards the first
+    singular vectors of W (t = W v, u = t / max(|t|, eps), s = W^T u, v = s / max(|s|, eps)); in evaluation they stay.
+    Backward takes them for constants. The parameter becomes ``parametrizations.<name>.original``, u and v the buffers
+    ``parametrizations.<name>.0._u`` and ``._v``, as with torch.nn.utils.parametrizations.spectral_norm: a state_dict of
+    either loads into the other. torch.nn.utils.parametrize.remove_parametrizations undoes it.
+
+    Args:
+        module: what has the parameter.
+        name: the parameter's name; float64, float32, bfloat16 or float16. A vector is divided by its norm.
+        n_power_iterations: steps of the power method each time.
+        eps: the least divisor of t and s, in their units.
+        dim: the dimension of the outputs; 0 if None, but 1 for a transposed convolution.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        ValueError: no parameter of that name; n_power_iterations < 1.
+        IndexError: dim is no dimension of the parameter.
+
+    Example:
+        >>> linear = fastnorm.parametrizations.spectral_norm(torch.nn.Linear(20, 40), n_power_iterations=20)
+        >>> bool(abs(torch.linalg.matrix_norm(linear.weight, 2) - 1) < 0.05)
+        True
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"spectral_norm: {type(module).__name__} has no parameter or buffer named {name!r}")
+    if dim is None:
+        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        dim = 1 if isinstance(module, transposed) else 0
+    parametrize.register_parametrization(module, name, _SpectralNorm(weight, n_power_iterations, dim, eps))
+    return module
