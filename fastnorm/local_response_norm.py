@@ -16,29 +16,35 @@ Region = Literal["inter", "intra"]
 Convention = Literal["torch", "paper"]
 
 
+# size, alpha, beta, k, region, convention, as one argument: each argument of an autograd function costs time.
+_Setting = tuple[int, float, float, float, Region, Convention]
+
+
 class LocalResponseNormFunction(torch.autograd.Function):
-    """y = x * (k + a * sum x^2)^-beta, see :func:`local_response_norm`. Kept for backward: x, from which the sums are computed anew."""
+    """y = x / (k + a * sum x^2)^beta, see :func:`local_response_norm`.
+
+    Kept for backward: x, from which the sums are computed anew.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, size: int, alpha: float, beta: float, k: float, region: Region, convention: Convention
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, setting: _Setting) -> Tensor:
         ctx.save_for_backward(input)
-        ctx.setting = size, alpha, beta, k, region, convention
-        return _C.local_response_norm_forward(input, size, alpha, beta, k, region, convention)
+        ctx.setting = setting
+        return _C.local_response_norm_forward(input, *setting)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        differentiated = torch.is_grad_enabled()
-        gradient = LocalResponseNormBackwardFunction.apply if differentiated else _C.local_response_norm_backward
-        return gradient(dy, *ctx.saved_tensors, *ctx.setting), None, None, None, None, None, None
+        (input,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return LocalResponseNormBackwardFunction.apply(dy, input, ctx.setting), None
+        return _C.local_response_norm_backward(dy, input, *ctx.setting), None
 
 
 class LocalResponseNormBackwardFunction(torch.autograd.Function):
     """The gradient of :class:`LocalResponseNormFunction` as a function that can itself be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, input: Tensor, *setting: Any) -> Tensor:
+    def forward(ctx: Any, dy: Tensor, input: Tensor, setting: _Setting) -> Tensor:
         ctx.save_for_backward(dy, input)
         ctx.setting = setting
         return _C.local_response_norm_backward(dy, input, *setting)
@@ -47,22 +53,23 @@ class LocalResponseNormBackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         dy, input = ctx.saved_tensors
         ddy, dx = double_backward(lambda x: _composite(x, *ctx.setting), [input], dy, [ddx])
-        return ddy, dx, None, None, None, None, None, None
+        return ddy, dx, None
 
 
 def _composite(
     input: Tensor, size: int, alpha: float, beta: float, k: float, region: Region, convention: Convention
 ) -> Tensor:
-    """The op in torch's ops, for every region and convention."""
+    """The op in torch's ops, for every region and convention, differentiable any number of times."""
     dims = (1,) if region == "inter" else (2, 3)
     before, after = size // 2, (size - 1) // 2 if convention == "torch" else size // 2
-    sums = input * input
+    x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+    sums = x * x
     for dim in dims:
-        reach = sums.shape[dim] - 1  # further out there is nothing to sum
-        padding = [0, 0] * (sums.dim() - 1 - dim) + [min(before, reach), min(after, reach)]
-        sums = F.pad(sums, padding).unfold(dim, min(before, reach) + 1 + min(after, reach), 1).sum(-1)
+        edge = sums.shape[dim] - 1  # further out there is nothing to sum
+        padding = [0, 0] * (sums.dim() - 1 - dim) + [min(before, edge), min(after, edge)]
+        sums = F.pad(sums, padding).unfold(dim, min(before, edge) + 1 + min(after, edge), 1).sum(-1)
     scale = k + sums * (alpha / size ** len(dims) if convention == "torch" else alpha)
-    return input / scale**beta
+    return (x / scale**beta).to(input.dtype)
 
 
 def local_response_norm(
@@ -75,24 +82,24 @@ def local_response_norm(
     region: Region = "inter",
     convention: Convention = "torch",
 ) -> Tensor:
-    """Local response normalisation (Krizhevsky, Sutskever & Hinton 2012, "ImageNet classification with deep convolutional
-    neural networks", section 3.3): each element is divided by a power of the energy around it.
+    """Local response normalisation: divides each element by a power of the energy around it.
 
         y = x / scale^beta,   scale = k + a * sum of x^2 over the window
 
-    The window runs along the channels (``region="inter"``), or along both axes of the plane, a square within the channel
-    (``"intra"``, Caffe's WITHIN_CHANNEL). Beyond the edges there are zeros.
+    The window runs along the channels (``region="inter"``) or is a square in the plane of one channel (``"intra"``, as
+    Caffe's WITHIN_CHANNEL). Beyond the edges there are zeros. From Krizhevsky, Sutskever & Hinton 2012, "ImageNet
+    classification with deep convolutional neural networks", section 3.3.
 
-    ``convention="torch"``: the window of element i is i - size // 2 .. i + (size - 1) // 2, and a is alpha divided by the number
-    of elements in it, size or size^2 (as torch, Caffe and oneDNN do). ``"paper"``: the window is i - size // 2 .. i + size // 2, so
-    that an even size has size + 1 elements, and a = alpha.
+    ``convention="torch"``: the window of element i is i - size // 2 .. i + (size - 1) // 2, and a is alpha over the
+    number of its elements, size or size^2, as in torch, Caffe and oneDNN. ``"paper"``: the window is i - size // 2 ..
+    i + size // 2, so that an even size has size + 1 elements, and a = alpha.
 
-    Only x is kept for backward. Squares and sums of bfloat16 and float16 are float32, so they do not overflow.
+    Only x is kept for backward. Squares and sums of bfloat16 and float16 are float32, so that they do not overflow.
 
     Args:
-        input: (N, C, *) with at least one * dimension, for ``region="intra"`` (N, C, H, W); float64, float32, bfloat16 or
-            float16. Contiguous and channels_last tensors are read as they lie, other strides take one copy. The output has
-            the input's layout.
+        input: (N, C, *) with at least one * dimension, for ``region="intra"`` (N, C, H, W); float64, float32, bfloat16
+            or float16. Contiguous and channels_last tensors are read as they lie, other strides take one copy. The
+            output has the input's layout.
         size: of the window in elements, at least 1; may exceed the tensor.
         alpha: in units of input^-2, if k has none.
         beta: any real number; 0.5, 0.75 and 1 are the fast ones, 0 copies the input.
@@ -114,7 +121,7 @@ def local_response_norm(
     if reason is None:
         try:
             if input.requires_grad and torch.is_grad_enabled():
-                return LocalResponseNormFunction.apply(input, size, alpha, beta, k, region, convention)
+                return LocalResponseNormFunction.apply(input, (size, alpha, beta, k, region, convention))
             return _C.local_response_norm_forward(input, size, alpha, beta, k, region, convention)
         except NotImplementedError as uncovered:
             reason = str(uncovered)
@@ -130,7 +137,9 @@ def _torch_local_response_norm(
     dims = 3 if region == "inter" else 4
     if input.dim() < dims or (region == "intra" and input.dim() > dims):
         shape = "(N, C, *)" if region == "inter" else "(N, C, H, W)"
-        raise ValueError(f"local_response_norm: input must have shape {shape} for region={region!r}, got {list(input.shape)}")
+        raise ValueError(
+            f"local_response_norm: input must have shape {shape} for region={region!r}, got {list(input.shape)}"
+        )
     if size < 1:
         raise RuntimeError(f"local_response_norm: size must be at least 1, got {size}")
     return _composite(input, size, alpha, beta, k, region, convention) if input.numel() else input.clone()
@@ -183,4 +192,6 @@ class LocalResponseNorm(nn.LocalResponseNorm):
 
     def extra_repr(self) -> str:
         extra = "" if self.region == "inter" else f", region={self.region!r}"
-        return super().extra_repr() + extra + ("" if self.convention == "torch" else f", convention={self.convention!r}")
+        return (
+            super().extra_repr() + extra + ("" if self.convention == "torch" else f", convention={self.convention!r}")
+        )

@@ -54,6 +54,7 @@ class Case:
     saves_input: bool = True
     saves: tuple[int, ...] | None = None  # which of the parameters may be kept; None: all
     keeps_layout: bool = True  # the output lies as the input does; else it is contiguous
+    subtracts_mean: bool = True  # so that its errors do not grow with |mean| / std
     # Allowance in units in the last place, beside torch's own error, for results whose exact value is near zero; exp
     # and erf add their own two to four.
     units: int = 4
@@ -271,6 +272,8 @@ def torch_alpha_dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
     a = 1 / ((alpha**2 * p + 1) * (1 - p)) ** 0.5
     noise = keep.to(x.dtype)
     return x * (noise * a) + ((noise - 1) * (alpha * a) + alpha * a * p)
+
+
 # ---- layer_norm and rms_norm
 
 # Rows below, at and above a vector's length, a group of rows, a chunk of a row; few and many of them.
@@ -398,6 +401,49 @@ def _spectral_norm_case(dim: int) -> Case:
     return case
 
 
+# ---- local_response_norm
+
+
+def _torch_local_response_norm(x: Tensor, size: int, *setting: float, region: str, convention: str) -> Tensor:
+    """torch's own op has the windows along the channels, divided by their size; the rest is put together.
+
+    From a float32 copy of bfloat16 and float16, for which torch has no kernel.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    if region == "inter" and convention == "torch":
+        return F.local_response_norm(wide, size, *setting).to(x.dtype)
+    alpha, beta, k = setting
+    axes = 1 if region == "inter" else 2
+    planes = wide.flatten(2).unsqueeze(1) if region == "inter" else wide.flatten(0, 1).unsqueeze(1)
+    before, after = size // 2, (size - 1) // 2 if convention == "torch" else size // 2
+    taps = before + 1 + after
+    along = (before, after) if region == "intra" else (0, 0)
+    squares = F.pad(planes**2, (*along, before, after))
+    mean = F.avg_pool2d(squares, (taps, taps if region == "intra" else 1), stride=1).view(x.shape)
+    scale = mean * (alpha if convention == "torch" else alpha * taps**axes) + k
+    return (wide / scale**beta).to(x.dtype)
+
+
+def _local_response_norm_case(
+    size: int, alpha: float, beta: float, k: float, region: str = "inter", convention: str = "torch"
+) -> Case:
+    def bind(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x: function(x, size, alpha, beta, k, region=region, convention=convention)
+
+    # a window of more than 20 x 20 elements takes torch, which is the measure, too long in larger planes
+    large = ((1, 2, 270, 250), (1, 33, 5, 300)) if size <= 20 else ()
+    more = ((6, 3, 19), (2, 70, 300), (2, 3, 3, 5, 7)) if region == "inter" else large
+    return Case(
+        name=f"local_response_norm-{region}-{convention}-size{size}-beta{beta}",
+        op="local_response_norm",
+        fastnorm=bind(fn.local_response_norm),
+        reference=bind(reference.local_response_norm),
+        torch=bind(_torch_local_response_norm),
+        shapes=(*IMAGE_SHAPES, *more),
+        subtracts_mean=False,
+    )
+
+
 CASES: tuple[Case, ...] = (
     *(
         _batch_norm_case(training, act, residual)
@@ -431,4 +477,17 @@ CASES: tuple[Case, ...] = (
     _dropout_case(0.3, "dropout2d"),
     *(_spectral_norm_case(dim) for dim in (0, 1, 3)),
     *(_weight_norm_case(dim) for dim in (0, 1, 3, None)),
+    _local_response_norm_case(1, 0.5, 0.75, 1.0),
+    _local_response_norm_case(5, 1e-4, 0.75, 1.0),
+    _local_response_norm_case(4, 0.5, 0.75, 2.0),
+    _local_response_norm_case(4, 0.3, 1.0, 0.5, convention="paper"),
+    _local_response_norm_case(13, 0.8, 0.5, 1.0),
+    _local_response_norm_case(1000, 0.8, 0.75, 1.0),
+    _local_response_norm_case(3, 0.7, -1.3, 1.0),
+    _local_response_norm_case(3, 0.7, 0.0, 1.0),
+    _local_response_norm_case(3, 0.6, 0.75, 1.0, region="intra"),
+    _local_response_norm_case(2, 0.6, 1.0, 1.0, region="intra"),
+    _local_response_norm_case(4, 0.2, 0.5, 1.0, region="intra", convention="paper"),
+    _local_response_norm_case(11, 0.9, 0.75, 1.0, region="intra"),
+    _local_response_norm_case(100, 0.1, 1.3, 1.0, region="intra", convention="paper"),
 )

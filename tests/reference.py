@@ -119,6 +119,8 @@ def row_norm(
     z = z if weight is None else z * weight
     z = z if bias is None else z + bias
     return activation(z if residual is None else z + residual, act)
+
+
 def weight_norm(v: Tensor, g: Tensor, dim: int | None) -> Tensor:
     dims = [d for d in range(v.dim()) if d != dim]
     squares = v**2
@@ -198,3 +200,31 @@ def alpha_dropout(x: Tensor, p: float, seed: int, *, channel_dims: int = 0) -> T
     mean = q * saturation
     a = (1 - q + q * saturation**2 - mean**2) ** -0.5
     return a * (torch.where(keep, x, torch.full_like(x, saturation)) - mean)
+
+
+def local_response_norm(
+    x: Tensor,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    *,
+    region: str = "inter",
+    convention: str = "torch",
+) -> Tensor:
+    """Element i's window as a matrix of zeros and ones along each axis: [i, j] is whether j belongs to it."""
+    before, after = size // 2, (size - 1) // 2 if convention == "torch" else size // 2
+
+    def members(length: int) -> Tensor:
+        i, j = torch.arange(length).view(-1, 1), torch.arange(length)
+        return ((j >= i - before) & (j <= i + after)).to(x.dtype)
+
+    squares = x**2
+    if region == "inter":
+        sums = torch.einsum("cd,nd...->nc...", members(x.shape[1]), squares)
+        elements = size
+    else:
+        sums = members(x.shape[2]) @ squares @ members(x.shape[3]).T
+        elements = size**2
+    scale = k + (alpha / elements if convention == "torch" else alpha) * sums
+    return x * scale ** (-beta)

@@ -82,7 +82,7 @@ Powers<Vec> refined_powers(Vec s) {
   }
   // Zero, infinity, NaN, negative and, in some instruction sets, subnormal numbers all end as NaN above.
   if (result.power.has_inf_nan()) [[unlikely]] {
-    result.power = kPower == Power::kHalf ? s.sqrt().reciprocal() : (s.sqrt() * s.sqrt().sqrt()).reciprocal();
+    result.power = (kPower == Power::kHalf ? s.sqrt() : s.pow(Vec(3. / 4))).reciprocal();
     if constexpr (kInverse) result.inverse = s.reciprocal();
   }
   return result;
@@ -345,21 +345,14 @@ struct Kernel {
     return from;
   }
 
-  void put_run(int64_t offset, int64_t length, const auto& value) const {
+  template <typename F>
+  FASTNORM_LOOP void put_run(int64_t offset, int64_t length, const F& value) const {
     T* to = out + offset;
-    if (stream && reinterpret_cast<uintptr_t>(to) % kStreamAlignment == 0) {
-      return for_packs<T>(length, [&](int64_t i, auto count, int) {
-        if constexpr (std::is_same_v<decltype(count), Full>) {
-          value(i, count).stream(to + i);
-        } else {
-          value(i, count).store(to + i, count);
-        }
-      });
-    }
-    for_packs<T>(length, [&](int64_t i, auto count, int) { value(i, count).store(to + i, count); });
+    const bool past_caches = stream && fills_lines(to, length);
+    for_packs<T>(length, [&](int64_t i, auto count, int) { put(value(i, count), to + i, count, past_caches); });
   }
 
-  void squares(const Tile& tile, int64_t begin, int64_t end, acc_t* to) const {
+  FASTNORM_LOOP void squares(const Tile& tile, int64_t begin, int64_t end, acc_t* to) const {
     const int64_t margin = p.inner.before * p.inner.shift;
     fill_rows(p, tile, begin, end, to, [&](int64_t offset, int64_t at, int64_t length) {
       for_packs<T>(length, [&](int64_t i, auto count, int) {
