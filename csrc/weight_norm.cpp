@@ -33,9 +33,9 @@ static void check_magnitude(const Tensor& v, const Tensor& g, int64_t dim) {
   TORCH_CHECK(scalar || g.sizes() == at::IntArrayRef(wanted), kOp, ": g must have shape ", at::IntArrayRef(wanted),
               dim == -1 ? " or []" : "", " for v of shape ", v.sizes(), " and dim=", dim, ", got ", g.sizes());
   check_same_device(kOp, "g", g, v);
-  TORCH_CHECK(g.scalar_type() == v.scalar_type() || (g.scalar_type() == at::kFloat && v.scalar_type() != at::kDouble),
-              kOp, ": g must be of v's type ", v.scalar_type(), v.scalar_type() == at::kDouble ? "" : " or Float",
-              ", got ", g.scalar_type());
+  const bool low_precision = v.scalar_type() == at::kBFloat16 || v.scalar_type() == at::kHalf;
+  TORCH_CHECK(g.scalar_type() == v.scalar_type() || (low_precision && g.scalar_type() == at::kFloat), kOp,
+              ": g must be of v's type ", v.scalar_type(), low_precision ? " or Float" : "", ", got ", g.scalar_type());
 }
 
 // The one dimension that g has, or -1.

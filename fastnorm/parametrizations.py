@@ -16,7 +16,12 @@ from fastnorm.fallback import call_torch, uncovered_transform
 __all__ = ["spectral_norm", "weight_norm"]
 
 
-# ---- weight_norm
+# ---- weight_norm: its autograd function is in csrc/weight_norm.cpp
+
+
+def _torch_weight_norm(g: Tensor, v: Tensor, dim: int) -> Tensor:
+    """Of elementary ops: torch's own, one op, has neither forward-mode derivatives nor complex numbers."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 class _WeightNorm(torch_parametrizations._WeightNorm):
@@ -29,7 +34,7 @@ class _WeightNorm(torch_parametrizations._WeightNorm):
                 return _C.weight_norm(weight_v, weight_g, self.dim)
             except NotImplementedError as uncovered:
                 reason = str(uncovered)
-        return call_torch(reason, super().forward, weight_g, weight_v)
+        return call_torch(reason, _torch_weight_norm, weight_g, weight_v, self.dim)
 
 
 def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:

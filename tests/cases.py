@@ -152,7 +152,7 @@ def _batch_renorm_case(act: str | None, residual: bool) -> Case:
         shapes=(*IMAGE_SHAPES[1:], (7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)),
         kept=lambda x: 32 * x.shape[1] + (mask_bytes(x) if bits else 0),
         saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
-        units=16 if act in ("silu", "gelu") else 4,
+        units=16,  # dbias is a sum of a thousand float32 terms that nearly cancel
     )
     return case
 # ---- group_norm and instance_norm
