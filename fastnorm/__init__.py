@@ -6,12 +6,12 @@ from fastnorm.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from fastnorm.build import build_info
 from fastnorm.dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from fastnorm.fallback import FallbackWarning, set_fallback
+from fastnorm.group_norm import GroupNorm
+from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.layer_norm import LayerNorm
 from fastnorm.local_response_norm import LocalResponseNorm
 from fastnorm.mc_dropout import MCPrediction, mc_dropout, mc_predict
 from fastnorm.rms_norm import RMSNorm
-from fastnorm.group_norm import GroupNorm
-from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.version import __version__
 
 __all__ = [
@@ -29,14 +29,14 @@ __all__ = [
     "Dropout3d",
     "FallbackWarning",
     "FeatureAlphaDropout",
-    "LayerNorm",
-    "LocalResponseNorm",
-    "MCPrediction",
-    "RMSNorm",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "LayerNorm",
+    "LocalResponseNorm",
+    "MCPrediction",
+    "RMSNorm",
     "__version__",
     "autograd",
     "build_info",

@@ -13,9 +13,9 @@ from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch, uncovered_transform
 
-# running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats, renorm (r_max
-# and d_max of batch_renorm, or None): what no gradient goes to, as one argument, for each argument of an autograd
-# function costs time.
+# running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats, renorm
+# (r_max and d_max of batch_renorm, or None): what no gradient goes to, as one argument, for each argument of an
+# autograd function costs time.
 Setting = tuple[
     Tensor | None, Tensor | None, Tensor | None,
     bool, float | None, float, str | None, bool, tuple[float, float] | None,

@@ -155,6 +155,8 @@ def _batch_renorm_case(act: str | None, residual: bool) -> Case:
         units=16,  # dbias is a sum of a thousand float32 terms that nearly cancel
     )
     return case
+
+
 # ---- group_norm and instance_norm
 
 # (N, C) alone, tiny and long planes, one slice as long as some chunks.

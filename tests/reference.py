@@ -61,9 +61,6 @@ def batch_norm(
 
 def batch_renorm(
     x: Tensor,
-def group_norm(
-    x: Tensor,
-    groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -82,6 +79,15 @@ def group_norm(
     r = torch.clip(sigma / running_sigma, 1 / r_max, r_max).detach()
     d = torch.clip((mean - running_mean) / running_sigma, -d_max, d_max).detach()
     return affine((x - mean) / sigma * r + d, weight, bias, residual, act)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
     eps: float = 1e-5,
     act: str | None = None,
 ) -> Tensor:

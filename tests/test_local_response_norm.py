@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import reference
@@ -201,10 +202,10 @@ def test_fallback_is_the_same_op() -> None:
     for region in ("inter", "intra"):
         for convention in ("torch", "paper"):
             for size in (2, 3, 30):
-
-                def run(t: Tensor) -> Tensor:
-                    return fn.local_response_norm(t, size, 0.5, 0.75, 1.0, region=region, convention=convention)  # noqa: B023
-
+                run = partial(
+                    fn.local_response_norm,
+                    size=size, alpha=0.5, beta=0.75, k=1.0, region=region, convention=convention,
+                )  # fmt: skip
                 y, derivative = torch.func.jvp(run, (x,), (tangent,))
                 torch.testing.assert_close(y, run(x), rtol=1e-13, atol=1e-13)
                 leaf = x.clone().requires_grad_()
