@@ -26,7 +26,7 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
 def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     y = module(x)
-    weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], weights)]
 
 
