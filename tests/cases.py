@@ -20,6 +20,11 @@ from fastnorm.autograd import SpectralNormFunction
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
 TORCH_ACTIVATION = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
 
+# Tests hold the library to torch's own error where vectors are widest. Shorter ones make longer chains of additions of
+# the same sum, and plain x86-64 rounds twice where the others multiply and add at once: there, results near torch's
+# error may exceed it, by up to this factor.
+SLACK = 1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2.0
+
 # One element, primes, vector lengths and their neighbours, planes below and above the size that changes the path.
 IMAGE_SHAPES = (
     (2, 1, 1, 1),
@@ -371,6 +376,7 @@ def _weight_norm_case(dim: int | None) -> Case:
         # a slice of one element has the exact gradient 0, to which no error is relative
         shapes=(*IMAGE_SHAPES[1:], *(((7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)) if dim != 3 else ())),
         kept=lambda v: 8 * (1 if dim is None else v.shape[dim]),
+        units=16 if dim is None else 4,  # one sum over the whole weight, of terms that nearly cancel
     )
 
 
