@@ -19,8 +19,8 @@
 
 #include "activation.h"
 #include "affine.h"
+#include "backend.h"
 #include "dtype.h"
-#include "isa.h"
 #include "layout.h"
 #include "mask.h"
 
@@ -107,5 +107,5 @@ inline MaskRows mask_rows(const Shape& shape) {
 
 }  // namespace fastnorm
 
-FASTNORM_DECLARE_CPU_KERNEL(batch_norm_forward, BatchNormForward)
-FASTNORM_DECLARE_CPU_KERNEL(batch_norm_backward, BatchNormBackward)
+FASTNORM_DECLARE_KERNEL(batch_norm_forward, BatchNormForward)
+FASTNORM_DECLARE_KERNEL(batch_norm_backward, BatchNormBackward)

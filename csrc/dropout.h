@@ -15,8 +15,8 @@
 // and its backward is dropout with scale = a.
 #pragma once
 
+#include "backend.h"
 #include "dtype.h"
-#include "isa.h"
 #include "layout.h"
 #include "philox.h"
 
@@ -42,6 +42,8 @@ struct Dropout {
   bool by_channel;  // one draw a channel: index(n, c, s) = n * C + c; otherwise one an element: (n * C + c) * S + s
   Dtype dtype;
   uint64_t seed, offset;
+  const int64_t* state;  // on a CUDA device: where seed and offset lie instead, for the kernel to read them, so that a
+                         // captured graph draws another mask at each replay; null on the CPU
   DropoutLevel level;
   const void* x;
   void* y;  // may be x
@@ -49,4 +51,4 @@ struct Dropout {
 
 }  // namespace fastnorm
 
-FASTNORM_DECLARE_CPU_KERNEL(dropout, Dropout)
+FASTNORM_DECLARE_KERNEL(dropout, Dropout)

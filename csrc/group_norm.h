@@ -13,8 +13,8 @@
 
 #include "activation.h"
 #include "affine.h"
+#include "backend.h"
 #include "dtype.h"
-#include "isa.h"
 #include "layout.h"
 #include "mask.h"
 
@@ -108,5 +108,5 @@ struct GroupGradient {
 
 }  // namespace fastnorm
 
-FASTNORM_DECLARE_CPU_KERNEL(group_norm_forward, GroupNormForward)
-FASTNORM_DECLARE_CPU_KERNEL(group_norm_backward, GroupNormBackward)
+FASTNORM_DECLARE_KERNEL(group_norm_forward, GroupNormForward)
+FASTNORM_DECLARE_KERNEL(group_norm_backward, GroupNormBackward)

@@ -5,8 +5,8 @@
 //   running_var  = (1 - momentum) * running_var  + momentum * mean_n(variance[n, c]) * S / (S - 1)
 #pragma once
 
+#include "backend.h"
 #include "dtype.h"
-#include "isa.h"
 #include "layout.h"
 
 namespace fastnorm {
@@ -21,4 +21,4 @@ struct InstanceNormRunning {
 
 }  // namespace fastnorm
 
-FASTNORM_DECLARE_CPU_KERNEL(instance_norm_running, InstanceNormRunning)
+FASTNORM_DECLARE_KERNEL(instance_norm_running, InstanceNormRunning)

@@ -11,8 +11,8 @@
 #pragma once
 
 #include "activation.h"
+#include "backend.h"
 #include "dtype.h"
-#include "isa.h"
 #include "mask.h"
 
 namespace fastnorm {
@@ -61,5 +61,5 @@ struct LayerNormBackward {
 
 }  // namespace fastnorm
 
-FASTNORM_DECLARE_CPU_KERNEL(layer_norm_forward, LayerNormForward)
-FASTNORM_DECLARE_CPU_KERNEL(layer_norm_backward, LayerNormBackward)
+FASTNORM_DECLARE_KERNEL(layer_norm_forward, LayerNormForward)
+FASTNORM_DECLARE_KERNEL(layer_norm_backward, LayerNormBackward)

@@ -11,8 +11,8 @@
 //   u[j]  = dy[j] * x[j] * scale[j]^(-beta - 1);   those j are i - after .. i + before: the window mirrored
 #pragma once
 
+#include "backend.h"
 #include "dtype.h"
-#include "isa.h"
 #include "layout.h"
 
 namespace fastnorm {
@@ -50,5 +50,5 @@ struct LocalResponseNormBackward {
 
 }  // namespace fastnorm
 
-FASTNORM_DECLARE_CPU_KERNEL(local_response_norm_forward, LocalResponseNormForward)
-FASTNORM_DECLARE_CPU_KERNEL(local_response_norm_backward, LocalResponseNormBackward)
+FASTNORM_DECLARE_KERNEL(local_response_norm_forward, LocalResponseNormForward)
+FASTNORM_DECLARE_KERNEL(local_response_norm_backward, LocalResponseNormBackward)

@@ -4,14 +4,26 @@
 
 #include <cstdint>
 
+#include "layout.h"
+
 namespace fastnorm {
 
 // Bits go by rows of elements that are contiguous in memory, lowest bit first, each row padded to a byte, so that no
-// two tasks write one byte. What a row is, the contract of each op says.
+// two tasks write one byte. What a row is, the contract of each op says for the CPU.
 struct MaskRows {
   int64_t rows, length;
 
   int64_t bytes_per_row() const { return (length + 7) / 8; }
 };
+
+namespace {  // internal linkage: see isa.h
+
+// The rows on a CUDA device, of every op that has channels: planes, or the channels of a position.
+inline MaskRows cuda_mask_rows(const Shape& shape) {
+  if (shape.layout == Layout::kContiguous) return {shape.N * shape.C, shape.S};
+  return {shape.N * shape.S, shape.C};
+}
+
+}  // namespace
 
 }  // namespace fastnorm

@@ -12,8 +12,8 @@
 //   dW = (dy - k * u v^T) / sigma,   k = (sum dy * W) / sigma
 #pragma once
 
+#include "backend.h"
 #include "dtype.h"
-#include "isa.h"
 #include "layout.h"
 
 namespace fastnorm {
@@ -42,5 +42,5 @@ struct SpectralNormBackward {
 
 }  // namespace fastnorm
 
-FASTNORM_DECLARE_CPU_KERNEL(spectral_norm_forward, SpectralNormForward)
-FASTNORM_DECLARE_CPU_KERNEL(spectral_norm_backward, SpectralNormBackward)
+FASTNORM_DECLARE_KERNEL(spectral_norm_forward, SpectralNormForward)
+FASTNORM_DECLARE_KERNEL(spectral_norm_backward, SpectralNormBackward)

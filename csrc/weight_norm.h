@@ -7,8 +7,8 @@
 //   dg = sum(dw * v) / norm,   dv = (dw - v * dg / norm) * (g / norm)
 #pragma once
 
+#include "backend.h"
 #include "dtype.h"
-#include "isa.h"
 #include "layout.h"
 
 namespace fastnorm {
@@ -34,5 +34,5 @@ struct WeightNormBackward {
 
 }  // namespace fastnorm
 
-FASTNORM_DECLARE_CPU_KERNEL(weight_norm_forward, WeightNormForward)
-FASTNORM_DECLARE_CPU_KERNEL(weight_norm_backward, WeightNormBackward)
+FASTNORM_DECLARE_KERNEL(weight_norm_forward, WeightNormForward)
+FASTNORM_DECLARE_KERNEL(weight_norm_backward, WeightNormBackward)

@@ -1,0 +1,268 @@
+// The one place that knows CUDA's compiler, PTX and run time apart from the emulator of tests/cuda_on_cpu: every
+// `#ifdef __CUDACC__` and all assembly is here. Kernels are plain CUDA C++ beside that, under these rules:
+//
+//   - shared memory only through SMEM_ARRAY and dynamic_shared(), never a bare __shared__
+//   - global and shared vector accesses through pack.cuh, reductions through reduce.cuh
+//   - launches through launch(), never <<<>>>; blocks of a multiple of 32 threads
+//   - no return before a barrier; shuffle masks name live lanes only
+//   - spinning only through Ticket and Barrier below
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// T name[n] in shared memory; `name` is a pointer to its first element.
+#define SMEM_ARRAY(T, name, n)                                          \
+  __shared__ __align__(16) unsigned char name##_bytes[sizeof(T) * (n)]; \
+  T* const name = reinterpret_cast<T*>(name##_bytes)
+#else
+#include "cuda_on_cpu.h"
+#endif
+
+namespace fastnorm::cuda {
+
+// ---- launches
+
+// A block of `threads` threads, `cluster` blocks a cluster along x, `shared` bytes of dynamic shared memory.
+struct Grid {
+  dim3 blocks;
+  int threads;
+  int cluster = 1;
+  size_t shared = 0;
+};
+
+inline void check(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // so that the next op does not report it again
+  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+}
+
+// Starts kernel(args...) on `stream`. Throws std::runtime_error with the op's name where CUDA refuses.
+template <typename... Parameters, typename... Args>
+void launch(const char* op, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Args&... args) {
+  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
+  const auto function = reinterpret_cast<const void*>(kernel);
+  if (grid.shared > kSharedWithoutAsking)
+    check(op,
+          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)));
+  constexpr int kPortableCluster = 8;
+  if (grid.cluster > kPortableCluster)
+    check(op, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks;
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  check(op, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
+}
+
+// Sets bytes to zero in the order of the stream.
+inline void zero(const char* op, void* p, size_t bytes, cudaStream_t stream) {
+  if (bytes > 0) check(op, cudaMemsetAsync(p, 0, bytes, stream));
+}
+
+// ---- the device that is current
+
+struct Device {
+  int multiprocessors;
+  size_t shared_per_block;  // the most dynamic shared memory that a block may ask for
+  size_t l2;                // bytes
+  int major, minor;         // compute capability
+
+  bool has_clusters() const { return major >= 9; }
+};
+
+// Read once a device. Tests replace it (set_device_for_tests in the emulator).
+inline const Device& device() {
+#ifdef __CUDACC__
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  static bool is_known[kDevices];
+  int index = 0;
+  check("fastnorm", cudaGetDevice(&index));
+  if (index >= kDevices) throw std::runtime_error("fastnorm: more than 64 CUDA devices");
+  if (!is_known[index]) {  // several threads may write the same values here
+    const auto read = [index](cudaDeviceAttr what) {
+      int value = 0;
+      check("fastnorm", cudaDeviceGetAttribute(&value, what, index));
+      return value;
+    };
+    Device d{};
+    d.multiprocessors = read(cudaDevAttrMultiProcessorCount);
+    d.shared_per_block = static_cast<size_t>(read(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+    d.l2 = static_cast<size_t>(read(cudaDevAttrL2CacheSize));
+    d.major = read(cudaDevAttrComputeCapabilityMajor);
+    d.minor = read(cudaDevAttrComputeCapabilityMinor);
+    known[index] = d;
+    is_known[index] = true;
+  }
+  return known[index];
+#else
+  return emulator::device<Device>();
+#endif
+}
+
+// The largest cluster of up to `wanted` blocks (a power of two) that the device can hold at least once.
+template <typename... Parameters>
+int largest_cluster(void (*kernel)(Parameters...), int wanted, int threads, size_t shared) {
+  if (!device().has_clusters()) return 1;
+  for (; wanted > 1; wanted /= 2) {
+#ifdef __CUDACC__
+    const auto function = reinterpret_cast<const void*>(kernel);
+    if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)) ||
+        cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
+      (void)cudaGetLastError();
+      continue;
+    }
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(wanted);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(wanted));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) return wanted;
+    (void)cudaGetLastError();
+#else
+    if (emulator::cluster_fits(wanted, threads, shared)) return wanted;
+#endif
+  }
+  return 1;
+}
+
+#ifdef __CUDACC__
+
+// ---- shared memory
+
+// The block's dynamic shared memory, aligned to 128 bytes.
+template <typename T>
+__device__ inline T* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char fastnorm_dynamic_shared[];
+  return reinterpret_cast<T*>(fastnorm_dynamic_shared);
+}
+
+// ---- clusters: blocks that run at the same time and reach each other's shared memory. A block launched without one
+// is a cluster of its own, also below sm_90.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
+__device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
+// All threads of all blocks of the cluster: what each wrote to shared memory is seen by all after it.
+__device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+// Where `p`, a place in this block's shared memory, lies in the block of that rank.
+template <typename T>
+__device__ inline T* map_shared_rank(T* p, unsigned rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+}
+#else
+__device__ inline unsigned cluster_size() { return 1; }
+__device__ inline unsigned cluster_rank() { return 0; }
+__device__ inline void cluster_sync() { __syncthreads(); }
+template <typename T>
+__device__ inline T* map_shared_rank(T* p, unsigned) {
+  return p;
+}
+#endif
+
+// ---- bulk asynchronous copies from global to shared memory (sm_90): one thread asks, an engine copies, a barrier in
+// shared memory tells when the bytes have landed.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasBulkCopy = true;
+#else
+constexpr bool kHasBulkCopy = false;
+#endif
+
+// In shared memory, 8 bytes, made by one thread with init(); then __syncthreads() before another uses it.
+struct Barrier {
+  uint64_t state;
+
+  // Phases end when one thread has called expect() and that many bytes have landed.
+  __device__ void init() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  }
+  __device__ void expect(uint32_t bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+#endif
+  }
+  // Returns when the phase of this parity (0 for the first, then 1, 0, ...) has ended. By all threads that read the
+  // bytes.
+  __device__ void wait(uint32_t parity) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(address()),
+        "r"(parity)
+        : "memory");
+#endif
+  }
+  __device__ uint32_t address() { return static_cast<uint32_t>(__cvta_generic_to_shared(&state)); }
+};
+
+// Starts the copy of `bytes` (a multiple of 16) from global `from` to this block's shared `to` (both aligned to 16).
+__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier.address())
+               : "memory");
+#endif
+}
+
+// Between ordinary reads or writes of a buffer in shared memory and a bulk copy into it: by the threads that read or
+// wrote, before the barrier that the asking thread waits at.
+__device__ inline void fence_before_bulk_copy() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+#endif  // __CUDACC__
+
+// ---- the last block
+
+// Whether this block is the last of `blocks` to come here; what the others wrote to global memory before is then seen
+// by all of its threads. By all threads of the block; `ticket` is a zeroed number in global memory, zero again
+// afterwards. `shared`: one int of shared memory.
+__device__ inline bool is_last_block(unsigned* ticket, unsigned blocks, int* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned before = atomicAdd(ticket, 1u);
+    *shared = before == blocks - 1;
+    if (*shared) *ticket = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return *shared != 0;
+}
+
+}  // namespace fastnorm::cuda
