@@ -23,31 +23,48 @@ namespace {
 
 // ---- what all ways share
 
-// Calls kernel.first(owner, piece) for every piece of an owner, kernel.finish(owner), kernel.second(owner, piece), with
-// no more than that for an order. Small owners go by bundles: from the first sum of one to its last coefficient is a
-// chain of some hundred cycles, in which the processor can work on the others'.
-template <typename Kernel>
-void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces) {
-  constexpr int64_t kBundle = 800;  // elements: more of them would not stay in the first-level cache
-  const int64_t numel = kernel.a.shape.numel();
-  const int64_t bundle = std::max<int64_t>(1, std::min(kBundle / (numel / owners), owners / (4 * num_threads())));
-  if (owners >= 2 * num_threads() || pieces == 1) {
-    return parallel_for((owners + bundle - 1) / bundle, numel, [&](int64_t i) {
-      const int64_t begin = i * bundle, end = std::min(owners, begin + bundle);
-      for (int64_t owner = begin; owner < end; ++owner)
-        for (int64_t k = 0; k < pieces; ++k) kernel.first(owner, k);
-      for (int64_t owner = begin; owner < end; ++owner) kernel.finish(owner);
-      for (int64_t owner = begin; owner < end; ++owner)
-        for (int64_t k = 0; k < pieces; ++k) kernel.second(owner, k);
-      if (kernel.stream) stream_fence();
+// A kernel in two sweeps over the pieces of owners, by pointers, so that the order of work is compiled once for them
+// all.
+struct TwoSweeps {
+  const void* kernel;
+  void (*first)(const void* kernel, int64_t owner, int64_t piece);
+  void (*finish)(const void* kernel, int64_t owner);
+  void (*second)(const void* kernel, int64_t owner, int64_t piece);
+
+  // Calls first() for every piece of an owner, then finish(), then second() for every piece, with no more than that for
+  // an order. Small owners go by bundles: from the first sum of one to its last coefficient is a chain of some hundred
+  // cycles, in which the processor can work on the others'.
+  void run(int64_t owners, int64_t pieces, int64_t numel, bool stream) const {
+    constexpr int64_t kBundle = 800;  // elements: more of them would not stay in the first-level cache
+    const int64_t bundle = std::max<int64_t>(1, std::min(kBundle / (numel / owners), owners / (4 * num_threads())));
+    if (owners >= 2 * num_threads() || pieces == 1) {
+      return parallel_for((owners + bundle - 1) / bundle, numel, [&](int64_t i) {
+        const int64_t begin = i * bundle, end = std::min(owners, begin + bundle);
+        for (int64_t owner = begin; owner < end; ++owner)
+          for (int64_t k = 0; k < pieces; ++k) first(kernel, owner, k);
+        for (int64_t owner = begin; owner < end; ++owner) finish(kernel, owner);
+        for (int64_t owner = begin; owner < end; ++owner)
+          for (int64_t k = 0; k < pieces; ++k) second(kernel, owner, k);
+        if (stream) stream_fence();
+      });
+    }
+    parallel_for(owners * pieces, numel, [&](int64_t i) { first(kernel, i / pieces, i % pieces); });
+    for (int64_t owner = 0; owner < owners; ++owner) finish(kernel, owner);
+    parallel_for(owners * pieces, numel, [&](int64_t i) {
+      second(kernel, i / pieces, i % pieces);
+      if (stream) stream_fence();
     });
   }
-  parallel_for(owners * pieces, numel, [&](int64_t i) { kernel.first(i / pieces, i % pieces); });
-  for (int64_t owner = 0; owner < owners; ++owner) kernel.finish(owner);
-  parallel_for(owners * pieces, numel, [&](int64_t i) {
-    kernel.second(i / pieces, i % pieces);
-    if (kernel.stream) stream_fence();
-  });
+};
+
+template <auto kFirst, auto kSecond, typename Kernel>
+void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces) {
+  const TwoSweeps sweeps{
+      &kernel,
+      [](const void* k, int64_t owner, int64_t piece) { (static_cast<const Kernel*>(k)->*kFirst)(owner, piece); },
+      [](const void* k, int64_t owner) { static_cast<const Kernel*>(k)->finish(owner); },
+      [](const void* k, int64_t owner, int64_t piece) { (static_cast<const Kernel*>(k)->*kSecond)(owner, piece); }};
+  sweeps.run(owners, pieces, kernel.a.shape.numel(), kernel.stream);
 }
 
 // weight and bias of every channel, one and zero where there are none.
@@ -179,7 +196,7 @@ struct ForwardGroups : Groups<GroupNormForward> {
   }
 };
 
-template <typename T, Activation kAct>
+template <typename T>
 struct PlanesForward : ForwardGroups {
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
@@ -189,7 +206,10 @@ struct PlanesForward : ForwardGroups {
   const ScratchArray<Moments> partial{pieces > 1 ? a.shape.N* G* pieces : 0};
   const MaskBits mask{a.mask, group_mask_rows(a.shape)};
 
-  void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
+  template <Activation kAct>
+  void run() const {
+    sweep_twice<&PlanesForward::first, &PlanesForward::template second<kAct>>(*this, a.shape.N * G, pieces);
+  }
 
   void first(int64_t slice, int64_t k) const {
     const Runs chunk = chunks[k];
@@ -203,6 +223,7 @@ struct PlanesForward : ForwardGroups {
     for (int64_t k = 0; k < pieces; ++k) all.merge(partial[slice * pieces + k]);
     keep_statistics(slice, all);
   }
+  template <Activation kAct>
   void second(int64_t slice, int64_t k) const {
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S;
@@ -224,7 +245,7 @@ struct Blocks {
   int64_t end(int64_t block) const { return std::min(G, begin(block) + groups); }
 };
 
-template <typename T, Activation kAct>
+template <typename T>
 struct FlatForward : ForwardGroups {
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
@@ -232,7 +253,10 @@ struct FlatForward : ForwardGroups {
   const Blocks blocks{G, L};
   const MaskBits mask{a.mask, group_mask_rows(a.shape)};
 
-  void run() const { sweep_twice(*this, a.shape.N * blocks.size(), 1); }
+  template <Activation kAct>
+  void run() const {
+    sweep_twice<&FlatForward::first, &FlatForward::template second<kAct>>(*this, a.shape.N * blocks.size(), 1);
+  }
 
   void first(int64_t owner, int64_t) const {
     const int64_t n = owner / blocks.size(), block = owner % blocks.size();
@@ -244,6 +268,7 @@ struct FlatForward : ForwardGroups {
     }
   }
   void finish(int64_t) const {}
+  template <Activation kAct>
   void second(int64_t owner, int64_t) const {
     const int64_t n = owner / blocks.size(), block = owner % blocks.size();
     const int64_t begin = blocks.begin(block), end = blocks.end(block), width = (end - begin) * L;
@@ -261,7 +286,7 @@ struct FlatForward : ForwardGroups {
   }
 };
 
-template <typename T, Activation kAct>
+template <typename T>
 struct ColumnsForward : ForwardGroups {
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
@@ -271,7 +296,10 @@ struct ColumnsForward : ForwardGroups {
   const ScratchArray<Moments> partial{a.shape.N * parts.size() * G};
   const MaskRows mask = group_mask_rows(a.shape);
 
-  void run() const { sweep_twice(*this, a.shape.N, parts.size()); }
+  template <Activation kAct>
+  void run() const {
+    sweep_twice<&ColumnsForward::first, &ColumnsForward::template second<kAct>>(*this, a.shape.N, parts.size());
+  }
 
   void first(int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), rows = parts.rows(part), repeats = columns / C;
@@ -304,6 +332,7 @@ struct ColumnsForward : ForwardGroups {
       keep_statistics(n * G + g, all);
     }
   }
+  template <Activation kAct>
   void second(int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part);
     const ColumnAffine<T> affines(columns);
@@ -456,7 +485,7 @@ struct BackwardGroups : Groups<GroupNormBackward> {
   }
 };
 
-template <typename T, Activation kAct>
+template <typename T>
 struct PlanesBackward : BackwardGroups<T> {
   using Base = BackwardGroups<T>;
   using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
@@ -466,11 +495,14 @@ struct PlanesBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
 
+  template <Activation kAct>
   void run() const {
-    sweep_twice(*this, a.shape.N * G, chunks.size());
+    sweep_twice<&PlanesBackward::template first<kAct>, &PlanesBackward::template second<kAct>>(*this, a.shape.N * G,
+                                                                                               chunks.size());
     this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
   }
 
+  template <Activation kAct>
   void first(int64_t slice, int64_t k) const {
     if (!Base::wants_sums) return;
     const Runs chunk = chunks[k];
@@ -500,6 +532,7 @@ struct PlanesBackward : BackwardGroups<T> {
     }
     slice_sums[slice] = Base::weighted(slice, &channel_sums[slice * D]);
   }
+  template <Activation kAct>
   void second(int64_t slice, int64_t k) const {
     if (!Base::wants_elements) return;
     const Runs chunk = chunks[k];
@@ -532,7 +565,7 @@ struct ColumnCoefficients {
 };
 
 // Samples in parts, so that the parameters' gradients have one row of float32 sums a part.
-template <typename T, Activation kAct>
+template <typename T>
 struct FlatBackward : BackwardGroups<T> {
   using Base = BackwardGroups<T>;
   using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
@@ -542,12 +575,14 @@ struct FlatBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{parts * C};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
 
+  template <Activation kAct>
   void run() const {
     parallel_for(parts * blocks.size(), a.shape.numel(),
-                 [&](int64_t i) { part_of_block(i / blocks.size(), i % blocks.size()); });
+                 [&](int64_t i) { part_of_block<kAct>(i / blocks.size(), i % blocks.size()); });
     this->keep_parameter_gradients(channel_sums.data(), parts);
   }
 
+  template <Activation kAct>
   void part_of_block(int64_t part, int64_t block) const {
     using P = Pack<T>;
     const int64_t begin = blocks.begin(block), end = blocks.end(block), width = (end - begin) * L;
@@ -609,7 +644,7 @@ struct FlatBackward : BackwardGroups<T> {
   }
 };
 
-template <typename T, Activation kAct>
+template <typename T>
 struct ColumnsBackward : BackwardGroups<T> {
   using Base = BackwardGroups<T>;
   using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
@@ -619,8 +654,10 @@ struct ColumnsBackward : BackwardGroups<T> {
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
 
+  template <Activation kAct>
   void run() const {
-    sweep_twice(*this, a.shape.N, parts.size());
+    sweep_twice<&ColumnsBackward::template first<kAct>, &ColumnsBackward::template second<kAct>>(*this, a.shape.N,
+                                                                                                 parts.size());
     this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
   }
 
@@ -629,6 +666,7 @@ struct ColumnsBackward : BackwardGroups<T> {
                           offset_by(a.mask, (n * sample.size() + row) * Base::mask_rows.bytes_per_row()));
   }
 
+  template <Activation kAct>
   void first(int64_t n, int64_t part) const {
     if (!Base::wants_sums) return;
     const int64_t columns = parts.width(part), begin = parts.begin(part);
@@ -668,6 +706,7 @@ struct ColumnsBackward : BackwardGroups<T> {
     }
     for (int64_t g = 0; g < G; ++g) slice_sums[n * G + g] = Base::weighted(n * G + g, &channel_sums[n * C + g * D]);
   }
+  template <Activation kAct>
   void second(int64_t n, int64_t part) const {
     if (!Base::wants_elements) return;
     const int64_t columns = parts.width(part);
@@ -699,9 +738,9 @@ void group_norm_forward(const GroupNormForward& a) {
     visit(a.activation, [&](auto act) {
       constexpr Activation kAct = decltype(act)::value;
       switch (sample_rows(a.shape).layout) {
-        case SampleLayout::kPlanes: return PlanesForward<T, kAct>{{{a}}}.run();
-        case SampleLayout::kFlat: return FlatForward<T, kAct>{{{a}}}.run();
-        case SampleLayout::kColumns: return ColumnsForward<T, kAct>{{{a}}}.run();
+        case SampleLayout::kPlanes: return PlanesForward<T>{{{a}}}.template run<kAct>();
+        case SampleLayout::kFlat: return FlatForward<T>{{{a}}}.template run<kAct>();
+        case SampleLayout::kColumns: return ColumnsForward<T>{{{a}}}.template run<kAct>();
       }
     });
   });
@@ -713,9 +752,9 @@ void group_norm_backward(const GroupNormBackward& a) {
     visit(a.activation, [&](auto act) {
       constexpr Activation kAct = decltype(act)::value;
       switch (sample_rows(a.shape).layout) {
-        case SampleLayout::kPlanes: return PlanesBackward<T, kAct>{{{a}}}.run();
-        case SampleLayout::kFlat: return FlatBackward<T, kAct>{{{a}}}.run();
-        case SampleLayout::kColumns: return ColumnsBackward<T, kAct>{{{a}}}.run();
+        case SampleLayout::kPlanes: return PlanesBackward<T>{{{a}}}.template run<kAct>();
+        case SampleLayout::kFlat: return FlatBackward<T>{{{a}}}.template run<kAct>();
+        case SampleLayout::kColumns: return ColumnsBackward<T>{{{a}}}.template run<kAct>();
       }
     });
   });
