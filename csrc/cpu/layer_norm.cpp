@@ -1,15 +1,15 @@
-// Layer and RMS normalisation on the CPU. Each row is reduced by itself, and read once from memory:
+// Layer and RMS normalisation on the CPU: each row is reduced by itself, and read once from memory.
 //
-// forward    a task owns a group of rows: statistics in two sweeps (mean, then deviations from it), a third one
-// normalises, all of
-//            them in the first-level cache. Rows beyond kChunk elements go by chunks; a few of them, chunk by chunk on
-//            all threads.
-// backward   rows: a task owns a part, which it takes by groups of rows: a first sweep reduces g and g * xhat of each
-// row, a second
-//            writes dx and adds the group's dz and dz * xhat to one float32 sum a column, flushed to float64 every
-//            kBlockRows rows. The parts' sums are merged at the end. strips (few rows, or very long ones): blocks of
-//            rows that stay in the last-level cache, reduced by chunks, then written by strips of columns, each strip
-//            summed over all rows by one task.
+// Forward. A task owns some rows, short ones by groups: statistics in two sweeps, the mean and the deviations from it,
+// then a third that normalises, all of them in the first-level cache. Rows beyond kChunk elements go by chunks. A few
+// long rows are split: every thread takes chunks of them.
+//
+// Backward by rows. A task owns a part of the rows and takes it by groups. A first sweep reduces g and g * xhat of each
+// row; a second writes dx and adds the group's dz and dz * xhat to one float32 sum a column, flushed to float64 every
+// kBlockRows rows. The parts' sums are merged at the end.
+//
+// Backward by strips, for few rows or very long ones. Blocks of rows that stay in the last-level cache are reduced by
+// chunks and then written by strips of columns; one task sums a strip over all rows of the block.
 //
 // Sums are float32 within a chunk or block and float64 beyond. A row's result depends on nothing but the row: neither
 // on the number of threads nor on the rows around it.
@@ -22,8 +22,7 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// Rows that are swept together: one accumulator each hides the latency of an addition, and the parameters are loaded
-// once for all.
+// Rows swept together: their accumulators hide each other's latency, and a parameter is loaded once for all of them.
 template <typename T>
 constexpr int kGroup = std::max(1, 4 / Pack<T>::kVecs);
 
@@ -60,7 +59,7 @@ class ParameterArrays {
   const acc_t* place(const void* from, Dtype dtype, int64_t first, int64_t n, int64_t index) const {
     if (in_place_) return static_cast<const acc_t*>(from) + first;
     acc_t* to = copies_.data() + index * stride_;
-    std::fill(to, to + stride_, acc_t(index == 0 ? 1 : 0));
+    std::fill(from ? to + n : to, to + stride_, acc_t(index == 0 ? 1 : 0));
     if (from == nullptr) return to;
     visit(dtype, [&](auto type) {
       using U = decltype(type);
@@ -179,6 +178,8 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
 
 // ---- forward
 
+constexpr int64_t kFencedElements = 1 << 13;  // a fence after so many costs little
+
 template <typename T>
 struct RowsForward {
   using acc_t = acc_type<T>;
@@ -229,13 +230,12 @@ struct RowsForward {
     if (chunks > 1 && M < 2 * num_threads()) return long_rows<kAct>();
     const ParameterArrays<T> parameters(a, 0, N);
     if (chunks == 1) {
-      return parallel_for((M + kGroup<T> - 1) / kGroup<T>, M * N, [&](int64_t group) {
-        const int64_t begin = group * kGroup<T>, end = std::min(M, begin + kGroup<T>);
-        if (end - begin == kGroup<T>) {
-          short_rows<kAct, kGroup<T>>(begin, *parameters);
-        } else {
-          for (int64_t row = begin; row < end; ++row) short_rows<kAct, 1>(row, *parameters);
-        }
+      const int64_t rows = (stream ? kFencedElements / N / kGroup<T> + 1 : 1) * kGroup<T>;  // a task
+      return parallel_for((M + rows - 1) / rows, M * N, [&](int64_t task) {
+        const int64_t end = std::min(M, (task + 1) * rows);
+        int64_t row = task * rows;
+        for (; row + kGroup<T> <= end; row += kGroup<T>) short_rows<kAct, kGroup<T>>(row, *parameters);
+        for (; row < end; ++row) short_rows<kAct, 1>(row, *parameters);
         if (stream) stream_fence();
       });
     }
@@ -257,7 +257,7 @@ struct RowsForward {
       for (int64_t k = 0; k < chunks; ++k) m.merge(partial[row * chunks + k]);
       standardize[row] = finish(row, m);
     }
-    parallel_for_reversed(M * chunks, M * N, [&](int64_t i) {
+    parallel_for(M * chunks, M * N, [&](int64_t i) {
       const int64_t row = i / chunks, first = i % chunks * kChunk, n = chunk_length(i % chunks);
       const ParameterArrays<T> parameters(a, first, n);
       normalize<kAct>(row, first, n, standardize[row], *parameters);
@@ -365,8 +365,7 @@ struct RowsBackward {
     for (int r = 0; r < kRows; ++r) total[r] += Sums{lane_sum(g_sum[r]), lane_sum(g_xhat_sum[r])};
   }
 
-  // The means of g and g * xhat over a row: dx = (g - (xhat * mean_g_xhat + mean_g)) * rstd, zero exactly for rows of
-  // one.
+  // The means of g and g * xhat over a row: dx = (g - (xhat * mean_g_xhat + mean_g)) * rstd, exactly 0 if N = 1.
   struct RowGradient {
     acc_t mean_g, mean_g_xhat;
   };
@@ -375,8 +374,7 @@ struct RowsBackward {
     return {a.subtract_mean ? static_cast<acc_t>(sums.dz / n) : acc_t(0), static_cast<acc_t>(sums.dz_xhat / n)};
   }
 
-  // dx and dresidual of n columns; dz and dz * xhat added to dbias[] and dweight[], which can be written in whole
-  // packs.
+  // Writes dx and dresidual of n columns; adds dz and dz * xhat to dbias[] and dweight[], in whole packs.
   template <Activation kAct, int kRows>
   FASTNORM_LOOP void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
                            const RowGradient* coefficients, acc_t* dweight, acc_t* dbias) const {
@@ -422,14 +420,24 @@ struct RowsBackward {
     void clear() const { std::fill(dweight(), dweight() + 2 * stride, acc_t(0)); }
     acc_t* dweight() const { return values.data(); }
     acc_t* dbias() const { return values.data() + stride; }
+
+    // To float64, in place of what is there or added to it.
+    void flush(bool first, int64_t n, double* to_dweight, double* to_dbias) const {
+      const auto add = [&](const acc_t* from, double* to) {
+        for (int64_t j = 0; j < n; ++j) to[j] = (first ? 0.0 : to[j]) + from[j];
+      };
+      add(dweight(), to_dweight);
+      add(dbias(), to_dbias);
+      clear();
+    }
   };
 
   template <Activation kAct>
   void by_rows() const {
     const RowTasks tasks(M, N);
     const ParameterArrays<T> parameters(a, 0, N);
-    const ScratchArray<double> partial(wants_columns ? tasks.size() * 2 * N
-                                                     : 0);  // a row of dweight and one of dbias each
+    // of each task a row of dweight and one of dbias
+    const ScratchArray<double> partial(wants_columns ? tasks.size() * 2 * N : 0);
     parallel_for(tasks.size(), M * N, [&](int64_t task) {
       const ColumnSums sums(wants_columns ? N : 0);
       double *dweight = partial.data() + task * 2 * N, *dbias = dweight + N;
@@ -447,12 +455,7 @@ struct RowsBackward {
           for (int r = 0; r < kRows; ++r) coefficients[r] = row_gradient(total[r]);
           write<kAct, kRows>(row, 0, N, *parameters, coefficients, sums.dweight(), sums.dbias());
         });
-        if (wants_columns) {
-          const bool first = begin == tasks.begin(task);
-          for (int64_t j = 0; j < N; ++j) dweight[j] = (first ? 0.0 : dweight[j]) + sums.dweight()[j];
-          for (int64_t j = 0; j < N; ++j) dbias[j] = (first ? 0.0 : dbias[j]) + sums.dbias()[j];
-          sums.clear();
-        }
+        if (wants_columns) sums.flush(begin == tasks.begin(task), N, dweight, dbias);
       }
       if (stream) stream_fence();
     });
@@ -484,11 +487,17 @@ struct RowsBackward {
     for (int64_t begin = 0; begin < M; begin += rows) {
       const int64_t end = std::min(M, begin + rows);
       if (dx) {
-        parallel_for((end - begin) * chunks, (end - begin) * N, [&](int64_t i) {
-          const int64_t first = i % chunks * kChunk, n = chunk_length(i % chunks);
+        const int64_t groups = (end - begin + kGroup<T> - 1) / kGroup<T>;
+        parallel_for(groups * chunks, (end - begin) * N, [&](int64_t i) {
+          const int64_t chunk = i % chunks, first = chunk * kChunk, n = chunk_length(chunk);
+          const int64_t group = begin + i / chunks * kGroup<T>;
           const ParameterArrays<T> parameters(a, first, n);
-          partial[i] = Sums{};
-          reduce<kAct, 1>(begin + i / chunks, first, n, *parameters, &partial[i]);
+          for_groups<kAct>(group, std::min(end, group + kGroup<T>), [&](int64_t row, auto count) {
+            constexpr int kRows = decltype(count)::value;
+            Sums sums[kRows];
+            reduce<kAct, kRows>(row, first, n, *parameters, sums);
+            for (int r = 0; r < kRows; ++r) partial[(row + r - begin) * chunks + chunk] = sums[r];
+          });
         });
       }
       for (int64_t row = begin; row < end; ++row) {
@@ -496,7 +505,7 @@ struct RowsBackward {
         for (int64_t k = 0; k < (dx ? chunks : 0); ++k) sums += partial[(row - begin) * chunks + k];
         coefficients[row - begin] = row_gradient(sums);
       }
-      parallel_for_reversed(chunks, (end - begin) * N, [&](int64_t chunk) {
+      parallel_for(chunks, (end - begin) * N, [&](int64_t chunk) {
         const int64_t first = chunk * kChunk, n = chunk_length(chunk);
         const ParameterArrays<T> parameters(a, first, n);
         const ColumnSums sums(wants_columns ? n : 0);
@@ -512,8 +521,7 @@ struct RowsBackward {
           return;
         }
         double *dweight = total.data() + first, *dbias = dweight + N;
-        for (int64_t j = 0; j < n; ++j) dweight[j] = (begin == 0 ? 0.0 : dweight[j]) + sums.dweight()[j];
-        for (int64_t j = 0; j < n; ++j) dbias[j] = (begin == 0 ? 0.0 : dbias[j]) + sums.dbias()[j];
+        sums.flush(begin == 0, n, dweight, dbias);
         if (end == M) {
           write_parameter(a.dweight, a.param_dtype, first, dweight, n);
           write_parameter(a.dbias, a.param_dtype, first, dbias, n);
