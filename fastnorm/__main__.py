@@ -20,6 +20,7 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "InstanceNorm1d": (fastnorm.InstanceNorm1d(16), nn.InstanceNorm1d(16), (8, 16, 81)),
     "InstanceNorm2d": (fastnorm.InstanceNorm2d(16), nn.InstanceNorm2d(16), (8, 16, 9, 9)),
     "InstanceNorm3d": (fastnorm.InstanceNorm3d(16), nn.InstanceNorm3d(16), (4, 16, 3, 5, 5)),
+    "LocalResponseNorm": (fastnorm.LocalResponseNorm(5), nn.LocalResponseNorm(5), (4, 16, 9, 9)),
 }
 
 
