@@ -15,6 +15,7 @@
 #include <cmath>
 
 #include "columns.h"
+#include "shifted.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
@@ -248,6 +249,14 @@ struct Parts {
     for (int64_t row = full.begin(part); row < full.end(part); row += kBlockRows)
       f(row, std::min(kBlockRows, full.end(part) - row), view.width);
   }
+  // The same for spans of at most kShiftRows rows.
+  template <typename F>
+  void for_spans(int64_t part, const F& f) const {
+    if (is_rest(part)) return f(view.rows, int64_t{1}, view.rest);
+    const int64_t begin = full.begin(part), rows = full.end(part) - begin;
+    const int64_t spans = (rows + kShiftRows - 1) / kShiftRows, size = (rows + spans - 1) / spans;
+    for (int64_t row = 0; row < rows; row += size) f(begin + row, std::min(size, rows - row), view.width);
+  }
   template <typename F>
   void for_rows(int64_t part, const F& f) const {
     if (is_rest(part)) return f(view.rows, view.rest);
@@ -276,13 +285,27 @@ struct ColumnsForward {
   void statistics(double* variance) const {
     const ScratchArray<double> mean(parts.size() * width), m2(parts.size() * width);
     parallel_for(parts.size(), a.shape.numel(), [&](int64_t part) {
+      double *part_mean = &mean[part * width], *part_m2 = &m2[part * width];
+      const ColumnArray<T> shift(width);
+      const ScratchArray<double> more(2 * width);
       double before = 0;
-      parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
-        for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-          merge_tile_moments<decltype(tile)::value>(x + row * width + j, width, rows, count, before,
-                                                    &mean[part * width + j], &m2[part * width + j]);
-        });
-        before += static_cast<double>(rows);
+      parts.for_spans(part, [&](int64_t row, int64_t rows, int64_t columns) {
+        const double count = static_cast<double>(rows);
+        const auto moments = [&](double* to_mean, double* to_m2) {
+          column_moments(x + row * width, width, rows, columns, &shift[0], to_mean, to_m2);
+        };
+        if (before == 0) {
+          moments(part_mean, part_m2);
+        } else {
+          moments(&more[0], &more[width]);
+          for (int64_t j = 0; j < columns; ++j) {
+            Moments all{before, part_mean[j], part_m2[j]};
+            all.merge({count, more[j], more[width + j]});
+            part_mean[j] = all.mean;
+            part_m2[j] = all.m2;
+          }
+        }
+        before += count;
       });
     });
     parallel_for(a.shape.C, parts.size() * width, [&](int64_t c) {

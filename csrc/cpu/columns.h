@@ -66,47 +66,6 @@ int tile_columns(Partial n) {
   return n.count;
 }
 
-// Moments of `rows` elements in each column of a tile, merged into mean[] and m2[], which hold `before` rows already.
-// Scalar math: m = sum_r x[r] / rows;  s1 = sum_r (x[r] - m);  s2 = sum_r (x[r] - m)^2
-template <int kTile, typename T, typename Count>
-FASTNORM_LOOP void merge_tile_moments(const T* x, int64_t stride, int64_t rows, Count count, double before,
-                                      double* mean, double* m2) {
-  using P = Pack<T>;
-  using acc_t = acc_type<T>;
-  P m[kTile], s1[kTile], s2[kTile];
-  for (int t = 0; t < kTile; ++t) m[t] = s1[t] = s2[t] = P(0);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int t = 0; t < kTile; ++t) m[t] = m[t] + P::load(x + r * stride + t * P::kSize, count);
-  const P reciprocal(static_cast<acc_t>(1.0 / static_cast<double>(rows)));
-  for (int t = 0; t < kTile; ++t) m[t] = m[t] * reciprocal;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int t = 0; t < kTile; ++t) {
-      const P d = P::load(x + r * stride + t * P::kSize, count) - m[t];
-      s1[t] = s1[t] + d;
-      s2[t] = fmadd(d, d, s2[t]);
-    }
-  }
-  acc_t lane_m[kTile * P::kSize], lane_s1[kTile * P::kSize], lane_s2[kTile * P::kSize];
-  for (int t = 0; t < kTile; ++t) {
-    m[t].store_acc(lane_m + t * P::kSize);
-    s1[t].store_acc(lane_s1 + t * P::kSize);
-    s2[t].store_acc(lane_s2 + t * P::kSize);
-  }
-  const int columns = tile_columns<kTile, T>(count);
-  for (int j = 0; j < columns; ++j) {
-    Moments block;
-    if (!std::is_same_v<acc_t, double> && out_of_range(lane_m[j], lane_s1[j], lane_s2[j])) {
-      block = chunk_moments_float64(x + j, Runs{0, rows, stride, 1});
-    } else {
-      block = shifted_moments(static_cast<double>(rows), lane_m[j], lane_s1[j], lane_s2[j]);
-    }
-    Moments all{before, mean[j], m2[j]};
-    all.merge(block);
-    mean[j] = all.mean;
-    m2[j] = all.m2;
-  }
-}
-
 // Sums of x * y over rows begin .. end of a tile, added to sum[].
 template <int kTile, typename T, typename Count>
 FASTNORM_LOOP void add_tile_products(const T* x, const T* y, int64_t stride, int64_t begin, int64_t end, Count count,

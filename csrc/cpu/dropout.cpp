@@ -1,9 +1,8 @@
 // Dropout on the CPU: the mask is drawn 64 elements at a time, from the element's logical index, and never stored.
 //
 // elements, contiguous:     memory order is logical order; a task owns kTaskElements.
-// elements, channels_last:  a task owns kTaskRows positions s of one sample. Each Philox block holds eight consecutive
-//                           s of one channel, so eight channels' blocks are an 8 x 8 bit matrix; transposed, it masks
-//                           rows of channels.
+// elements, channels_last:  a task owns up to 64 positions s of one sample. A draw holds consecutive s of one channel,
+//                           so those of 64 channels are a square of bits; transposed, it masks rows of channels.
 // channels, contiguous:     a thread owns a stretch of memory, wherever in a channel that begins and ends: a few large
 //                           samples occupy all threads as many small channels do.
 // channels, channels_last:  a thread owns a stretch of rows; the bits of a sample's channels are drawn once and mask
@@ -17,16 +16,28 @@ namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;
-constexpr int64_t kTaskRows = 64;
+constexpr int64_t kUnalignedBits = 56;  // whole bytes of the 57 that are left of 64
 
-// bit 8 * i + j of the result is bit 8 * j + i of x (Hacker's Delight, 7-3)
-uint64_t transpose_8x8(uint64_t x) {
-  uint64_t t = (x ^ x >> 7) & 0x00AA00AA00AA00AAull;
-  x ^= t ^ t << 7;
-  t = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
-  x ^= t ^ t << 14;
-  t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
-  return x ^ t ^ t << 28;
+// Squares of 2 * kWidth bits: their upper right and lower left quarters change places.
+template <int kWidth>
+void exchange_quarters(uint64_t* rows, uint64_t right) {
+  for (int square = 0; square < 64; square += 2 * kWidth) {
+    for (int k = square; k < square + kWidth; ++k) {
+      const uint64_t difference = (rows[k] >> kWidth ^ rows[k + kWidth]) & right;
+      rows[k] ^= difference << kWidth;
+      rows[k + kWidth] ^= difference;
+    }
+  }
+}
+
+// Bit j of row i becomes bit i of row j (Hacker's Delight, 7-3).
+void transpose_64x64(uint64_t* rows) {
+  exchange_quarters<32>(rows, 0x00000000FFFFFFFFull);
+  exchange_quarters<16>(rows, 0x0000FFFF0000FFFFull);
+  exchange_quarters<8>(rows, 0x00FF00FF00FF00FFull);
+  exchange_quarters<4>(rows, 0x0F0F0F0F0F0F0F0Full);
+  exchange_quarters<2>(rows, 0x3333333333333333ull);
+  exchange_quarters<1>(rows, 0x5555555555555555ull);
 }
 
 // kShifted: alpha dropout's forward. Dropout, and the backward of both, only multiply.
@@ -85,45 +96,37 @@ struct DropoutKernel {
   }
 
   void channels_last() const {
-    const int64_t row_bytes = (C + 7) / 8, chunks = (S + kTaskRows - 1) / kTaskRows;
+    const int64_t words = (C + 63) / 64;  // of bits, a row
+    const int64_t task_rows = S % kElementsPerPhilox == 0 ? 64 : kUnalignedBits;
+    const int64_t chunks = (S + task_rows - 1) / task_rows;
     parallel_for(N * chunks, a.shape.numel(), [&](int64_t task) {
-      const int64_t n = task / chunks, s0 = task % chunks * kTaskRows, rows = std::min(kTaskRows, S - s0);
-      const ScratchArray<uint8_t> bits(kTaskRows * row_bytes);
-      for (int64_t c = 0; c < C; c += 8) channel_bits(n, c, s0, rows, &bits[c / 8], row_bytes);
-      for (int64_t r = 0; r < rows; ++r) apply((n * S + s0 + r) * C, C, &bits[r * row_bytes]);
+      const int64_t n = task / chunks, s0 = task % chunks * task_rows, rows = std::min(task_rows, S - s0);
+      const ScratchArray<uint64_t> bits(rows * words);
+      for (int64_t word = 0; word < words; ++word) {
+        uint64_t square[64] = {};
+        const int64_t channels = std::min<int64_t>(64, C - word * 64);
+        for (int64_t c = 0; c < channels; ++c) {
+          // While bits are drawn memory has nothing to do: row c of the square may come already.
+          if (c < rows) prefetch_run(x + (n * S + s0 + c) * C + word * 64, channels);
+          square[c] = draw((n * C + word * 64 + c) * S + s0);
+        }
+        transpose_64x64(square);
+        for (int64_t r = 0; r < rows; ++r) bits[r * words + word] = square[r];
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        apply((n * S + s0 + r) * C, C, reinterpret_cast<const uint8_t*>(&bits[r * words]));
       if (stream) stream_fence();
     });
   }
 
-  // The bits of channels c .. c + 7 at positions s0 .. s0 + rows - 1: a byte for each position, `row_bytes` apart.
-  void channel_bits(int64_t n, int64_t c, int64_t s0, int64_t rows, uint8_t* out, int64_t row_bytes) const {
-    uint64_t first[8];
-    int phase[8];  // where in its block a channel's position s0 is
-    bool aligned = true;
-    for (int j = 0; j < 8; ++j) {
-      const int64_t index = (n * C + c + j) * S + s0;
-      first[j] = static_cast<uint64_t>(index / kElementsPerPhilox);
-      phase[j] = static_cast<int>(index % kElementsPerPhilox);
-      aligned = aligned && phase[j] == 0;
-    }
-    EightBlocks block = EightBlocks::load(first);
-    uint64_t here = keep.of_blocks(block);
-    for (int64_t r = 0; r < rows; r += 8) {
-      block.advance();
-      uint64_t next = 0, bits = here;
-      if (r + 8 < rows || !aligned) next = keep.of_blocks(block);
-      if (!aligned) {
-        bits = 0;
-        for (int j = 0; j < 8; ++j) {
-          const uint64_t two = (here >> (8 * j) & 0xFF) | (next >> (8 * j) & 0xFF) << 8;
-          bits |= (two >> phase[j] & 0xFF) << (8 * j);
-        }
-      }
-      here = next;
-      bits = transpose_8x8(bits);
-      const int64_t end = std::min<int64_t>(8, rows - r);
-      for (int64_t i = 0; i < end; ++i) out[(r + i) * row_bytes] = static_cast<uint8_t>(bits >> (8 * i));
-    }
+  static void prefetch_run(const T* p, int64_t n) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < n; i += kLine) prefetch(p + i);
+  }
+
+  // The bits of the elements from `index` on: 64 of them if it begins a Philox block, else at least kUnalignedBits.
+  uint64_t draw(int64_t index) const {
+    return keep.of_group(static_cast<uint64_t>(index / kElementsPerPhilox)) >> (index % kElementsPerPhilox);
   }
 
   void whole_channels() const {
@@ -154,13 +157,12 @@ struct DropoutKernel {
     });
   }
 
-  // One bit for each channel of sample n. A draw of 64 bits from a whole block on holds 57 channels or more.
+  // One bit for each channel of sample n.
   void sample_bits(int64_t n, uint8_t* out) const {
-    constexpr int64_t kBytes = 7;
+    constexpr int64_t kBytes = kUnalignedBits / 8;
     const int64_t bytes = (C + 7) / 8;
     for (int64_t b = 0; b < bytes; b += kBytes) {
-      const uint64_t index = static_cast<uint64_t>(n * C + b * 8);
-      const uint64_t bits = keep.of_group(index / kElementsPerPhilox) >> (index % kElementsPerPhilox);
+      const uint64_t bits = draw(n * C + b * 8);
       std::memcpy(out + b, &bits, static_cast<size_t>(std::min(kBytes, bytes - b)));
     }
   }

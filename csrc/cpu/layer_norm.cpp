@@ -153,6 +153,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) s1[u * kRows + r] = s1[u * kRows + r] + P::load(x + r * N + i, count);
   });
+  const int64_t ahead = kRows * N;  // the next group
   acc_t m[kRows];
   for (int r = 0; r < kRows; ++r) m[r] = static_cast<acc_t>(total(s1, r) * reciprocal);
   P shift[kRows];
@@ -161,6 +162,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
   for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
+      if constexpr (kRows > 1 && std::is_same_v<decltype(count), Full>) prefetch(x + r * N + i + ahead);
       const P d = (P::load(x + r * N + i, count) - shift[r]).keep(count);
       s1[u * kRows + r] = s1[u * kRows + r] + d;
       s2[u * kRows + r] = fmadd(d, d, s2[u * kRows + r]);
@@ -385,11 +387,16 @@ struct RowsBackward {
       mean_g[r] = P(coefficients[r].mean_g);
       mean_g_xhat[r] = P(coefficients[r].mean_g_xhat);
     }
+    const int64_t ahead = kRows * N;  // the next group
     const bool past_caches = stream && fills_lines(dx + at, n) && (kRows == 1 || fills_lines(dx + at, N));
     for_packs<T>(n, [&](int64_t i, auto count, int) {
       P dz_sum(0), dz_xhat_sum(0);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
+        if constexpr (kRows > 1 && std::is_same_v<decltype(count), Full>) {
+          prefetch(rows[r].gradient.x + i + ahead);
+          prefetch(rows[r].gradient.dy + i + ahead);
+        }
         const P x_i = P::load(rows[r].gradient.x + i, count);
         const P dz = rows[r].gradient.template dz<kAct>(i, count, x_i, rows[r].affine);
         const P xhat = rows[r].affine.standardize(x_i, i);

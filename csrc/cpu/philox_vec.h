@@ -14,12 +14,10 @@ struct Lanes {
   static constexpr int kSize = 8;
   __m512i v;
 
-  static Lanes load(const uint64_t* p) { return {_mm512_loadu_si512(p)}; }
   static Lanes consecutive(uint64_t first) {
     return {_mm512_add_epi64(all(first).v, _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
   }
   static Lanes all(uint64_t x) { return {_mm512_set1_epi64(static_cast<int64_t>(x))}; }
-  Lanes plus(Lanes b) const { return {_mm512_add_epi64(v, b.v)}; }
   Lanes times(Lanes m) const { return {_mm512_mul_epu32(v, m.v)}; }
   Lanes high() const { return {_mm512_srli_epi64(v, 32)}; }
   static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
@@ -46,10 +44,8 @@ struct Lanes {
   static constexpr int kSize = 4;
   __m256i v;
 
-  static Lanes load(const uint64_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
   static Lanes consecutive(uint64_t first) { return {_mm256_add_epi64(all(first).v, _mm256_setr_epi64x(0, 1, 2, 3))}; }
   static Lanes all(uint64_t x) { return {_mm256_set1_epi64x(static_cast<int64_t>(x))}; }
-  Lanes plus(Lanes b) const { return {_mm256_add_epi64(v, b.v)}; }
   Lanes times(Lanes m) const { return {_mm256_mul_epu32(v, m.v)}; }
   Lanes high() const { return {_mm256_srli_epi64(v, 32)}; }
   static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
@@ -74,17 +70,11 @@ struct Lanes {
     for (int i = 0; i < kSize; ++i) r.v[i] = f(i);
     return r;
   }
-  static Lanes load(const uint64_t* p) {
-    return each([&](int i) { return p[i]; });
-  }
   static Lanes consecutive(uint64_t first) {
     return each([&](int i) { return first + i; });
   }
   static Lanes all(uint64_t x) {
     return each([&](int) { return x; });
-  }
-  Lanes plus(Lanes b) const {
-    return each([&](int i) { return v[i] + b.v[i]; });
   }
   Lanes times(Lanes m) const {
     return each([&](int i) { return (v[i] & 0xFFFFFFFFu) * (m.v[i] & 0xFFFFFFFFu); });
@@ -106,27 +96,7 @@ struct Lanes {
 };
 #endif
 
-// Counters stay in registers: a vector loaded right after its parts were stored one by one waits for the stores.
-struct EightBlocks {
-  static constexpr int kLanes = 8 / Lanes::kSize;
-  Lanes lanes[kLanes];
-
-  static EightBlocks load(const uint64_t* p) {
-    EightBlocks r;
-    for (int i = 0; i < kLanes; ++i) r.lanes[i] = Lanes::load(p + i * Lanes::kSize);
-    return r;
-  }
-  static EightBlocks consecutive(uint64_t first) {
-    EightBlocks r;
-    for (int i = 0; i < kLanes; ++i) r.lanes[i] = Lanes::consecutive(first + static_cast<uint64_t>(i * Lanes::kSize));
-    return r;
-  }
-  void advance() {
-    for (Lanes& l : lanes) l = l.plus(Lanes::all(1));
-  }
-};
-
-// Scalar math: byte i of the result has bit e set iff half word e of philox4x32({block[i], offset}, seed) >= threshold.
+// Scalar math: bit i of a result is set iff half word i % 8 of philox4x32({block + i / 8, offset}, seed) >= threshold.
 class KeepBits {
  public:
   KeepBits(uint64_t seed, uint64_t offset, uint32_t threshold) : offset_(offset), threshold_(threshold) {
@@ -134,15 +104,13 @@ class KeepBits {
     for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) key_[round] = {k0, k1};
   }
 
-  // Byte i belongs to block[i].
-  uint64_t of_blocks(const EightBlocks& block) const {
+  // The 64 elements from 8 * block on.
+  uint64_t of_group(uint64_t block) const {
     uint64_t bits = 0;
-    for (int i = 0; i < EightBlocks::kLanes; ++i) bits |= of_lanes(block.lanes[i]) << (i * Lanes::kSize * 8);
+    for (int i = 0; i < kElementsPerPhilox; i += Lanes::kSize)
+      bits |= of_lanes(Lanes::consecutive(block + static_cast<uint64_t>(i))) << (i * 8);
     return bits;
   }
-
-  // The 64 elements from 8 * block on.
-  uint64_t of_group(uint64_t block) const { return of_blocks(EightBlocks::consecutive(block)); }
 
  private:
   uint64_t of_lanes(Lanes block) const {

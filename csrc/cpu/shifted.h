@@ -66,41 +66,49 @@ void for_row_blocks(int64_t begin, int64_t end, const F& f) {
   for (int64_t row = begin; row < end; row += size) f(row, std::min(size, end - row));
 }
 
-// The means of `rows` rows in each column of a tile.
-template <int kTile, typename T, typename Count>
-FASTNORM_LOOP void tile_means(const T* x, int64_t stride, int64_t rows, Count count, acc_type<T>* mean) {
-  using P = Pack<T>;
-  P sum[kTile];
-  for (int t = 0; t < kTile; ++t) sum[t] = P(0);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int t = 0; t < kTile; ++t) sum[t] = sum[t] + P::load(x + r * stride + t * P::kSize, count);
-  const P reciprocal(static_cast<acc_type<T>>(1.0 / static_cast<double>(rows)));
-  for (int t = 0; t < kTile; ++t) (sum[t] * reciprocal).store_acc(mean + t * P::kSize);
+// Rows swept together: memory is read in the order it lies in, and a column's sums, which stay in the first-level
+// cache, are loaded and stored once for all of them.
+constexpr int kRowGroup = 4;
+constexpr int64_t kStrip = 512;  // columns whose sums and shifts leave room there
+
+// Calls f(row, number of rows) for `rows` rows in groups.
+template <typename F>
+void for_row_groups(int64_t rows, const F& f) {
+  int64_t row = 0;
+  for (; row + kRowGroup <= rows; row += kRowGroup) f(row, std::integral_constant<int, kRowGroup>{});
+  for (; row < rows; ++row) f(row, std::integral_constant<int, 1>{});
 }
 
-// Adds the sums over `rows` rows of (x - shift) and (x - shift)^2 in each column of a tile to s1[] and s2[].
-template <int kTile, typename T, typename Count>
-FASTNORM_LOOP void add_tile_deviations(const T* x, int64_t stride, int64_t rows, Count count, const acc_type<T>* shift,
-                                       double* s1, double* s2) {
+// Adds kRows rows of `columns` elements to sum[].
+template <int kRows, typename T>
+FASTNORM_LOOP void add_rows(const T* x, int64_t stride, int64_t columns, acc_type<T>* sum) {
   using P = Pack<T>;
-  P m[kTile], sum[kTile], squares[kTile];
-  for (int t = 0; t < kTile; ++t) {
-    m[t] = P::load_acc(shift + t * P::kSize);
-    sum[t] = squares[t] = P(0);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int t = 0; t < kTile; ++t) {
-      const P d = P::load(x + r * stride + t * P::kSize, count) - m[t];
-      sum[t] = sum[t] + d;
-      squares[t] = fmadd(d, d, squares[t]);
+  for_packs<T>(columns, [&](int64_t i, auto count, int) {
+    P s = P::load_acc(sum + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) s = s + P::load(x + r * stride + i, count);
+    s.store_acc(sum + i);
+  });
+}
+
+// Scalar math: s1[j] += sum_r (x[r][j] - shift[j]);  s2[j] += sum_r (x[r][j] - shift[j])^2
+template <int kRows, typename T>
+FASTNORM_LOOP void add_row_deviations(const T* x, int64_t stride, int64_t columns, const acc_type<T>* shift,
+                                      acc_type<T>* s1, acc_type<T>* s2) {
+  using P = Pack<T>;
+  for_packs<T>(columns, [&](int64_t i, auto count, int) {
+    const P m = P::load_acc(shift + i);
+    P sum = P::load_acc(s1 + i), squares = P::load_acc(s2 + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      prefetch(x + (r + kRows) * stride + i);
+      const P d = P::load(x + r * stride + i, count) - m;
+      sum = sum + d;
+      squares = fmadd(d, d, squares);
     }
-  }
-  acc_type<T> lane[kTile * P::kSize];
-  const int columns = tile_columns<kTile, T>(count);
-  for (int t = 0; t < kTile; ++t) sum[t].store_acc(lane + t * P::kSize);
-  for (int j = 0; j < columns; ++j) s1[j] += lane[j];
-  for (int t = 0; t < kTile; ++t) squares[t].store_acc(lane + t * P::kSize);
-  for (int j = 0; j < columns; ++j) s2[j] += lane[j];
+    sum.store_acc(s1 + i);
+    squares.store_acc(s2 + i);
+  });
 }
 
 // The moments of each column of a matrix of at most kShiftRows rows, `stride` elements from row to row. `shift` holds a
@@ -108,17 +116,32 @@ FASTNORM_LOOP void add_tile_deviations(const T* x, int64_t stride, int64_t rows,
 template <typename T>
 void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns, acc_type<T>* shift, double* mean,
                     double* m2) {
+  using acc_t = acc_type<T>;
   double *s1 = mean, *s2 = m2;
   std::fill(s1, s1 + columns, 0.0);
   std::fill(s2, s2 + columns, 0.0);
-  for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
-    for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-      constexpr int kTile = decltype(tile)::value;
-      const T* at = x + row * stride + j;
-      if (row == 0) tile_means<kTile>(at, stride, here, count, shift + j);
-      add_tile_deviations<kTile>(at, stride, here, count, shift + j, s1 + j, s2 + j);
+  for (int64_t first = 0; first < columns; first += kStrip) {
+    const int64_t n = std::min(kStrip, columns - first);
+    acc_t sum[kStrip + Pack<T>::kSize], squares[kStrip + Pack<T>::kSize];
+    for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
+      const T* block = x + row * stride + first;
+      const auto clear = [&](acc_t* sums) { std::fill(sums, sums + n + Pack<T>::kSize, acc_t(0)); };
+      if (row == 0) {
+        acc_t* m = shift + first;
+        std::fill(m, m + n, acc_t(0));
+        for_row_groups(
+            here, [&](int64_t r, auto group) { add_rows<decltype(group)::value>(block + r * stride, stride, n, m); });
+        for (int64_t j = 0; j < n; ++j) m[j] *= static_cast<acc_t>(1.0 / static_cast<double>(here));
+      }
+      clear(sum);
+      clear(squares);
+      for_row_groups(here, [&](int64_t r, auto group) {
+        add_row_deviations<decltype(group)::value>(block + r * stride, stride, n, shift + first, sum, squares);
+      });
+      for (int64_t j = 0; j < n; ++j) s1[first + j] += sum[j];
+      for (int64_t j = 0; j < n; ++j) s2[first + j] += squares[j];
     });
-  });
+  }
   bool exact = true;
   if constexpr (!std::is_same_v<acc_type<T>, double>)
     for (int64_t j = 0; j < columns; ++j) exact &= !out_of_range(shift[j], s1[j], s2[j]);
