@@ -241,7 +241,7 @@ def _instance_norm_case(input_stats: bool, act: str | None, residual: bool) -> C
 
 def _seed(seed: int) -> int:
     """The seed of the mask that a generator with this seed gives first."""
-    return int(_C.dropout_state(torch.Generator().manual_seed(seed))[0]) & (2**64 - 1)
+    return int(_C.dropout_state(torch.Generator().manual_seed(seed), torch.empty(0))[0]) & (2**64 - 1)
 
 
 _DRAWN_DIMS = {"dropout": 0, "dropout2d": 2, "alpha_dropout": 0, "feature_alpha_dropout": 2, "drop_path": 1}
