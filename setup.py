@@ -118,7 +118,7 @@ os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
 class build_ext(cpp_extension.BuildExtension):
     def build_extension(self, ext):
         for name, flags in INSTRUCTION_SETS.items():
-            macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None), *ext.define_macros]
+            macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None)]
             objects = self.compiler.compile(
                 sorted(glob("csrc/cpu/*.cpp")),
                 output_dir=str(Path(self.build_temp) / name.lower()),
@@ -134,7 +134,7 @@ class build_ext(cpp_extension.BuildExtension):
             ext.extra_objects += self.compiler.compile(
                 sorted(glob("csrc/cuda/*.cu")),
                 output_dir=str(Path(self.build_temp) / "cuda"),
-                include_dirs=["csrc", "csrc/cuda"],
+                include_dirs=[os.path.abspath("csrc"), os.path.abspath("csrc/cuda")],  # ninja runs elsewhere
                 extra_postargs={"cxx": [], "nvcc": NVCC_FLAGS},
                 depends=sorted(glob("csrc/**/*.*h", recursive=True)),
             )
