@@ -88,8 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   }
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
     const MaskRows rows = mask_rows(input, shape);
-    mask = at::empty({rows.rows, rows.bytes_per_row()},
-                     input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    mask = at::empty({rows.bytes()}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
   }
   const auto dense = [](const OptionalTensor& t) {
     return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
@@ -153,8 +152,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
               op, ": statistics must be what batch_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows rows = mask_rows(input, shape);
-    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() &&
-                    mask->is_contiguous() && mask->device() == input.device(),
+    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.bytes() && mask->is_contiguous() &&
+                    mask->device() == input.device(),
                 op, ": mask must be what batch_norm_forward returned");
   }
 

@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
   if (want_variance) variance = at::empty({shape.N, num_groups}, statistics.options());
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
     const MaskRows rows = mask_rows(input, shape);
-    mask = at::empty({rows.rows, rows.bytes_per_row()}, contiguous.dtype(at::kByte));
+    mask = at::empty({rows.bytes()}, contiguous.dtype(at::kByte));
   }
   const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
 
@@ -119,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
               kOp, ": statistics must be what group_norm_forward returned");
   if (is_given(mask)) {
     const MaskRows rows = mask_rows(input, shape);
-    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() &&
-                    mask->is_contiguous() && mask->device() == input.device(),
+    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.bytes() && mask->is_contiguous() &&
+                    mask->device() == input.device(),
                 kOp, ": mask must be what group_norm_forward returned");
   }
 

@@ -21,7 +21,8 @@ Tensor mask_slopes(const Tensor& input, const Tensor& mask, Activation activatio
   const uint8_t* bytes = bits.const_data_ptr<uint8_t>();
   for (int64_t i = 0; i < input.numel(); ++i) {
     const MaskBit bit = place(i);
-    out[i] = bytes[bit.row * rows.bytes_per_row() + bit.column / 8] >> (bit.column % 8) & 1 ? 1.0 : below;
+    const int64_t at = bit.row * rows.bits_per_row() + bit.column;
+    out[i] = bytes[at / 8] >> (at % 8) & 1 ? 1.0 : below;
   }
   return slopes.to(input.options());
 }

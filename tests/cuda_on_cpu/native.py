@@ -60,7 +60,9 @@ def new_mask(rows: int, length: int) -> Tensor:
 def channel_mask(shape: Shape) -> Tensor:
     """Rows as cuda_mask_rows() of mask.h has them."""
     N, C, S, layout = shape
-    return new_mask(N * C, S) if layout == CONTIGUOUS else new_mask(N * S, C)
+    if layout == CONTIGUOUS and S > 1:  # rows with a byte between, none aligned
+        return torch.empty((N * C * (S + 8) + 7) // 8, dtype=torch.uint8)
+    return new_mask(N * S, C)
 
 
 def _gradients(
