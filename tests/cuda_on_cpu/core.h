@@ -92,12 +92,12 @@ void report(const std::string& message);             // notes an error; the laun
 // Told of everything that orders memory accesses. One that does nothing stands in where there is no trace.
 struct Observer {
   virtual ~Observer() = default;
-  virtual void buffers_changed() {}
   virtual void launch_begins(unsigned /*blocks*/) {}
   virtual void launch_ends() {}
   virtual void group_begins() {}
   virtual void group_ends() {}
   virtual void shared_made(const Block&, const SharedArray&) {}
+  virtual void shared_freed(const SharedArray&) {}
   virtual void block_barrier(unsigned /*rank*/) {}
   virtual void cluster_barrier() {}
   virtual void warp_barrier(unsigned /*first fiber*/, unsigned /*mask*/) {}

@@ -26,6 +26,7 @@ import dataclasses
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -69,6 +70,9 @@ class Settings:
     minor: int = 0
     largest_cluster: int = 16
     misaligned: dict[str, int] = field(default_factory=dict)  # bytes by which a pointer of the contract is off
+    # in mode trace: look for races; count what accesses cost
+    races: bool = True
+    counts: bool = True
 
 
 current = Settings()
@@ -96,10 +100,31 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What the accesses to a buffer in global memory cost: a request is an instruction of a warp, a sector 32 bytes."""
+
+    bytes: int = 0
+    sectors: int = 0
+    requests: int = 0
+    ideal_sectors: int = 0  # if every request's bytes lay together
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Cost)))
+
+
+@dataclass(frozen=True)
 class Report:
     op: str
     launches: tuple[Launch, ...]
     workspace: int  # bytes
+    # in mode trace, by the names of the contract's pointers, and "workspace"
+    reads: dict[str, Cost] = field(default_factory=dict)
+    writes: dict[str, Cost] = field(default_factory=dict)
+    shared_turns: int = 0  # of requests to shared memory; more than the ideal: bank conflicts
+    ideal_shared_turns: int = 0
+
+    def total(self) -> Cost:
+        return sum((*self.reads.values(), *self.writes.values()), Cost())
 
 
 # ---- building
@@ -161,23 +186,23 @@ def _core() -> list[str]:
 
 
 def build(source: Path, mode: str, entries: str = "", csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
-    """`source` as a shared library; `entries`: code that is compiled behind it."""
+    """`source` as a shared library; `entries`: code that is compiled before it."""
     flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{csrc}", f"-I{csrc / 'cuda'}"]
     read = [source, *csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *(HERE / n for n in CORE), *HERE.glob("*.h")]
     name = f"{source.stem}-{mode}-{_digest([p for p in read if p.exists()], ' '.join(flags) + entries)}"
     library = BUILD / f"{name}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        unit = BUILD / f"{name}.{os.getpid()}.cpp"
-        unit.write_text(f'#include "{source}"\n{entries}')
+        before = BUILD / f"{name}.{os.getpid()}.h"
+        before.write_text(entries)
         kernel = BUILD / f"{name}.{os.getpid()}.o"
         try:
-            _compile([*flags, "-c", str(unit)], kernel)
+            _compile([*flags, "-include", str(before), "-c", str(source)], kernel)
             # -fsanitize=thread is not given to the linker: trace.cpp has its functions
             sanitizers = [f for f in flags if f.startswith("-fsanitize=") and mode == "asan"]
             _compile(["-shared", "-Wl,-Bsymbolic", *sanitizers, str(kernel), *(o for o in _core())], library)
         finally:
-            unit.unlink(missing_ok=True)
+            before.unlink(missing_ok=True)
             kernel.unlink(missing_ok=True)
     return _declare(ctypes.CDLL(str(library)))
 
@@ -191,6 +216,10 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.emulator_errors.restype = ctypes.c_char_p
     library.emulator_launches.restype = i64
     library.emulator_launch.argtypes = [i64, ctypes.POINTER(i64)]
+    library.trace_start.argtypes = [i, i]
+    library.trace_add_buffer.argtypes = [p, i64, i64, i64, ctypes.c_char_p, i]
+    library.trace_buffer_cost.argtypes = [i64, ctypes.POINTER(i64)]
+    library.trace_shared_cost.argtypes = [ctypes.POINTER(i64)]
     return library
 
 
@@ -220,12 +249,16 @@ def has_kernel(op: str) -> bool:
 
 def asan_environment() -> dict[str, str]:
     """What a process needs to load kernels built in mode asan."""
-    libasan = subprocess.run(
-        [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+
+    def library(name: str) -> str:
+        command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return str(Path(found).resolve())
+
     return {
         **os.environ,
-        "LD_PRELOAD": str(Path(libasan).resolve()),
+        # libstdc++ too: AddressSanitizer looks for the function that throws when it starts
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
@@ -245,7 +278,7 @@ def _raw(t: Tensor) -> Tensor:
 class _Buffer:
     """A tensor's copy in the emulator's memory: exact size, every other byte around it 0xff, which makes NaNs."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, bytes_: int, writable: bool, content: Tensor | None) -> None:
+    def __init__(self, name: str, bytes_: int, writable: bool, content: Tensor | None) -> None:
         off = current.misaligned.get(name, 0)
         self.name, self.writable = name, writable
         self._memory = torch.full((bytes_ + 2 * GUARD + 2 * ALIGNMENT,), 0xFF, dtype=torch.uint8)
@@ -256,7 +289,6 @@ class _Buffer:
             self.bytes.copy_(content)
         self._before = None if writable else self.bytes.clone()
         self.address = self._memory.data_ptr() + self._start
-        library.emulator_add_buffer(self.address, bytes_, GUARD - ALIGNMENT, name.encode(), writable)
 
     def check(self) -> None:
         """After the emulator let go of the memory."""
@@ -281,21 +313,56 @@ def _set(structure: ctypes.Structure, name: str, value: Any) -> None:
     setattr(structure, name, of(*value) if isinstance(value, tuple) else value)
 
 
+class Session:
+    """The emulated device with its memory, for one call of a launcher."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.buffers: dict[str, _Buffer] = {}
+
+    def __enter__(self) -> Session:
+        c, library = current, self.library
+        library.emulator_set_device(c.multiprocessors, c.shared_per_block, c.l2, c.major, c.minor, c.largest_cluster)
+        library.emulator_set_order(ORDERS.index(c.order), LANDINGS.index(c.landing), c.seed)
+        if c.mode == "trace":
+            library.trace_start(c.races, c.counts)
+        return self
+
+    def add(self, name: str, bytes_: int, element: int, writable: bool, content: Tensor | None) -> _Buffer:
+        """Memory of a name; `element`: the bytes that are never shared by two threads."""
+        buffer = self.buffers[name] = _Buffer(name, bytes_, writable, content)
+        guard = GUARD - ALIGNMENT
+        self.library.emulator_add_buffer(buffer.address, bytes_, guard, name.encode(), writable)
+        if current.mode == "trace":
+            holds_data = content is not None
+            self.library.trace_add_buffer(buffer.address, bytes_, element, guard, name.encode(), holds_data)
+        return buffer
+
+    def check(self, failed: int) -> None:
+        message = self.library.entry_error() if failed else self.library.emulator_errors()
+        if message:
+            raise KernelError(_with_lines(self.library, message.decode()))
+
+    def report(self, op: str, workspace: int) -> Report:
+        return Report(op, _launches(self.library), workspace, *_costs(self.library, list(self.buffers)))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.library.emulator_clear_buffers(GUARD - ALIGNMENT)
+        self.library.trace_clear()
+        if kind is None:
+            for buffer in self.buffers.values():
+                buffer.check()
+
+
 def call(op: str, **fields: Any) -> Report:
     """Runs a kernel's launcher. Fields as the contract has them: tensors or None for pointers, tuples for structs."""
     contract: Contract = contracts()[op]
-    library = _kernels(contract.stem, current.mode, csrc)
     args = contract.structure()
-    buffers: dict[str, _Buffer] = {}
+    names = {p.name for p in contract.pointers}
+    for name in fields.keys() - names:
+        _set(args, name, fields[name])
     outputs: list[tuple[Tensor, _Buffer]] = []
-    c = current
-    library.emulator_set_device(c.multiprocessors, c.shared_per_block, c.l2, c.major, c.minor, c.largest_cluster)
-    library.emulator_set_order(ORDERS.index(c.order), LANDINGS.index(c.landing), c.seed)
-    try:
-        pointers = {p.name: p for p in contract.pointers}
-        for name in fields:
-            if name not in pointers:
-                _set(args, name, fields[name])
+    with Session(_kernels(contract.stem, current.mode, csrc)) as session:
         by_place: dict[tuple[int, int], _Buffer] = {}
         # outputs first, so that an input which is the same memory shares the writable buffer
         for p in sorted(contract.pointers, key=lambda p: p.is_input):
@@ -304,32 +371,45 @@ def call(op: str, **fields: Any) -> Report:
                 continue
             raw = _raw(t)
             key = raw.data_ptr(), len(raw)
-            if key in by_place:
-                if p.is_input and by_place[key].writable:
-                    by_place[key].bytes.copy_(raw)
-            else:
+            if key not in by_place:
                 keep = p.is_input or p.name in _UPDATED or (op, p.name) in _UPDATED
-                by_place[key] = _Buffer(library, p.name, len(raw), not p.is_input, raw if keep else None)
-            buffers[p.name] = by_place[key]
-            setattr(args, p.name, buffers[p.name].address)
+                keep = keep or any(i.is_input and fields.get(i.name) is t for i in contract.pointers)
+                by_place[key] = session.add(p.name, len(raw), t.element_size(), not p.is_input, raw if keep else None)
+            setattr(args, p.name, by_place[key].address)
             if not p.is_input:
-                outputs.append((raw, buffers[p.name]))
-        bytes_ = getattr(library, f"{op}_workspace")(ctypes.byref(args))
-        buffers["workspace"] = _Buffer(library, "workspace", bytes_, True, None)
-        failed = getattr(library, f"{op}_run")(ctypes.byref(args), buffers["workspace"].address)
-        if failed:
-            raise KernelError(library.entry_error().decode())
-        if errors := library.emulator_errors().decode():
-            raise KernelError(f"{op}: {errors}")
-        report = Report(op, _launches(library), bytes_)
-    finally:
-        library.emulator_clear_buffers(GUARD - ALIGNMENT)
-    for buffer in buffers.values():
-        buffer.check()
+                outputs.append((raw, by_place[key]))
+        bytes_ = getattr(session.library, f"{op}_workspace")(ctypes.byref(args))
+        workspace = session.add("workspace", bytes_, 2, True, None)
+        session.check(getattr(session.library, f"{op}_run")(ctypes.byref(args), workspace.address))
+        report = session.report(op, bytes_)
     for raw, buffer in outputs:
         raw.copy_(buffer.bytes)
     reports.append(report)
     return report
+
+
+def _with_lines(library: ctypes.CDLL, message: str) -> str:
+    """@address@ of trace.cpp as file:line."""
+
+    def line(match: re.Match[str]) -> str:
+        command = ["addr2line", "-e", library._name, f"0x{match[1]}"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        return found[0].rsplit("/", 1)[-1] if found else match[0]
+
+    return re.sub(r"@([0-9a-f]+)@", line, message)
+
+
+def _costs(library: ctypes.CDLL, names: list[str]) -> tuple[dict[str, Cost], dict[str, Cost], int, int]:
+    if current.mode != "trace":
+        return {}, {}, 0, 0
+    reads, writes = {}, {}
+    for i, name in enumerate(names):
+        numbers = (ctypes.c_int64 * 8)()
+        library.trace_buffer_cost(i, numbers)
+        reads[name], writes[name] = Cost(*numbers[:4]), Cost(*numbers[4:])
+    shared = (ctypes.c_int64 * 2)()
+    library.trace_shared_cost(shared)
+    return reads, writes, *shared
 
 
 def _launches(library: ctypes.CDLL) -> tuple[Launch, ...]:

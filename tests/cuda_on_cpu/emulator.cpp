@@ -282,7 +282,10 @@ void leave(Arrivals& arrivals, const char* what) {
 }
 
 void free_shared(Block& block) {
-  for (const SharedArray& a : block.shared) std::free(a.p);
+  for (const SharedArray& a : block.shared) {
+    observer->shared_freed(a);
+    std::free(a.p);
+  }
   block.shared.clear();
 }
 
@@ -749,7 +752,6 @@ EXPORT void emulator_add_buffer(void* p, int64_t bytes, int64_t guard, const cha
     __asan_poison_memory_region(c + bytes, static_cast<size_t>(guard));
     __asan_unpoison_memory_region(c, static_cast<size_t>(bytes));  // of the granule that holds both
   }
-  emulator::observer->buffers_changed();
 }
 
 EXPORT void emulator_clear_buffers(int64_t guard) {
@@ -759,7 +761,6 @@ EXPORT void emulator_clear_buffers(int64_t guard) {
   emulator::all_buffers.clear();
   emulator::errors.clear();
   emulator::launches.clear();
-  emulator::observer->buffers_changed();
 }
 
 EXPORT const char* emulator_errors() { return emulator::errors.c_str(); }

@@ -58,9 +58,9 @@ def new_mask(rows: int, length: int) -> Tensor:
 
 
 def channel_mask(shape: Shape) -> Tensor:
-    """Rows as cuda_mask_rows() of mask.h has them."""
+    """As cuda_mask_rows() of mask.h has it: planes' bits by their elements' indices, eight more between two planes."""
     N, C, S, layout = shape
-    if layout == CONTIGUOUS and S > 1:  # rows with a byte between, none aligned
+    if layout == CONTIGUOUS and S > 1:
         return torch.empty((N * C * (S + 8) + 7) // 8, dtype=torch.uint8)
     return new_mask(N * S, C)
 
