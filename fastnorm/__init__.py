@@ -7,6 +7,7 @@ from fastnorm.build import build_info
 from fastnorm.convert import ConversionReport, conversion_report, convert, revert
 from fastnorm.dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from fastnorm.fallback import FallbackWarning, set_fallback
+from fastnorm.fold import fold_batch_norm
 from fastnorm.group_norm import GroupNorm
 from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.layer_norm import LayerNorm
@@ -44,6 +45,7 @@ __all__ = [
     "build_info",
     "conversion_report",
     "convert",
+    "fold_batch_norm",
     "functional",
     "mc_dropout",
     "mc_predict",

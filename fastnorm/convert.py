@@ -210,26 +210,26 @@ def conversion_report(model: nn.Module, *, skip: Skip = ()) -> ConversionReport:
 
 def _layers(model: nn.Module, skip: Skip) -> Iterator[tuple[str, nn.Module, str | None]]:
     """Name, module and the reason not to convert it, of everything that normalises or drops, each module once."""
-    skipped = _skipped(model, skip)
+    skipped = skipped_modules("convert", model, skip)
     for name, module in model.named_modules():
         reason = _reason(module)
         if reason is None and type(module) not in _OF_TORCH and not isinstance(module, _FASTNORM_KINDS):
             continue
-        yield name, module, "skipped" if id(module) in skipped else reason
+        yield name, module, "skipped" if module in skipped else reason
 
 
-def _skipped(model: nn.Module, skip: Skip) -> set[int]:
-    """The ids of what skip tells, and of everything inside. A shared module needs to be named only once."""
-    roots = []
+def skipped_modules(op: str, model: nn.Module, skip: Skip) -> set[nn.Module]:
+    """What ``skip`` tells, with everything inside. A shared module needs to be named only once."""
     if callable(skip):
         roots = [module for name, module in model.named_modules() if skip(name, module)]
     else:
+        roots = []
         for name in [skip] if isinstance(skip, str) else skip:
             try:
                 roots.append(model.get_submodule(name))
             except AttributeError:
-                raise ValueError(f"convert: skip must name modules of the model, got {name!r}") from None
-    return {id(module) for root in roots for module in root.modules()}
+                raise ValueError(f"{op}: skip must name modules of the model, got {name!r}") from None
+    return {module for root in roots for module in root.modules()}
 
 
 def _reason(module: nn.Module) -> str | None:
