@@ -3,15 +3,26 @@
 #   make test     all tests
 #   make lint     ruff and clang-format
 #   make bench    benchmarks against torch.nn
+# and for NVIDIA GPUs, with a CUDA toolkit:
+#   make cuda-check          without a GPU: all CUDA kernels compile and none spills; the build passes the CPU's tests
+#   make gpu-check OUT=DIR   with a GPU: tests, compute-sanitizer and benchmarks on it, tables in DIR
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+CXX_FILES := $(wildcard csrc/*.* csrc/*/*.*)
 PYTHON_FILES := setup.py fastnorm tests benchmarks examples
 
-.PHONY: ladder test lint format bench build clean
+# The CUDA build has an environment and a tree of its own: its torch is another, and so is its extension of the same name.
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CURDIR)/$(CUDA_VENV)/bin
+CUDA_TORCH := 2.11.0
+CUDA_TREE := build/cuda
+CUDA_CHECKED := 8.0 9.0 10.0 12.0
+NVCC := $(shell command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc)
+
+.PHONY: ladder test lint format bench build cuda-check gpu-check clean
 .DEFAULT_GOAL := build
 
 # torch first and by its exact version: an open range would pull the CUDA build, gigabytes of it.
@@ -39,6 +50,30 @@ test: build
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+$(CUDA_VENV)/.ready: Makefile
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(CUDA_TORCH)
+	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" ninja pybind11 numpy \
+		"pytest>=8" "hypothesis>=6"
+	touch $@
+
+# The objects of kernels are made anew: it is their compiler's words that are checked. tests/test_isa.py and
+# tests/test_ladder.py have nothing to do with the build.
+cuda-check:
+	@test -n "$(NVCC)" || { echo "cuda-check: needs a CUDA toolkit, but there is no nvcc"; exit 1; }
+	$(MAKE) $(CUDA_VENV)/.ready
+	rm -rf $(CUDA_TREE)/*/ && mkdir -p $(CUDA_TREE)
+	tar -cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml csrc fastnorm tests | tar -xf - -C $(CUDA_TREE)
+	cd $(CUDA_TREE) && { NVCC_APPEND_FLAGS=-Xptxas=-v TORCH_CUDA_ARCH_LIST="$(CUDA_CHECKED)" \
+		$(CUDA_BIN)/python setup.py build_ext --inplace > log.txt 2>&1 || { cat log.txt; exit 1; }; }
+	$(CUDA_BIN)/python tests/cuda_check.py $(CUDA_TREE)/log.txt
+	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m fastnorm
+	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m pytest -q tests --ignore tests/test_isa.py --ignore tests/test_ladder.py $(ARGS)
+
+gpu-check:
+	@test -n "$(OUT)" || { echo "gpu-check: needs OUT=DIR, where the tables go"; exit 1; }
+	$(PYTHON) benchmarks/gpu_check.py $(OUT)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -1,13 +1,20 @@
-"""Build of fastnorm._C: host code and CUDA once, csrc/cpu once per instruction set, linked into one extension."""
+"""Build of fastnorm._C: host code and CUDA once, csrc/cpu once per instruction set, linked into one extension.
 
+CUDA is compiled in iff torch was built with it, there is a toolkit, and FASTNORM_CUDA is not 0; a GPU is not asked for.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") chooses the architectures, CUDA_HOME the toolkit, MAX_JOBS how many files at once.
+"""
+
+import os
 import platform
+import re
 import shutil
 import subprocess
 from glob import glob
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils import cpp_extension
 
 # Flags and namespace of each instruction set.
 INSTRUCTION_SETS = {"DEFAULT": []}
@@ -33,11 +40,85 @@ CXX_FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 
+# torch's BuildExtension takes away the operators and conversions of half and bfloat16; -U gives them back.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"]
+NVCC_FLAGS += ["-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF2_OPERATORS__"]
+NVCC_FLAGS += ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
+ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
-class build_ext(BuildExtension):
+
+def find_cuda_home():
+    """The toolkit that CUDA_HOME or CUDA_PATH names, else nvcc's own, else /usr/local/cuda; None if there is none.
+
+    nvcc may be a script that calls the compiler somewhere else, so it is asked where it is.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [named] if named else []
+    nvcc = shutil.which("nvcc")
+    if nvcc and not named:
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        candidates += re.findall(r"TOP=(\S+)", dryrun.stdout + dryrun.stderr)
+    if not named:
+        candidates.append("/usr/local/cuda")
+    homes = [Path(c).resolve() for c in candidates]
+    return next((h for h in homes if (h / "include/cuda_runtime.h").exists() and (h / "bin/nvcc").exists()), None)
+
+
+def check_cuda_version(cuda_home):
+    """CUDA's libraries are compatible within a major version, so the toolkit must be of torch's."""
+    said = subprocess.run([cuda_home / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    toolkit = re.search(r"release (\d+)\.\d+", said)
+    wanted = torch.version.cuda.split(".")[0]
+    if toolkit and toolkit[1] != wanted:
+        raise SystemExit(
+            f"fastnorm: torch {torch.__version__} needs a CUDA {wanted} toolkit, but {cuda_home} is CUDA {toolkit[1]}: "
+            f"set CUDA_HOME to a CUDA {wanted} toolkit, or FASTNORM_CUDA=0 to build for the CPU alone"
+        )
+
+
+def architectures(cuda_home):
+    """Compute capabilities, as 90 for 9.0, to compile machine code for, and those to add PTX for."""
+    listed = subprocess.run([cuda_home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = {int(n) for n in re.findall(r"compute_(\d+)$", listed.stdout, re.MULTILINE)}
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    binaries, ptx = [], []
+    for name in named or ARCHITECTURES.split():
+        match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", name)
+        if not match:
+            raise SystemExit(f"fastnorm: TORCH_CUDA_ARCH_LIST has entries as 9.0 or 9.0+PTX, got {name!r}")
+        capability = int(match[1] + match[2])
+        if capability in known:
+            binaries.append(capability)
+            ptx += [capability] if match[3] else []
+        elif named:
+            raise SystemExit(f"fastnorm: {cuda_home} cannot compile for {name}, only for {sorted(known)}")
+    if not named and not ptx:  # a toolkit older than our list: devices newer than it compile its latest for themselves
+        ptx = [max(binaries)]
+    return binaries, ptx
+
+
+CUDA_HOME = find_cuda_home() if torch.version.cuda and os.environ.get("FASTNORM_CUDA") != "0" else None
+CUDA_MACROS = []
+if CUDA_HOME:
+    check_cuda_version(CUDA_HOME)
+    cpp_extension.CUDA_HOME = str(CUDA_HOME)  # torch's guess is where `nvcc` lies
+    BINARIES, PTX = architectures(CUDA_HOME)
+    NVCC_FLAGS += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in BINARIES]
+    NVCC_FLAGS += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in PTX]
+    CUDA_MACROS = [
+        ("FASTNORM_WITH_CUDA", None),
+        ("FASTNORM_CUDA_BINARIES", ",".join(map(str, BINARIES))),
+        ("FASTNORM_CUDA_PTX", ",".join(map(str, PTX))),
+        ("FASTNORM_CUDA_OPS", ",".join(sorted(Path(f).stem for f in glob("csrc/cuda/*.cu")))),
+    ]
+# Else ninja starts a compiler or two more than there are processors, each of up to 2 GB.
+os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
+
+
+class build_ext(cpp_extension.BuildExtension):
     def build_extension(self, ext):
         for name, flags in INSTRUCTION_SETS.items():
-            macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None), *ext.define_macros]
+            macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None)]
             objects = self.compiler.compile(
                 sorted(glob("csrc/cpu/*.cpp")),
                 output_dir=str(Path(self.build_temp) / name.lower()),
@@ -49,6 +130,14 @@ class build_ext(BuildExtension):
             if name != "DEFAULT":
                 check_no_shared_names(objects, name)
             ext.extra_objects += objects
+        if CUDA_HOME:
+            ext.extra_objects += self.compiler.compile(
+                sorted(glob("csrc/cuda/*.cu")),
+                output_dir=str(Path(self.build_temp) / "cuda"),
+                include_dirs=[os.path.abspath("csrc"), os.path.abspath("csrc/cuda")],  # ninja runs elsewhere
+                extra_postargs={"cxx": [], "nvcc": NVCC_FLAGS},
+                depends=sorted(glob("csrc/**/*.*h", recursive=True)),
+            )
         super().build_extension(ext)
 
 
@@ -69,9 +158,10 @@ def check_no_shared_names(objects, instruction_set):
 
 setup(
     ext_modules=[
-        CppExtension(
+        (cpp_extension.CUDAExtension if CUDA_HOME else cpp_extension.CppExtension)(
             "fastnorm._C",
             sorted(glob("csrc/*.cpp")),
+            define_macros=CUDA_MACROS,
             extra_compile_args={"cxx": CXX_FLAGS},
             extra_link_args=["-fopenmp"],
         )

@@ -9,6 +9,8 @@
 #include <limits>
 
 #include "checks.h"
+#include "device.h"
+#include "mask_slopes.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -17,6 +19,11 @@ static constexpr const char *kOp = "batch_norm", *kRenorm = "batch_renorm";
 
 static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
   return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
+}
+
+// The mask's rows where the input is.
+static MaskRows mask_rows(const Tensor& input, const Shape& shape) {
+  return input.is_cuda() ? cuda_mask_rows(shape) : mask_rows(shape);
 }
 
 static void check_channels(const char* op, const Tensor& input) {
@@ -76,13 +83,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   if (input.numel() == 0) {
     // As torch does: a batch that is counted but teaches nothing.
     statistics.zero_();
-    if (training && is_given(num_batches_tracked)) ++*num_batches_tracked->mutable_data_ptr<int64_t>();
+    if (training && is_given(num_batches_tracked)) num_batches_tracked->add_(1);
     return {y, statistics, mask};
   }
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
-    const MaskRows rows = mask_rows(shape);
-    mask = at::empty({rows.rows, rows.bytes_per_row()},
-                     input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    const MaskRows rows = mask_rows(input, shape);
+    mask = at::empty({rows.bytes()}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
   }
   const auto dense = [](const OptionalTensor& t) {
     return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
@@ -118,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   args.r_max = r_max;
   args.d_max = d_max;
   args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  cpu::batch_norm_forward(args);
+  FASTNORM_RUN(batch_norm_forward, args, input);
 
   if (training) {
     for (const OptionalTensor* t : {&running_mean, &running_var, &num_batches_tracked})
@@ -142,13 +148,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const Activation act = activation_of(op, activation);
   const Shape shape = shape_of(input);
   TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == (corrected ? 4 : 2) * shape.C &&
-                  statistics.is_contiguous(),
+                  statistics.is_contiguous() && statistics.device() == input.device(),
               op, ": statistics must be what batch_norm_forward returned");
   if (is_given(mask)) {
-    const MaskRows rows = mask_rows(shape);
-    TORCH_CHECK(
-        mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() && mask->is_contiguous(),
-        op, ": mask must be what batch_norm_forward returned");
+    const MaskRows rows = mask_rows(input, shape);
+    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.bytes() && mask->is_contiguous() &&
+                    mask->device() == input.device(),
+                op, ": mask must be what batch_norm_forward returned");
   }
 
   const auto dense = [](const OptionalTensor& t) {
@@ -184,23 +190,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;
   args.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
   args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
-  cpu::batch_norm_backward(args);
+  FASTNORM_RUN(batch_norm_backward, args, input);
   return {dx, dweight, dbias, dresidual};
 }
 
-// Plain loops: only a double backward comes here.
 Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {
-  const double below = activation_of(kOp, activation) == Activation::kRelu ? 0.0 : kLeakySlope;
   const Shape shape = shape_of(input);
-  const MaskRows rows = mask_rows(shape);
-  const Tensor slopes = empty_in_layout(input.to(at::kDouble), shape.layout);
-  double* out = slopes.mutable_data_ptr<double>();
-  const uint8_t* bits = mask.const_data_ptr<uint8_t>();
-  for (int64_t i = 0; i < shape.numel(); ++i) {
-    const int64_t row = i / rows.length, j = i % rows.length;
-    out[i] = bits[row * rows.bytes_per_row() + j / 8] >> (j % 8) & 1 ? 1.0 : below;
-  }
-  return slopes.to(input.scalar_type());
+  const MaskRows rows = mask_rows(input, shape);
+  return mask_slopes(input, mask, activation_of(kOp, activation), rows,
+                     [&rows](int64_t i) { return MaskBit{i / rows.length, i % rows.length}; });
 }
 
 }  // namespace fastnorm

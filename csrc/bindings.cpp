@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "device.h"
 #include "isa.h"
 #include "ops.h"
 
@@ -51,5 +52,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("instruction_set", instruction_set, "The instruction set that the kernels use in this process.");
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
-  m.attr("cuda_architectures") = py::tuple();  // there are no CUDA kernels yet
+
+  const fastnorm::CudaBuild& cuda = fastnorm::cuda_build();
+  m.def("cuda_build_runs_on", fastnorm::cuda_build_runs_on,
+        "Whether a device of compute capability 90 (9.0) can run it.");
+  m.attr("cuda_version") = cuda.version;
+  m.attr("cuda_binaries") = cuda.binaries;
+  m.attr("cuda_ptx") = cuda.ptx;
+  m.attr("cuda_ops") = cuda.ops;
 }

@@ -3,14 +3,16 @@
 
 #include <c10/util/Exception.h>
 
+#include "device.h"
 #include "tensors.h"
 
 namespace fastnorm {
 
 // NotImplementedError, which Python turns into a call of torch's own op: work that no kernel covers.
 inline void check_supported(const char* op, const Tensor& input) {
-  TORCH_CHECK_NOT_IMPLEMENTED(input.is_cpu() && input.layout() == at::kStrided && !input.is_quantized(), op,
-                              ": no kernel for a ", input.layout(), " tensor on ", input.device());
+  check_device(op, input);
+  TORCH_CHECK_NOT_IMPLEMENTED(input.layout() == at::kStrided && !input.is_quantized(), op, ": no kernel for a ",
+                              input.layout(), " tensor on ", input.device());
   const auto type = input.scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
                               op, ": no kernel for ", type);

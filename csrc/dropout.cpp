@@ -5,11 +5,22 @@
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
+#include "device.h"
 #include "ops.h"
 
 namespace fastnorm {
 
-Tensor dropout_state(const std::optional<at::Generator>& generator) {
+Tensor dropout_state(const std::optional<at::Generator>& generator, const Tensor& input) {
+  check_supported("dropout", input);
+#ifdef FASTNORM_WITH_CUDA
+  if (input.is_cuda()) {
+    const bool of_cpu = generator && generator->defined() && generator->device().is_cpu();
+    if (!of_cpu) return cuda_dropout_state(generator, input);
+    TORCH_CHECK(
+        !is_captured(input),
+        "dropout: generator must not be on cpu while a CUDA graph is captured: every replay would have one mask");
+  }
+#endif
   auto* gen = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   const Tensor state = at::empty({2}, at::TensorOptions().dtype(at::kLong));
   int64_t* p = state.mutable_data_ptr<int64_t>();
@@ -26,9 +37,10 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
                     int64_t channel_dims, bool inplace) {
   check_supported(op, input);
   TORCH_CHECK_VALUE(p >= 0 && p <= 1, op, ": p must be in [0, 1], got ", p);
-  TORCH_CHECK(state.scalar_type() == at::kLong && state.numel() == 2 && state.is_contiguous() && state.is_cpu(), op,
-              ": state must be two contiguous numbers of type Long on the CPU, got shape ", state.sizes(), " of type ",
-              state.scalar_type());
+  TORCH_CHECK(state.scalar_type() == at::kLong && state.numel() == 2 && state.is_contiguous() &&
+                  (state.is_cpu() || state.device() == input.device()),
+              op, ": state must be two contiguous numbers of type Long on cpu or ", input.device(), ", got shape ",
+              state.sizes(), " of type ", state.scalar_type(), " on ", state.device());
   TORCH_CHECK(channel_dims >= 0 && channel_dims <= std::min<int64_t>(2, input.dim()), op,
               ": channel_dims must be in [0, ", std::min<int64_t>(2, input.dim()), "], got ", channel_dims);
 
@@ -54,12 +66,17 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
   if (inplace && dense) input.unsafeGetTensorImpl()->bump_version();
   if (input.numel() > 0) {
     args.dtype = dtype_of(x);
-    args.seed = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[0]);
-    args.offset = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[1]);
+    const int64_t* numbers = state.const_data_ptr<int64_t>();
+    if (state.is_cpu()) {
+      args.seed = static_cast<uint64_t>(numbers[0]);
+      args.offset = static_cast<uint64_t>(numbers[1]);
+    } else {
+      args.state = numbers;
+    }
     args.level = level(p);
     args.x = x.const_data_ptr();
     args.y = y.mutable_data_ptr();
-    cpu::dropout(args);
+    FASTNORM_RUN(dropout, args, input);
   }
   if (inplace && !dense) input.copy_(y);
   return inplace ? input : y;

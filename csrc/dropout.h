@@ -42,8 +42,8 @@ struct Dropout {
   bool by_channel;  // one draw a channel: index(n, c, s) = n * C + c; otherwise one an element: (n * C + c) * S + s
   Dtype dtype;
   uint64_t seed, offset;
-  const int64_t* state;  // on a CUDA device: where seed and offset lie instead, for the kernel to read them, so that a
-                         // captured graph draws another mask at each replay; null on the CPU
+  const int64_t* state;  // on a CUDA device, unless null: where seed and offset lie instead, for the kernel to read
+                         // them, so that a captured graph draws another mask at each replay
   DropoutLevel level;
   const void* x;
   void* y;  // may be x
@@ -52,3 +52,16 @@ struct Dropout {
 }  // namespace fastnorm
 
 FASTNORM_DECLARE_KERNEL(dropout, Dropout)
+
+namespace fastnorm::cuda {
+
+// While a graph is captured, torch's generator says where its seed and offset will lie at each replay:
+//   state[0] = dropout_seed(*seed, *offset + added),   state[1] = 0                       all of it in device memory
+struct DropoutState {
+  const int64_t *seed, *offset;
+  uint64_t added;
+  int64_t* state;
+};
+void dropout_state(const DropoutState& args, const Queue&);
+
+}  // namespace fastnorm::cuda

@@ -6,7 +6,9 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "checks.h"
+#include "device.h"
 #include "groups.h"
+#include "mask_slopes.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -23,6 +25,11 @@ static OptionalTensor dense(const OptionalTensor& t) {
 
 static OptionalTensor dense_in(const OptionalTensor& t, Layout layout) {
   return is_given(t) ? OptionalTensor(in_layout(*t, layout)) : OptionalTensor();
+}
+
+// The mask's rows where the input is.
+static MaskRows mask_rows(const Tensor& input, const Shape& shape) {
+  return input.is_cuda() ? cuda_mask_rows(shape) : group_mask_rows(shape);
 }
 
 static void check_groups(const Tensor& input, int64_t num_groups) {
@@ -56,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
   }
   if (want_variance) variance = at::empty({shape.N, num_groups}, statistics.options());
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
-    const MaskRows rows = group_mask_rows(shape);
-    mask = at::empty({rows.rows, rows.bytes_per_row()}, contiguous.dtype(at::kByte));
+    const MaskRows rows = mask_rows(input, shape);
+    mask = at::empty({rows.bytes()}, contiguous.dtype(at::kByte));
   }
   const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
 
@@ -77,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
   args.rstd = args.mean + shape.N * num_groups;
   args.variance = variance.defined() ? variance.mutable_data_ptr<double>() : nullptr;
   args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  cpu::group_norm_forward(args);
+  FASTNORM_RUN(group_norm_forward, args, input);
   return {y, statistics, mask, variance};
 }
 
@@ -107,13 +114,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   const Activation act = activation_of(kOp, activation);
   const Shape shape = shape_of(input);
   const int64_t slices = shape.N * num_groups;
-  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * slices && statistics.is_contiguous(),
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * slices &&
+                  statistics.is_contiguous() && statistics.device() == input.device(),
               kOp, ": statistics must be what group_norm_forward returned");
   if (is_given(mask)) {
-    const MaskRows rows = group_mask_rows(shape);
-    TORCH_CHECK(
-        mask->scalar_type() == at::kByte && mask->numel() == rows.rows * rows.bytes_per_row() && mask->is_contiguous(),
-        kOp, ": mask must be what group_norm_forward returned");
+    const MaskRows rows = mask_rows(input, shape);
+    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.bytes() && mask->is_contiguous() &&
+                    mask->device() == input.device(),
+                kOp, ": mask must be what group_norm_forward returned");
   }
 
   const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
@@ -143,25 +151,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;
   args.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
   args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
-  cpu::group_norm_backward(args);
+  FASTNORM_RUN(group_norm_backward, args, input);
   return {dx, dweight, dbias, dresidual};
 }
 
-// Plain loops: only a double backward comes here.
 Tensor group_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {
-  const double below = activation_of(kOp, activation) == Activation::kRelu ? 0.0 : kLeakySlope;
   const Shape shape = shape_of(input);
+  const MaskRows rows = mask_rows(input, shape);
   const SampleRows sample = sample_rows(shape);
-  const int64_t per_sample = shape.C * shape.S, bytes_per_row = group_mask_rows(shape).bytes_per_row();
-  const Tensor slopes = empty_in_layout(input.to(at::kDouble), shape.layout);
-  double* out = slopes.mutable_data_ptr<double>();
-  const uint8_t* bits = mask.const_data_ptr<uint8_t>();
-  for (int64_t i = 0; i < shape.numel(); ++i) {
-    const int64_t row = i / per_sample * sample.size() + i % per_sample / sample.width;
-    const int64_t j = i % per_sample % sample.width;
-    out[i] = bits[row * bytes_per_row + j / 8] >> (j % 8) & 1 ? 1.0 : below;
-  }
-  return slopes.to(input.scalar_type());
+  const int64_t per_sample = shape.C * shape.S;
+  const bool by_sample = !input.is_cuda();  // on the CPU a sample's last row may be shorter than the others
+  return mask_slopes(input, mask, activation_of(kOp, activation), rows, [&](int64_t i) {
+    if (!by_sample) return MaskBit{i / rows.length, i % rows.length};
+    const int64_t j = i % per_sample;
+    return MaskBit{i / per_sample * sample.size() + j / sample.width, j % sample.width};
+  });
 }
 
 }  // namespace fastnorm

@@ -3,6 +3,7 @@
 #include "instance_norm.h"
 
 #include "checks.h"
+#include "device.h"
 #include "groups.h"
 #include "ops.h"
 
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, co
     args.variance = variance.const_data_ptr<double>();
     args.running_mean = running_mean->mutable_data_ptr();
     args.running_var = running_var->mutable_data_ptr();
-    cpu::instance_norm_running(args);
+    FASTNORM_RUN(instance_norm_running, args, input);
     for (const OptionalTensor* t : {&running_mean, &running_var})
       if (!(*t)->is_inference()) (*t)->unsafeGetTensorImpl()->bump_version();
   }

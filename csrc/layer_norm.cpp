@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "checks.h"
+#include "device.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const
   args.y = y.mutable_data_ptr();
   if (keep) set_statistics(args, statistics.mutable_data_ptr());
   args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  cpu::layer_norm_forward(args);
+  FASTNORM_RUN(layer_norm_forward, args, input);
   return {y, statistics, mask};
 }
 
@@ -166,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gra
   args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;
   args.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
   args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
-  cpu::layer_norm_backward(args);
+  FASTNORM_RUN(layer_norm_backward, args, input);
   return {dx, dweight, dbias, dresidual};
 }
 

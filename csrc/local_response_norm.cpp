@@ -4,6 +4,7 @@
 #include <string>
 
 #include "checks.h"
+#include "device.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -53,7 +54,7 @@ Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alp
   args.setting = setting;
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
-  cpu::local_response_norm_forward(args);
+  FASTNORM_RUN(local_response_norm_forward, args, input);
   return y;
 }
 
@@ -77,7 +78,7 @@ Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& inp
   args.x = x.const_data_ptr();
   args.dy = dy.const_data_ptr();
   args.dx = dx.mutable_data_ptr();
-  cpu::local_response_norm_backward(args);
+  FASTNORM_RUN(local_response_norm_backward, args, input);
   return dx;
 }
 

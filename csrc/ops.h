@@ -29,8 +29,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
 // batch_norm_forward.
 Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation);
 
-// -> int64 [2]: the seed and offset of one mask, taken from `generator` (the CPU's default one if none is given).
-Tensor dropout_state(const std::optional<at::Generator>& generator);
+// -> int64 [2]: the seed and offset of one mask for `input`, taken from `generator`: one of the CPU or of input's
+// device, the default one of that device if none is given.
+Tensor dropout_state(const std::optional<at::Generator>& generator, const Tensor& input);
 
 // -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions have a draw each, 0: one an
 // element.

@@ -43,6 +43,15 @@ FASTNORM_HOST_DEVICE inline Philox4x32 dropout_bits(uint64_t seed, uint64_t offs
                     seed);
 }
 
+// The seed of a mask from the seed and offset of a CUDA generator of torch's: a draw of Philox at a place that torch's
+// own kernels, whose counters are (offset, thread), do not reach. So a mask shares no bits with other random numbers.
+FASTNORM_HOST_DEVICE inline uint64_t dropout_seed(uint64_t seed, uint64_t offset) {
+  constexpr uint32_t kPlace = 0xFFFFFFFFu;
+  const Philox4x32 drawn =
+      philox4x32({{static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), kPlace, kPlace}}, seed);
+  return drawn.word[0] | static_cast<uint64_t>(drawn.word[1]) << 32;
+}
+
 }  // namespace
 
 // The probability that is drawn: p rounded to a multiple of 2^-16. An element is dropped iff its 16 bits are below

@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "checks.h"
+#include "device.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& w
   args.kept_u = kept_u.mutable_data_ptr();
   args.kept_v = kept_v.mutable_data_ptr();
   args.sigma = sigma.mutable_data_ptr<double>();
-  cpu::spectral_norm_forward(args);
+  FASTNORM_RUN(spectral_norm_forward, args, weight);
 
   if (permuted) {
     if (iterations > 0) from_memory_order(v_row, weight, v);
@@ -125,7 +126,7 @@ Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight_, 
   args.v = v_row.const_data_ptr();
   args.sigma = sigma.const_data_ptr<double>();
   args.dweight = dweight.mutable_data_ptr();
-  cpu::spectral_norm_backward(args);
+  FASTNORM_RUN(spectral_norm_backward, args, weight);
   return dweight;
 }
 

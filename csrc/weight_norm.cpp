@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "checks.h"
+#include "device.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -70,7 +71,7 @@ static std::tuple<Tensor, Tensor> forward(const Tensor& g_, const Tensor& v_) {
   args.g = g.const_data_ptr();
   args.w = w.mutable_data_ptr();
   args.norm = norm.mutable_data_ptr<double>();
-  cpu::weight_norm_forward(args);
+  FASTNORM_RUN(weight_norm_forward, args, v);
   return {w, norm};
 }
 
@@ -94,7 +95,7 @@ static torch::autograd::variable_list backward(const Tensor& dw_, const Tensor& 
   args.norm = norm.const_data_ptr<double>();
   args.dv = dv.defined() ? dv.mutable_data_ptr() : nullptr;
   args.dg = dg.defined() ? dg.mutable_data_ptr() : nullptr;
-  cpu::weight_norm_backward(args);
+  FASTNORM_RUN(weight_norm_backward, args, v);
   return {dg, dv};
 }
 

@@ -4,8 +4,10 @@ from fastnorm import autograd, functional, parametrizations
 from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from fastnorm.build import build_info
+from fastnorm.convert import ConversionReport, conversion_report, convert, revert
 from fastnorm.dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from fastnorm.fallback import FallbackWarning, set_fallback
+from fastnorm.fold import fold_batch_norm
 from fastnorm.group_norm import GroupNorm
 from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.layer_norm import LayerNorm
@@ -22,6 +24,7 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "ConversionReport",
     "DropPath",
     "Dropout",
     "Dropout1d",
@@ -40,9 +43,13 @@ __all__ = [
     "__version__",
     "autograd",
     "build_info",
+    "conversion_report",
+    "convert",
+    "fold_batch_norm",
     "functional",
     "mc_dropout",
     "mc_predict",
     "parametrizations",
+    "revert",
     "set_fallback",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 # torch's own op for each name, with the parameters that the kernels have.
 TORCH_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -28,3 +30,15 @@ def add_and_activate(z: torch.Tensor, residual: torch.Tensor | None, activation:
     if residual is not None:
         z = z + residual
     return z if activation is None else TORCH_ACTIVATIONS[activation](z)
+
+
+def norm_with_residual(norm: nn.Module, input: torch.Tensor, residual: Any) -> torch.Tensor:
+    """activation(norm(input) + residual), in one kernel where it takes the residual; what a fused forward calls.
+
+    A residual of another shape or type, which torch would broadcast or promote, is added in torch.
+    """
+    if isinstance(residual, torch.Tensor) and residual.shape == input.shape and residual.dtype == input.dtype:
+        return norm(input, residual=residual)
+    plain = nn.Module.__new__(type(norm))
+    plain.__dict__.update(vars(norm), activation=None)  # of the same tensors: running statistics go on
+    return add_and_activate(plain(input), residual, norm.activation)

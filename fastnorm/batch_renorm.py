@@ -74,6 +74,9 @@ def batch_renorm(
 class _BatchRenorm(_BatchNorm):
     """What the three modules share."""
 
+    # num_batches_tracked, and the version and the value that it has after the forward that was last prepared
+    _expected: tuple[Tensor, int, int] | None = None
+
     def __init__(
         self,
         num_features: int,
@@ -104,6 +107,21 @@ class _BatchRenorm(_BatchNorm):
         self.r_max = r_max
         self.d_max = d_max
 
+    def _tracked(self) -> int:
+        """num_batches_tracked as a number.
+
+        It is read back from the device only if something else than this module's forward has written it: waiting for
+        the device at each step would cost more than the op.
+        """
+        tensor = self.num_batches_tracked
+        if self.skip_nonfinite_stats or tensor.is_inference():
+            return int(tensor)  # whether the last batch counted, only the device knows
+        known, version, value = self._expected or (None, 0, 0)
+        if known is not tensor or version != tensor._version:
+            value = int(tensor)
+        self._expected = tensor, tensor._version + 1, value + 1
+        return value
+
     @property
     def _renorm(self) -> tuple[float, float]:
         """r_max and d_max for the next batch."""
@@ -111,7 +129,7 @@ class _BatchRenorm(_BatchNorm):
         if not self.training:
             return 1.0, 0.0
         if callable(r_max) or callable(d_max):
-            tracked = int(self.num_batches_tracked)
+            tracked = self._tracked()
             r_max = r_max(tracked) if callable(r_max) else r_max
             d_max = d_max(tracked) if callable(d_max) else d_max
         return r_max, d_max

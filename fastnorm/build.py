@@ -9,12 +9,13 @@ from fastnorm.version import __version__
 
 
 def build_info() -> dict[str, object]:
-    """Versions, instruction set in use, CUDA architectures and threads.
+    """Versions, instruction set in use, what was built for CUDA, and threads.
 
     Returns:
         ``fastnorm``, ``torch``, ``torch_built_with`` (the torch version that the extension was compiled against),
         ``compiler``, ``instruction_set`` (of the CPU kernels in this process: AVX512, AVX2, NEON or default),
-        ``cuda_architectures`` (compiled in, empty in a CPU-only build) and ``threads``.
+        ``cuda`` (version of the toolkit it was compiled with), ``cuda_architectures`` (machine code as sm_90, PTX as
+        compute_90), ``cuda_ops`` (the ops with kernels), all three empty in a CPU-only build, and ``threads``.
 
     Example:
         >>> fastnorm.build_info()["fastnorm"]
@@ -26,6 +27,8 @@ def build_info() -> dict[str, object]:
         "torch_built_with": _C.torch_version,
         "compiler": _C.compiler,
         "instruction_set": _C.instruction_set(),
-        "cuda_architectures": list(_C.cuda_architectures),
+        "cuda": _C.cuda_version,
+        "cuda_architectures": [f"sm_{n}" for n in _C.cuda_binaries] + [f"compute_{n}" for n in _C.cuda_ptx],
+        "cuda_ops": [name for name in _C.cuda_ops.split(",") if name],
         "threads": torch.get_num_threads(),
     }

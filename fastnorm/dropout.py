@@ -94,7 +94,7 @@ def _dropout(
     reason = uncovered_transform(op)
     if reason is None:
         try:
-            state = _C.dropout_state(generator)
+            state = _C.dropout_state(generator, input)
             if alpha:
                 function = _apply_alpha_dropout if differentiated else _C.alpha_dropout
             else:
@@ -118,16 +118,19 @@ def dropout(
         y[i] = input[i] * keep[i] / (1 - p),   P(keep[i]) = 1 - p
 
     The mask comes from Philox4x32-10 (Salmon et al. 2011), 16 bits an element, at the element's index in logical order:
-    one seed gives one mask whatever the data type, the layout or the number of threads. p is rounded to a multiple of
-    2**-16, and the scale is the reciprocal of what is then kept. A dropped NaN or inf gives NaN, as in torch.
+    one seed gives one mask whatever the device, the data type, the layout or the number of threads. p is rounded to a
+    multiple of 2**-16, and the scale is the reciprocal of what is then kept. A dropped NaN or inf gives NaN, as in
+    torch.
 
     Args:
         input: any shape; float64, float32, bfloat16 or float16.
         p: probability of an element to be zeroed, in [0, 1].
         training: False returns the input.
         inplace: write the result into the input.
-        generator: where the seed comes from, 64 bits a call; torch's default CPU generator if None, so
-            torch.manual_seed and torch.random.fork_rng act as they do on torch's dropout.
+        generator: where the seed comes from, 64 bits a call: one of the input's device or, for one mask on every
+            device, of the CPU. If None torch's default one of the input's device, so torch.manual_seed and
+            torch.random.fork_rng act as they do on torch's dropout. A captured CUDA graph draws another mask at each
+            replay.
 
     Raises:
         ValueError: p outside [0, 1], or NaN.

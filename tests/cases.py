@@ -25,6 +25,28 @@ TORCH_ACTIVATION = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_rel
 # error may exceed it, by up to this factor.
 SLACK = 1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2.0
 
+
+def _devices() -> tuple[str, ...]:
+    if not torch.cuda.is_available():
+        return ("cpu",)
+    major, minor = torch.cuda.get_device_capability()
+    return ("cpu", "cuda") if _C.cuda_build_runs_on(major * 10 + minor) else ("cpu",)
+
+
+# Where the table runs: on the CPU, and on a CUDA device if there is one and the build has kernels for it.
+DEVICES = _devices()
+
+
+@cache
+def ramps(C: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Statistics of C channels, of numbers that every type holds; made on the CPU, for every device alike.
+
+    Not to be written, and made once, so that nothing is copied to a device while a graph is captured there.
+    """
+    ramp = torch.linspace(0.5, 2.0, C).bfloat16()
+    return ramp.to(device, dtype), ramp.flip(0).to(device, dtype)
+
+
 # One element, primes, vector lengths and their neighbours, planes below and above the size that changes the path.
 IMAGE_SHAPES = (
     (2, 1, 1, 1),
@@ -64,10 +86,13 @@ class Case:
     # and erf add their own two to four.
     units: int = 4
 
-    def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 1.0, std: float = 2.0) -> list[Tensor]:
+    def inputs(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", mean: float = 1.0, std: float = 2.0
+    ) -> list[Tensor]:
+        """The same numbers on every device."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name}{shape}".encode()))
         x = (torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean).to(dtype)
-        return [x, *self.parameters(x, generator)]
+        return [t.to(device) for t in (x, *self.parameters(x, generator))]
 
     def __str__(self) -> str:
         return self.name
@@ -92,10 +117,7 @@ def mask_bytes(x: Tensor) -> int:
 
 def _batch_norm_case(training: bool, act: str | None, residual: bool) -> Case:
     def statistics(x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        if training:
-            return None, None
-        ramp = torch.linspace(0.5, 2.0, x.shape[1]).bfloat16()  # numbers that every type holds
-        return ramp.to(x.dtype), ramp.flip(0).to(x.dtype)
+        return (None, None) if training else ramps(x.shape[1], x.dtype, x.device)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
         return fn.batch_norm(x, *statistics(x), weight, bias, training, residual=z, activation=act)
@@ -136,9 +158,9 @@ def _batch_renorm_case(act: str | None, residual: bool) -> Case:
         """
         C = x.shape[1]
         if x.shape == case.small:
-            return torch.full((C,), 500.0, dtype=x.dtype), torch.full((C,), 4096.0, dtype=x.dtype)
-        ramp = torch.linspace(0.5, 2.0, C).bfloat16()  # numbers that every type holds
-        return ramp.to(x.dtype), ramp.flip(0).to(x.dtype)
+            return x.new_full((C,), 500.0), x.new_full((C,), 4096.0)
+        mean, var = ramps(C, x.dtype, x.device)
+        return mean.clone(), var.clone()
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
         return fn.batch_renorm(x, *statistics(x), weight, bias, True, **limits, residual=z, activation=act)
@@ -205,8 +227,8 @@ def _group_norm_case(groups: str, act: str | None, residual: bool) -> Case:
 
 def _instance_norm_case(input_stats: bool, act: str | None, residual: bool) -> Case:
     def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-        ramp = torch.linspace(0.5, 2.0, x.shape[1]).bfloat16()  # numbers that every type holds
-        return ramp.to(x.dtype), ramp.flip(0).to(x.dtype)
+        mean, var = ramps(x.shape[1], x.dtype, x.device)
+        return mean.clone(), var.clone()
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
         return fn.instance_norm(x, *statistics(x), weight, bias, input_stats, residual=z, activation=act)
@@ -241,7 +263,7 @@ def _instance_norm_case(input_stats: bool, act: str | None, residual: bool) -> C
 
 def _seed(seed: int) -> int:
     """The seed of the mask that a generator with this seed gives first."""
-    return int(_C.dropout_state(torch.Generator().manual_seed(seed))[0]) & (2**64 - 1)
+    return int(_C.dropout_state(torch.Generator().manual_seed(seed), torch.empty(0))[0]) & (2**64 - 1)
 
 
 _DRAWN_DIMS = {"dropout": 0, "dropout2d": 2, "alpha_dropout": 0, "feature_alpha_dropout": 2, "drop_path": 1}
@@ -256,7 +278,8 @@ def _dropout_case(p: float, function: str = "dropout") -> Case:
 
     def run_torch(x: Tensor) -> Tensor:
         # the reference's mask: with the library's own, a wrong one would excuse itself
-        factor = reference.dropout(torch.ones_like(x), p, _seed(7), channel_dims=channel_dims)
+        ones = torch.ones_like(x, device="cpu")
+        factor = reference.dropout(ones, p, _seed(7), channel_dims=channel_dims).to(x.device)
         if "alpha" not in function or p == 1:
             return x * factor
         return torch_alpha_dropout(x, factor != 0, p)
@@ -382,16 +405,17 @@ def _weight_norm_case(dim: int | None) -> Case:
 
 def _spectral_norm_case(dim: int) -> Case:
     @cache
-    def directions(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def directions(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The first singular vectors of the case's own weight of this shape, rounded to what every type holds."""
         if 0 in shape:
-            return torch.zeros(shape[dim]), torch.zeros(math.prod(shape) // max(1, shape[dim]))
+            lengths = shape[dim], math.prod(shape) // max(1, shape[dim])
+            return tuple(torch.zeros(n, dtype=dtype, device=device) for n in lengths)
         matrix = reference.as_matrix(case.inputs(shape, torch.float64)[0], dim)
-        return tuple(t.bfloat16() for t in reference.power_method(matrix, torch.ones_like(matrix[0]), 20))
+        found = reference.power_method(matrix, torch.ones_like(matrix[0]), 20)
+        return tuple(t.bfloat16().to(device, dtype) for t in found)
 
     def vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-        u, v = directions(tuple(x.shape))
-        return u.to(x.dtype), v.to(x.dtype)
+        return directions(tuple(x.shape), x.dtype, x.device)
 
     def run_torch(x: Tensor) -> Tensor:
         u, v = vectors(x)

@@ -56,7 +56,7 @@ def test_the_two_values_are_those_of_torch(p: float) -> None:
 
 def test_mask_is_that_of_dropout_for_any_type_layout_and_number_of_threads() -> None:
     shape = (8, 24, 17, 19)
-    seed = int(_C.dropout_state(generator())[0]) & (2**64 - 1)
+    seed = int(_C.dropout_state(generator(), torch.empty(0))[0]) & (2**64 - 1)
     wanted = ~dropout_keep(math.prod(shape), 0.3, seed).view(shape)
     assert torch.equal(fn.dropout(torch.ones(shape), 0.3, generator=generator()) == 0, wanted)
     channels = ~dropout_keep(8 * 24, 0.3, seed).view(8, 24, 1, 1).expand(shape)
@@ -149,7 +149,7 @@ def test_errors(function) -> None:
             function(torch.ones(2, 3), p, True)
     with pytest.raises(NotImplementedError, match=f"^{name}: no kernel for Long$"):
         function(torch.ones(2, 3, dtype=torch.int64), 0.5, True)
-    state = _C.dropout_state(None)
+    state = _C.dropout_state(None, torch.empty(0))
     for wrong in (state[:1], state.int()):
         with pytest.raises(RuntimeError, match=r"^alpha_dropout: state must be"):
             _C.alpha_dropout(torch.ones(2, 3), 0.5, wrong, 0, False)

@@ -152,6 +152,34 @@ def test_fallback_keeps_every_keyword() -> None:
     assert norm.num_batches_tracked == 1
 
 
+def test_the_schedule_reads_the_count_only_where_something_else_wrote_it() -> None:
+    """On a CUDA device reading it waits for all work before."""
+    seen: list[int] = []
+
+    def r_max(batches: int) -> float:
+        seen.append(batches)
+        return 2.0
+
+    norm = fastnorm.BatchRenorm1d(3, r_max=r_max)
+    x = torch.randn(8, 3)
+    for _ in range(3):
+        norm(x)
+    norm.num_batches_tracked.data.fill_(100)  # behind autograd's back: would be seen only by reading
+    norm(x)
+    norm.load_state_dict({**norm.state_dict(), "num_batches_tracked": torch.tensor(20)})
+    norm(x)
+    copy.deepcopy(norm)(x)
+    norm.num_batches_tracked.zero_()
+    with pytest.raises(RuntimeError):
+        norm(x[:, :2])
+    norm(x)
+    assert seen == [0, 1, 2, 3, 20, 21, 0, 0]
+    careful = fastnorm.BatchRenorm1d(3, r_max=r_max, skip_nonfinite_stats=True)
+    for batch in (x, x * float("inf"), x):
+        careful(batch)
+    assert seen[8:] == [0, 1, 1]
+
+
 X = torch.ones(4, 3, 5, 5)
 WRONG = {
     "r_max": (lambda: fn.batch_renorm(X, *statistics(3), training=True, r_max=0.9), ValueError, "r_max must be at l"),

@@ -31,7 +31,7 @@ def test_rate_of_dropping_and_mean(p: float) -> None:
 
 
 def test_samples_of_any_size_and_layout() -> None:
-    seed = int(_C.dropout_state(generator())[0]) & (2**64 - 1)
+    seed = int(_C.dropout_state(generator(), torch.empty(0))[0]) & (2**64 - 1)
     for N in (1, 2, 7, 130):
         keep = dropout_keep(N, 0.5, seed)
         for rest in ((), (1,), (63,), (3, 5), (17, 9, 11), (2, 3, 5, 7)):

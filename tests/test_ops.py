@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, SLACK, Case
+from cases import CASES, DEVICES, SLACK, Case
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_device = pytest.mark.parametrize("device", DEVICES)
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 
 
@@ -24,14 +25,14 @@ def differentiate(function, tensors: list[Tensor], dy: Tensor) -> tuple[Tensor, 
     return y.detach(), list(torch.autograd.grad(y, leaves, dy))
 
 
-def cotangent(case: Case, x: Tensor) -> Tensor:
+def cotangent(x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(x.numel())
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest magnitude wanted; infinite if NaNs are not where they should be."""
-    got = got.double()
+    got = got.double().cpu()
     if not torch.equal(got.isnan(), wanted.isnan()):
         return float("inf")
     scale = wanted.nan_to_num().abs().max().item() if wanted.numel() else 0.0
@@ -50,11 +51,12 @@ def assert_as_accurate(name: str, units: int, got: Tensor, torch_got: Tensor, wa
 
 
 def compare(case: Case, tensors: list[Tensor], layout=lambda t: t) -> None:
-    dy = cotangent(case, tensors[0])
+    dy = cotangent(tensors[0])
     laid = [layout(t) if t.dim() == tensors[0].dim() else t for t in tensors]
     y, grads = differentiate(case.fastnorm, laid, layout(dy))
     torch_y, torch_grads = differentiate(case.torch, tensors, dy)
-    wanted_y, wanted_grads = differentiate(case.reference, [t.double() for t in tensors], dy.double())
+    exact = [t.double().cpu() for t in (*tensors, dy)]
+    wanted_y, wanted_grads = differentiate(case.reference, exact[:-1], exact[-1])
     assert_as_accurate("y", case.units, y, torch_y, wanted_y)
     for i, (g, torch_g, wanted) in enumerate(zip(grads, torch_grads, wanted_grads, strict=True)):
         assert_as_accurate(f"gradient of argument {i}", case.units, g, torch_g, wanted)
@@ -62,32 +64,36 @@ def compare(case: Case, tensors: list[Tensor], layout=lambda t: t) -> None:
 
 @every_dtype
 @every_case
-def test_against_float64(case: Case, dtype: torch.dtype) -> None:
+@every_device
+def test_against_float64(case: Case, dtype: torch.dtype, device: str) -> None:
     for shape in case.shapes:
-        compare(case, case.inputs(shape, dtype))
+        compare(case, case.inputs(shape, dtype, device))
 
 
 @every_dtype
 @every_case
-def test_against_float64_channels_last(case: Case, dtype: torch.dtype) -> None:
+@every_device
+def test_against_float64_channels_last(case: Case, dtype: torch.dtype, device: str) -> None:
     for shape in case.shapes:
-        compare(case, case.inputs(shape, dtype), channels_last)
+        compare(case, case.inputs(shape, dtype, device), channels_last)
 
 
 @pytest.mark.parametrize("mean", (1e3, 1e5))
 @every_case
-def test_mean_far_above_std(case: Case, mean: float) -> None:
+@every_device
+def test_mean_far_above_std(case: Case, mean: float, device: str) -> None:
     if not case.subtracts_mean:
         pytest.skip("nothing is subtracted")
     for shape in case.shapes[:4]:
-        compare(case, case.inputs(shape, torch.float32, mean=mean, std=1.0))
-        compare(case, case.inputs(shape, torch.float32, mean=mean, std=1.0), channels_last)
+        compare(case, case.inputs(shape, torch.float32, device, mean=mean, std=1.0))
+        compare(case, case.inputs(shape, torch.float32, device, mean=mean, std=1.0), channels_last)
 
 
 @every_case
-def test_output_has_the_layout_of_the_input(case: Case) -> None:
+@every_device
+def test_output_has_the_layout_of_the_input(case: Case, device: str) -> None:
     for shape in case.shapes:
-        tensors = case.inputs(shape, torch.float32)
+        tensors = case.inputs(shape, torch.float32, device)
         for layout in (lambda t: t, channels_last):
             x = layout(tensors[0])
             y = case.fastnorm(x, *tensors[1:])
@@ -104,10 +110,11 @@ STRIDES = {
 
 @pytest.mark.parametrize("name", STRIDES)
 @every_case
-def test_other_strides(case: Case, name: str) -> None:
+@every_device
+def test_other_strides(case: Case, name: str, device: str) -> None:
     for shape in case.shapes[:4]:
-        tensors = case.inputs(shape, torch.float32)
-        dy = cotangent(case, tensors[0])
+        tensors = case.inputs(shape, torch.float32, device)
+        dy = cotangent(tensors[0])
         y, grads = differentiate(case.fastnorm, tensors, dy)
         strided = [STRIDES[name](t) if t.shape == tensors[0].shape else t for t in tensors]
         other_y, other_grads = differentiate(case.fastnorm, strided, STRIDES[name](dy))
@@ -117,11 +124,12 @@ def test_other_strides(case: Case, name: str) -> None:
 
 
 @every_case
-def test_expanded_gradient(case: Case) -> None:
+@every_device
+def test_expanded_gradient(case: Case, device: str) -> None:
     """What y.sum().backward() sends: a gradient of one element and zero strides."""
-    tensors = case.inputs(case.shapes[1], torch.float32)
+    tensors = case.inputs(case.shapes[1], torch.float32, device)
     _, grads = differentiate(case.fastnorm, tensors, torch.ones_like(tensors[0]))
-    _, expanded = differentiate(case.fastnorm, tensors, torch.ones(()).expand(tensors[0].shape))
+    _, expanded = differentiate(case.fastnorm, tensors, torch.ones((), device=device).expand(tensors[0].shape))
     for a, b in zip(grads, expanded, strict=True):
         assert torch.equal(a, b)
 
@@ -131,11 +139,13 @@ BIG_SHAPES = ((4, 3, 90, 90), (8, 32, 40, 41), (33, 40, 9, 3))
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
 @every_case
-def test_same_bits_for_any_number_of_threads(case: Case, dtype: torch.dtype) -> None:
+@every_device
+def test_same_bits_for_any_number_of_threads(case: Case, dtype: torch.dtype, device: str) -> None:
+    """And at every run: on a CUDA device there are no threads to vary."""
     for shape in BIG_SHAPES:
         for layout in (lambda t: t, channels_last):
-            tensors = [layout(t) for t in case.inputs(shape, dtype)]
-            dy = layout(cotangent(case, tensors[0]))
+            tensors = [layout(t) for t in case.inputs(shape, dtype, device)]
+            dy = layout(cotangent(tensors[0]))
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -147,9 +157,10 @@ def test_same_bits_for_any_number_of_threads(case: Case, dtype: torch.dtype) -> 
 
 
 @every_case
-def test_inputs_and_gradient_are_not_written(case: Case) -> None:
-    tensors = case.inputs(case.shapes[2], torch.float32)
-    dy = cotangent(case, tensors[0])
+@every_device
+def test_inputs_and_gradient_are_not_written(case: Case, device: str) -> None:
+    tensors = case.inputs(case.shapes[2], torch.float32, device)
+    dy = cotangent(tensors[0])
     before = [t.clone() for t in (*tensors, dy)]
     differentiate(case.fastnorm, tensors, dy)
     for t, old in zip((*tensors, dy), before, strict=True):
@@ -157,20 +168,22 @@ def test_inputs_and_gradient_are_not_written(case: Case) -> None:
 
 
 @every_case
-def test_empty(case: Case) -> None:
+@every_device
+def test_empty(case: Case, device: str) -> None:
     for shape in case.empty:
-        tensors = case.inputs(shape, torch.float32)
-        y, grads = differentiate(case.fastnorm, tensors, torch.zeros(shape))
+        tensors = case.inputs(shape, torch.float32, device)
+        y, grads = differentiate(case.fastnorm, tensors, torch.zeros(shape, device=device))
         assert y.shape == tensors[0].shape
         for g, t in zip(grads, tensors, strict=True):
             assert g.shape == t.shape and not g.any()
 
 
 @every_case
-def test_only_wanted_gradients(case: Case) -> None:
+@every_device
+def test_only_wanted_gradients(case: Case, device: str) -> None:
     """Each tensor alone requiring grad: the same gradient as when all do, and a grad_fn only where one is due."""
-    tensors = case.inputs(case.shapes[2], torch.float32)
-    dy = cotangent(case, tensors[0])
+    tensors = case.inputs(case.shapes[2], torch.float32, device)
+    dy = cotangent(tensors[0])
     _, all_grads = differentiate(case.fastnorm, tensors, dy)
     for i, wanted in enumerate(all_grads):
         leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate(tensors)]
@@ -183,40 +196,45 @@ def test_only_wanted_gradients(case: Case) -> None:
 
 
 @every_case
-def test_gradcheck(case: Case) -> None:
+@every_device
+def test_gradcheck(case: Case, device: str) -> None:
+    """On a CUDA device, where thousands of tiny calls take seconds, along one random direction."""
     for layout in (lambda t: t, channels_last):
-        tensors = [layout(t).requires_grad_() for t in case.inputs(case.small, torch.float64)]
-        assert torch.autograd.gradcheck(case.fastnorm, tensors, check_undefined_grad=True)
+        tensors = [layout(t).requires_grad_() for t in case.inputs(case.small, torch.float64, device)]
+        assert torch.autograd.gradcheck(case.fastnorm, tensors, check_undefined_grad=True, fast_mode=device != "cpu")
 
 
 @every_case
-def test_gradgradcheck(case: Case) -> None:
-    tensors = [t.requires_grad_() for t in case.inputs(case.small, torch.float64)]
-    assert torch.autograd.gradgradcheck(case.fastnorm, tensors)
+@every_device
+def test_gradgradcheck(case: Case, device: str) -> None:
+    tensors = [t.requires_grad_() for t in case.inputs(case.small, torch.float64, device)]
+    assert torch.autograd.gradgradcheck(case.fastnorm, tensors, fast_mode=device != "cpu")
 
 
 @every_case
-def test_third_derivative(case: Case) -> None:
+@every_device
+def test_third_derivative(case: Case, device: str) -> None:
     """create_graph twice: against the same derivative of the float64 reference."""
 
-    def third(function) -> Tensor:
-        x, *rest = (t.requires_grad_() for t in case.inputs(case.small, torch.float64))
+    def third(function, device: str) -> Tensor:
+        x, *rest = (t.requires_grad_() for t in case.inputs(case.small, torch.float64, device))
         value = function(x, *rest)
         for power in (3, 2):
             (value,) = torch.autograd.grad((value**power).sum(), x, create_graph=True)
         (value,) = torch.autograd.grad((value**2).sum(), x)
         return value
 
-    got, wanted = third(case.fastnorm), third(case.reference)
+    got, wanted = third(case.fastnorm, device).cpu(), third(case.reference, "cpu")
     # derivatives of third order of a function with 1/std in it: rounding grows by the condition of each step
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
 @every_case
-def test_kept_for_backward(case: Case, dtype: torch.dtype) -> None:
+@every_device
+def test_kept_for_backward(case: Case, dtype: torch.dtype, device: str) -> None:
     """The input if it is needed, the parameters, and no more than the case allows."""
-    tensors = [t.requires_grad_() for t in case.inputs((4, 32, 16, 18), dtype)]
+    tensors = [t.requires_grad_() for t in case.inputs((4, 32, 16, 18), dtype, device)]
     allowed = {t.data_ptr() for i, t in enumerate(tensors[1:]) if case.saves is None or i in case.saves}
     if case.saves_input:
         allowed.add(tensors[0].data_ptr())

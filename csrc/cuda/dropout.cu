@@ -1,0 +1,252 @@
+// Dropout on a CUDA device: one read, one write, nothing saved. The mask is drawn again wherever it is needed, from the
+// seed and an element's logical index, eight elements a Philox block (philox.h).
+//
+// elements, contiguous:     a warp owns 256 elements, and each of its lanes draws one block. An access of 16 bytes holds
+//                           8, 4 or 2 elements of 16, 32 or 64 bits, so that lanes that follow each other in memory
+//                           get their bits from the lane that drew them.
+// elements, channels_last:  a warp owns 32 channels of kStripRows positions. A block holds eight positions of one
+//                           channel: each lane draws for its channel, and eight ballots make of it a word of 32 channels
+//                           for each position, a transposed 32 x 8 bit matrix. Rows are then read and written by 16
+//                           bytes a lane. Where S is no multiple of 8, blocks begin at other positions in each channel,
+//                           and one more than the strip is long is drawn.
+// channels, contiguous:     a thread owns 16 bytes, wherever in a channel they lie, and draws for those they touch.
+// channels, channels_last:  a thread draws once for the channels of 16 bytes, and applies it to kRowsPerThread
+// positions.
+#include "../dropout.h"
+
+#include "launch.cuh"
+#include "pack.cuh"
+#include "reduce.cuh"  // kWarp
+
+namespace fastnorm::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kStripRows = 32;
+constexpr int kRowsPerThread = 4;
+
+template <typename T>
+struct Call {
+  const T* x;
+  T* y;
+  int64_t N, C, S;
+  uint64_t seed, offset;
+  const int64_t* state;  // where these two lie instead, or null
+  uint32_t threshold;
+  acc_type<T> scale, shift_kept, shift_dropped;
+
+  __device__ int64_t numel() const { return N * C * S; }
+
+  // Scalar math: y = x * (keep ? scale : 0) + (keep ? shift_kept : shift_dropped)
+  template <int kPack>
+  __device__ Pack<T, kPack> apply(const Pack<T, kPack>& x, uint32_t keep) const {
+    acc_type<T> v[kPack];
+    x.unpack(v);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      const bool kept = keep >> j & 1;
+      v[j] = multiply_add(v[j], kept ? scale : acc_type<T>(0), kept ? shift_kept : shift_dropped);
+    }
+    return Pack<T, kPack>::pack(v);
+  }
+
+  // The pack from element i on, or what the tensor has of it.
+  template <int kPack>
+  __device__ Pack<T, kPack> load(int64_t i) const {
+    const int64_t left = numel() - i;
+    return load_part<kPack>(x + i, 0, static_cast<int>(min(left, int64_t{kPack})), left >= kPack);
+  }
+  template <int kPack>
+  __device__ void store(int64_t i, const Pack<T, kPack>& pack) const {
+    store_part(pack, y + i, 0, static_cast<int>(max(min(numel() - i, int64_t{kPack}), int64_t{0})));
+  }
+};
+
+class Mask {
+ public:
+  template <typename T>
+  __device__ explicit Mask(const Call<T>& call)
+      : seed_(call.state ? static_cast<uint64_t>(call.state[0]) : call.seed),
+        offset_(call.state ? static_cast<uint64_t>(call.state[1]) : call.offset),
+        threshold_(call.threshold << 16) {}
+
+  // Bit e: whether element 8 * block + e is kept. A half of a word is compared in the word's upper half; what lies
+  // below it cannot change the result.
+  __device__ uint32_t of_block(uint64_t block) const {
+    const Philox4x32 random = dropout_bits(seed_, offset_, block);
+    uint32_t keep = 0;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      keep |= static_cast<uint32_t>(random.word[w] << 16 >= threshold_) << (2 * w);
+      keep |= static_cast<uint32_t>(random.word[w] >= threshold_) << (2 * w + 1);
+    }
+    return keep;
+  }
+
+  // Bit e: whether element index + e is kept, of `count` <= 8 elements.
+  __device__ uint32_t from(uint64_t index, int count) const {
+    const uint64_t block = index / kElementsPerPhilox;
+    const int phase = static_cast<int>(index % kElementsPerPhilox);
+    uint32_t keep = of_block(block);
+    if (phase + count > kElementsPerPhilox) keep |= of_block(block + 1) << kElementsPerPhilox;
+    return keep >> phase;
+  }
+
+ private:
+  uint64_t seed_, offset_;
+  uint32_t threshold_;
+};
+
+template <typename T, int kPack>
+__global__ void __launch_bounds__(kThreads) drop_elements(Call<T> call) {
+  constexpr int kPasses = kElementsPerPhilox / kPack;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  const int64_t first = warp * kWarp * kElementsPerPhilox + lane * kPack;
+  Pack<T, kPack> x[kPasses];
+#pragma unroll
+  for (int k = 0; k < kPasses; ++k) x[k] = call.template load<kPack>(first + k * kWarp * kPack);
+  const uint32_t drawn = Mask(call).of_block(static_cast<uint64_t>(warp * kWarp + lane));
+#pragma unroll
+  for (int k = 0; k < kPasses; ++k) {
+    const int in_tile = (k * kWarp + lane) * kPack;
+    const uint32_t keep = __shfl_sync(kAllLanes, drawn, in_tile / kElementsPerPhilox) >> in_tile % kElementsPerPhilox;
+    call.store(first + k * kWarp * kPack, call.apply(x[k], keep));
+  }
+}
+
+template <typename T, int kPack>
+__global__ void __launch_bounds__(kThreads) drop_elements_channels_last(Call<T> call, int64_t strips, int64_t groups) {
+  constexpr int kPasses = kElementsPerPhilox / kPack;
+  constexpr int kLanesPerRow = kWarp / kPack;  // a pass is kPack rows
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, lane_row = lane / kLanesPerRow;
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  if (warp >= call.N * strips * groups) return;
+  const int64_t n = warp / groups / strips, s0 = warp / groups % strips * kStripRows, c0 = warp % groups * kWarp;
+  const int64_t rows = min(call.S - s0, static_cast<int64_t>(kStripRows));
+
+  const Mask mask(call);
+  const uint64_t index = static_cast<uint64_t>((n * call.C + min(c0 + lane, call.C - 1)) * call.S + s0);
+  uint64_t block = index / kElementsPerPhilox;
+  const int phase = static_cast<int>(index % kElementsPerPhilox);
+  const bool is_whole = call.S % kElementsPerPhilox == 0;  // then every phase is 0
+  uint32_t here = mask.of_block(block), next = 0;
+
+  const int64_t c = c0 + lane % kLanesPerRow * kPack;
+  for (int64_t r = 0; r < rows; r += kElementsPerPhilox) {
+    Pack<T, kPack> x[kPasses];
+    int64_t at[kPasses];  // -1: no element
+#pragma unroll
+    for (int k = 0; k < kPasses; ++k) {
+      const int64_t row = r + k * kPack + lane_row;
+      at[k] = row < rows && c < call.C ? (n * call.S + s0 + row) * call.C + c : -1;
+      if (at[k] >= 0) x[k] = Pack<T, kPack>::load_streaming(call.x + at[k]);
+    }
+    if (!is_whole || r + kElementsPerPhilox < rows) next = mask.of_block(++block);
+    const uint32_t drawn = (here | next << kElementsPerPhilox) >> phase;
+    here = next;
+#pragma unroll
+    for (int k = 0; k < kPasses; ++k) {
+      uint32_t channels = 0;
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        const uint32_t word = __ballot_sync(kAllLanes, drawn >> (k * kPack + j) & 1);
+        if (j == lane_row) channels = word;
+      }
+      if (at[k] < 0) continue;
+      call.apply(x[k], channels >> (c - c0)).store_streaming(call.y + at[k]);
+    }
+  }
+}
+
+template <typename T, int kPack>
+__global__ void __launch_bounds__(kThreads) drop_channels(Call<T> call) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPack;
+  if (i >= call.numel()) return;
+  const Pack<T, kPack> x = call.template load<kPack>(i);
+  int64_t channel = i / call.S, left = (channel + 1) * call.S - i;  // elements of it from i on
+  const uint32_t drawn = Mask(call).from(static_cast<uint64_t>(channel), left >= kPack ? 1 : kPack);
+  uint32_t keep = 0, nth = 0;  // of the channels that begin here or before
+#pragma unroll
+  for (int j = 0; j < kPack; ++j) {
+    keep |= (drawn >> nth & 1) << j;
+    if (--left > 0) continue;
+    ++nth;
+    left = call.S;
+  }
+  call.store(i, call.apply(x, keep));
+}
+
+template <typename T, int kPack>
+__global__ void __launch_bounds__(kThreads) drop_channels_channels_last(Call<T> call, int64_t chunks) {
+  const int64_t packs = call.C / kPack, task = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (task >= call.N * chunks * packs) return;
+  const int64_t c = task % packs * kPack, chunk = task / packs % chunks, n = task / packs / chunks;
+  const uint32_t keep = Mask(call).from(static_cast<uint64_t>(n * call.C + c), kPack);
+  // Threads of neighbouring chunks take neighbouring rows.
+  Pack<T, kPack> x[kRowsPerThread];
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    const int64_t s = chunk + r * chunks;
+    if (s < call.S) x[r] = Pack<T, kPack>::load_streaming(call.x + (n * call.S + s) * call.C + c);
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    const int64_t s = chunk + r * chunks;
+    if (s < call.S) call.apply(x[r], keep).store_streaming(call.y + (n * call.S + s) * call.C + c);
+  }
+}
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T, int kPack>
+void run(const Dropout& a, cudaStream_t stream) {
+  using acc_t = acc_type<T>;
+  // What is not shifted has -0 added, the one number that changes no product, not even -0.
+  const auto shift = [](double s) { return static_cast<acc_t>(s == 0 ? -0.0 : s); };
+  const auto [N, C, S, layout] = a.shape;
+  const Call<T> call{static_cast<const T*>(a.x),
+                     static_cast<T*>(a.y),
+                     N,
+                     C,
+                     S,
+                     a.seed,
+                     a.offset,
+                     a.state,
+                     a.level.threshold,
+                     static_cast<acc_t>(a.level.scale),
+                     shift(a.level.shift_kept),
+                     shift(a.level.shift_dropped)};
+  const auto grid = [](int64_t threads) {
+    return Grid{dim3(static_cast<unsigned>(ceil_divide(threads, kThreads))), kThreads};
+  };
+  if (layout == Layout::kContiguous) {
+    if (a.by_channel)
+      return launch("dropout", drop_channels<T, kPack>, grid(ceil_divide(N * C * S, kPack)), stream, call);
+    return launch("dropout", drop_elements<T, kPack>, grid(ceil_divide(N * C * S, kElementsPerPhilox)), stream, call);
+  }
+  if (a.by_channel) {
+    const int64_t chunks = ceil_divide(S, kRowsPerThread);
+    return launch("dropout", drop_channels_channels_last<T, kPack>, grid(N * chunks * (C / kPack)), stream, call,
+                  chunks);
+  }
+  const int64_t strips = ceil_divide(S, kStripRows), groups = ceil_divide(C, kWarp);
+  launch("dropout", drop_elements_channels_last<T, kPack>, grid(N * strips * groups * kWarp), stream, call, strips,
+         groups);
+}
+
+}  // namespace
+
+int64_t dropout_workspace(const Dropout&) { return 0; }
+
+void dropout(const Dropout& a, const Queue& queue) {
+  visit(a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto stream = static_cast<cudaStream_t>(queue.stream);
+    const bool whole_packs = a.shape.layout == Layout::kContiguous || a.shape.C % kWindow<T> == 0;
+    if (whole_packs && is_aligned(a.x, a.y)) return run<T, kWindow<T>>(a, stream);
+    run<T, 1>(a, stream);
+  });
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,481 @@
+// Local response normalisation on a CUDA device: forward reads x and writes y, backward reads x and dy and writes dx.
+// What lies between is in shared memory.
+//
+// All four cases are a tensor [slices, rows, columns, lanes], contiguous, with a window along rows, columns or both:
+//
+//   inter, contiguous      [N, C, 1, H * W]      window along the rows
+//   inter, channels_last   [1, N * H * W, C, 1]  window along the columns
+//   intra, contiguous      [N * C, H, W, 1]      windows along both
+//   intra, channels_last   [N, H, W, C]          windows along both
+//
+// A block owns a tile of a slice. It loads the tile's x, and as much around it as the windows reach; sums x^2 over each
+// element's window, along the columns first where there are both; and from the scale makes y. Backward needs u around
+// the tile, and so the scale there, and x around that: u and g = dy * scale^-beta go to shared memory, u is summed over
+// the mirrored window, and dx follows. Tiles are whole slices where these fit, so nothing is read twice; otherwise they
+// share what lies between them.
+//
+// Every window is summed afresh: a running sum that adds what enters and subtracts what leaves would keep the rounding
+// error of every large value it has seen. A window reaches no further than the tensor, and costs a multiplication an
+// element.
+#include "../local_response_norm.h"
+
+#include <algorithm>
+
+#include "launch.cuh"
+#include "pack.cuh"
+
+namespace fastnorm::cuda {
+namespace {
+
+// ---- scale^-beta
+
+enum class Power { kHalf, kThreeQuarters, kOne, kAny };
+
+Power power_of(double beta) {
+  return beta == 0.5 ? Power::kHalf : beta == 0.75 ? Power::kThreeQuarters : beta == 1 ? Power::kOne : Power::kAny;
+}
+
+__device__ inline float reciprocal_root(float s) { return rsqrtf(s); }
+__device__ inline double reciprocal_root(double s) { return rsqrt(s); }
+__device__ inline float root(float s) { return sqrtf(s); }
+__device__ inline double root(double s) { return sqrt(s); }
+__device__ inline float raise(float s, float exponent) { return powf(s, exponent); }
+__device__ inline double raise(double s, double exponent) { return pow(s, exponent); }
+
+// power = s^-beta, inverse = 1 / s
+template <int n, typename acc_t>
+__device__ void powers(Power kind, acc_t beta, const acc_t (&s)[n], acc_t (&power)[n], acc_t (&inverse)[n]) {
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+    if (kind == Power::kHalf || kind == Power::kThreeQuarters) {
+      const acc_t r = reciprocal_root(s[j]);
+      power[j] = kind == Power::kHalf ? r : r * root(r);
+      inverse[j] = r * r;
+    } else {
+      inverse[j] = 1 / s[j];
+      power[j] = kind == Power::kOne ? inverse[j] : raise(s[j], -beta);
+    }
+  }
+}
+
+// ---- tiles
+
+// Elements begin .. begin + size - 1 of an axis.
+struct Span {
+  int64_t begin;
+  int size;
+};
+
+struct Axis {
+  int64_t length;
+  int64_t before = 0, after = 0;  // the window, no longer than the axis
+  int64_t tile = 1;
+
+  FASTNORM_HOST_DEVICE bool has_window() const { return before + after > 0; }
+  FASTNORM_HOST_DEVICE int64_t tiles() const { return (length + tile - 1) / tile; }
+  // The most elements that a tile and `windows` windows around it have.
+  int64_t widest(int windows) const { return std::min(length, tile + windows * (before + after)); }
+
+  __device__ Span of_tile(int64_t i) const { return {i * tile, static_cast<int>(min(length - i * tile, tile))}; }
+  // The span and what lies up to `left` before it and `right` after it.
+  __device__ Span widened(const Span& span, int64_t left, int64_t right) const {
+    const int64_t begin = max(span.begin - left, int64_t{0}), end = min(span.begin + span.size + right, length);
+    return {begin, static_cast<int>(end - begin)};
+  }
+  // The window of element i of `from`, by places in `in`.
+  __device__ Span window(const Span& from, int i, int64_t left, int64_t right, const Span& in) const {
+    const Span all = widened({from.begin + i, 1}, left, right);
+    return {all.begin - in.begin, all.size};
+  }
+};
+
+// The tensor, its tiles, and the bytes of a block's buffers.
+struct Plan {
+  int64_t slices;
+  Axis row, column;
+  int64_t lanes, tile_lanes;
+  int64_t x, sums, values, staging;  // bytes of each buffer
+  int64_t widest;                    // packs of the largest buffer
+  int64_t packs;                     // that the block computes
+  bool in_workspace;                 // the tile is too large for shared memory
+
+  FASTNORM_HOST_DEVICE int64_t bytes() const { return x + sums + 2 * values + staging; }
+  FASTNORM_HOST_DEVICE int64_t lane_tiles() const { return (lanes + tile_lanes - 1) / tile_lanes; }
+  FASTNORM_HOST_DEVICE int64_t tiles() const { return slices * row.tiles() * column.tiles() * lane_tiles(); }
+};
+
+// floor(n / d), by a multiplication if n and d are below 2^16.
+class Quotient {
+ public:
+  __device__ Quotient(int d, bool is_small) : d_(static_cast<unsigned>(d)), up_(is_small && d > 1 ? ~0u / d_ + 1 : 0) {}
+  __device__ int operator()(int n) const {
+    return static_cast<int>(up_ > 0 ? __umulhi(static_cast<unsigned>(n), up_) : static_cast<unsigned>(n) / d_);
+  }
+
+ private:
+  unsigned d_, up_;  // up_ = 2^32 / d, rounded up
+};
+
+// Part of a slice as it lies in a buffer, lanes innermost, in packs.
+struct Box {
+  Span row, column;
+  int lanes;
+
+  __device__ int at(int64_t r, int64_t c, int lane) const {
+    return (static_cast<int>(r) * column.size + static_cast<int>(c)) * lanes + lane;
+  }
+  __device__ int packs() const { return row.size * column.size * lanes; }
+
+  // f(row, column, lane, place in the buffer) for every pack, by all threads of the block.
+  template <typename F>
+  __device__ void for_each(bool is_small, const F& f) const {
+    const int row_packs = column.size * lanes;
+    const Quotient row_of(row_packs, is_small), column_of(lanes, is_small);
+    for (int i = static_cast<int>(threadIdx.x); i < packs(); i += static_cast<int>(blockDim.x)) {
+      const int r = row_of(i), in_row = i - r * row_packs, c = column_of(in_row);
+      f(r, c, in_row - c * lanes, i);
+    }
+  }
+};
+
+// sum += the `count` packs that lie `stride` elements apart, or their squares.
+template <bool kSquares, int kPack, typename V>
+__device__ void add_window(const V* from, int64_t stride, int count, acc_type<V> (&sum)[kPack]) {
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) {
+    acc_type<V> v[kPack];
+    Pack<V, kPack>::load(from + i * stride).unpack(v);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) sum[j] = kSquares ? multiply_add(v[j], v[j], sum[j]) : sum[j] + v[j];
+  }
+}
+
+template <typename T>
+struct Call {
+  const T *x, *dy;
+  T* out;  // y, or dx
+  Power power;
+  acc_type<T> a, beta, k;
+  unsigned char* workspace;  // where the buffers are if not in shared memory
+  Plan plan;
+};
+
+constexpr int kMaxThreads = 512;
+
+// kPack lanes at a time, or, if that is 1, elements one by one, staged so that memory is read and written by 16 bytes
+// where the tile lies in one piece.
+template <typename T, int kPack, bool kBackward>
+__global__ void __launch_bounds__(kMaxThreads) normalize(const __grid_constant__ Call<T> call) {
+  using acc_t = acc_type<T>;
+  using P = Pack<T, kPack>;
+  using Sums = Pack<acc_t, kPack>;
+  constexpr bool kStaged = kPack == 1;
+  const Plan& plan = call.plan;
+  const Axis &row = plan.row, &column = plan.column;
+  const bool both = row.has_window() && column.has_window(), is_small = plan.widest < 1 << 16;
+
+  unsigned char* buffer =
+      plan.in_workspace ? call.workspace + blockIdx.x * plan.bytes() : dynamic_shared<unsigned char>();
+  T* const x = reinterpret_cast<T*>(buffer);
+  acc_t* const column_sums = reinterpret_cast<acc_t*>(buffer += plan.x);
+  acc_t* const g = reinterpret_cast<acc_t*>(buffer += plan.sums);
+  acc_t* const u = reinterpret_cast<acc_t*>(buffer += plan.values);
+  T* const staging = reinterpret_cast<T*>(buffer + plan.values);
+
+  for (int64_t tile = blockIdx.x; tile < plan.tiles(); tile += gridDim.x) {
+    const int64_t first_lane = tile % plan.lane_tiles() * plan.tile_lanes;
+    const int64_t above = tile / plan.lane_tiles(), of_rows = above / column.tiles();
+    const int64_t slice = of_rows / row.tiles();
+    const int lanes = static_cast<int>(min(plan.lanes - first_lane, plan.tile_lanes)) / kPack;
+    const Box own{row.of_tile(of_rows % row.tiles()), column.of_tile(above % column.tiles()), lanes};
+    Box near = own;  // where the scale is needed
+    if (kBackward)
+      near = {row.widened(own.row, row.after, row.before), column.widened(own.column, column.after, column.before),
+              lanes};
+    const Box far{row.widened(near.row, row.before, row.after),
+                  column.widened(near.column, column.before, column.after), lanes};  // where x is
+
+    const auto place = [&](const Box& region, int r, int c, int lane) {
+      return ((slice * row.length + region.row.begin + r) * column.length + region.column.begin + c) * plan.lanes +
+             first_lane + lane * kPack;
+    };
+    // A region that is one piece of memory, and may be read and written by 16 bytes.
+    const auto is_run = [&](const Box& region, const T* p) {
+      return kStaged && region.column.size == column.length && lanes == plan.lanes &&
+             reinterpret_cast<uintptr_t>(p + place(region, 0, 0, 0)) % kAccess == 0;
+    };
+    const auto for_run = [](const Box& region, const auto& f) {
+      const int n = region.packs(), step = static_cast<int>(blockDim.x) * kWindow<T>;
+      for (int i = static_cast<int>(threadIdx.x) * kWindow<T>; i < n; i += step) f(i, min(kWindow<T>, n - i));
+    };
+    const auto fetch = [&](const T* from, const Box& region, T* to) {
+      if (is_run(region, from)) {
+        const T* run = from + place(region, 0, 0, 0);
+        for_run(region, [&](int i, int n) {
+          load_part<kWindow<T>>(run + i, 0, n, n == kWindow<T>).store(to + i);  // buffers are whole windows
+        });
+      } else {
+        region.for_each(is_small, [&](int r, int c, int lane, int i) {
+          P::load_streaming(from + place(region, r, c, lane)).store(to + i * kPack);
+        });
+      }
+    };
+
+    fetch(call.x, far, x);
+    if (kBackward && kStaged) fetch(call.dy, near, staging);
+    __syncthreads();
+
+    if (both) {
+      const Box sums{far.row, near.column, lanes};
+      sums.for_each(is_small, [&](int r, int c, int lane, int i) {
+        const Span window = column.window(near.column, c, column.before, column.after, far.column);
+        acc_t sum[kPack] = {};
+        add_window<true>(x + far.at(r, window.begin, lane) * kPack, lanes * kPack, window.size, sum);
+        Sums::pack(sum).store(column_sums + i * kPack);
+      });
+      __syncthreads();
+    }
+
+    // Scalar math: y = x * scale^-beta,   or   g = dy * scale^-beta,  u = g * x / scale
+    near.for_each(is_small, [&](int r, int c, int lane, int i) {
+      const Span in_row = row.window(near.row, r, row.before, row.after, far.row);
+      const Span in_column = column.window(near.column, c, column.before, column.after, far.column);
+      acc_t sum[kPack] = {}, scale[kPack], power[kPack], inverse[kPack], center[kPack], result[kPack];
+      if (both) {
+        add_window<false>(column_sums + Box{far.row, near.column, lanes}.at(in_row.begin, c, lane) * kPack,
+                          near.column.size * lanes * kPack, in_row.size, sum);
+      } else {
+        const int stride = row.has_window() ? far.column.size * lanes : lanes;
+        add_window<true>(x + far.at(in_row.begin, in_column.begin, lane) * kPack, stride * kPack,
+                         in_row.size * in_column.size, sum);
+      }
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) scale[j] = multiply_add(call.a, sum[j], call.k);
+      powers(call.power, call.beta, scale, power, inverse);
+      P::load(x + far.at(r + near.row.begin - far.row.begin, c + near.column.begin - far.column.begin, lane) * kPack)
+          .unpack(center);
+      if constexpr (kBackward) {
+        acc_t dy[kPack];
+        (kStaged ? P::load(staging + i) : P::load_streaming(call.dy + place(near, r, c, lane))).unpack(dy);
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          dy[j] *= power[j];
+          result[j] = dy[j] * center[j] * inverse[j];
+        }
+        Sums::pack(dy).store(g + i * kPack);
+        Sums::pack(result).store(u + i * kPack);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) result[j] = center[j] * power[j];
+        if (kStaged) {
+          P::pack(result).store(staging + i);
+        } else {
+          P::pack(result).store_streaming(call.out + place(near, r, c, lane));
+        }
+      }
+    });
+
+    if constexpr (kBackward) {
+      __syncthreads();
+      const Box sums{near.row, own.column, lanes};
+      if (both) {
+        sums.for_each(is_small, [&](int r, int c, int lane, int i) {
+          const Span window = column.window(own.column, c, column.after, column.before, near.column);
+          acc_t sum[kPack] = {};
+          add_window<false>(u + near.at(r, window.begin, lane) * kPack, lanes * kPack, window.size, sum);
+          Sums::pack(sum).store(column_sums + i * kPack);
+        });
+        __syncthreads();
+      }
+      // Scalar math: dx = g - 2 * a * beta * x * sum u
+      const acc_t coefficient = -2 * call.a * call.beta;
+      own.for_each(is_small, [&](int r, int c, int lane, int i) {
+        const Span in_row = row.window(own.row, r, row.after, row.before, near.row);
+        const Span in_column = column.window(own.column, c, column.after, column.before, near.column);
+        acc_t sum[kPack] = {}, center[kPack], result[kPack];
+        if (both) {
+          add_window<false>(column_sums + sums.at(in_row.begin, c, lane) * kPack, own.column.size * lanes * kPack,
+                            in_row.size, sum);
+        } else {
+          const int stride = row.has_window() ? near.column.size * lanes : lanes;
+          add_window<false>(u + near.at(in_row.begin, in_column.begin, lane) * kPack, stride * kPack,
+                            in_row.size * in_column.size, sum);
+        }
+        P::load(x + far.at(r + own.row.begin - far.row.begin, c + own.column.begin - far.column.begin, lane) * kPack)
+            .unpack(center);
+        Sums::load(g +
+                   near.at(r + own.row.begin - near.row.begin, c + own.column.begin - near.column.begin, lane) * kPack)
+            .unpack(result);
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) result[j] = multiply_add(center[j] * coefficient, sum[j], result[j]);
+        if (kStaged) {
+          P::pack(result).store(staging + i);
+        } else {
+          P::pack(result).store_streaming(call.out + place(own, r, c, lane));
+        }
+      });
+    }
+
+    if (kStaged) {
+      __syncthreads();
+      if (is_run(own, call.out)) {
+        T* run = call.out + place(own, 0, 0, 0);
+        for_run(own, [&](int i, int n) { store_part(Pack<T, kWindow<T>>::load(staging + i), run + i, 0, n); });
+      } else {
+        own.for_each(is_small, [&](int r, int c, int lane, int i) {
+          P::load(staging + i).store_streaming(call.out + place(own, r, c, lane));
+        });
+      }
+    }
+    if (tile + gridDim.x < plan.tiles()) __syncthreads();  // the buffers are filled again
+  }
+}
+
+// ---- the launch
+
+template <typename T>
+constexpr int kLanePack = sizeof(T) == 8 ? 2 : 4;
+
+constexpr int64_t kPreferredBytes = 64 << 10;     // so that a multiprocessor holds three blocks
+constexpr int64_t kLargestWorkspace = 256 << 20;  // bytes, unless one tile is larger
+
+Plan view(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetting& setting) {
+  const auto [N, C, S, layout] = shape;
+  const bool last = layout == Layout::kChannelsLast;
+  const auto axis = [&](int64_t length) {
+    return Axis{length, std::min(setting.before, length - 1), std::min(setting.after, length - 1)};
+  };
+  Plan p{};
+  if (setting.region == Region::kIntra) {
+    p.slices = last ? N : N * C;
+    p.row = axis(H), p.column = axis(W);
+    p.lanes = last ? C : 1;
+  } else if (last) {
+    p.slices = 1;
+    p.row = {N * S}, p.column = axis(C);
+    p.lanes = 1;
+  } else {
+    p.slices = N;
+    p.row = axis(C), p.column = {1};
+    p.lanes = S;
+  }
+  return p;
+}
+
+// Whole slices of 128 bytes of lanes where a few of them fit a multiprocessor; else of 64; else, while windows are
+// narrower than tiles, parts of a slice.
+Plan plan(Dtype dtype, Plan p, int pack, bool backward) {
+  const int64_t size = size_of(dtype), acc_size = dtype == Dtype::kFloat64 ? 8 : 4;
+  const int64_t limit = static_cast<int64_t>(device().shared_per_block);
+  const int windows = backward ? 2 : 1;
+  const auto fits = [&](int64_t budget) {
+    const auto bytes = [](int64_t elements, int64_t size) {
+      return (elements * size + kAccess - 1) / kAccess * kAccess;
+    };
+    const int64_t far_rows = p.row.widest(windows), far = far_rows * p.column.widest(windows) * p.tile_lanes;
+    const int64_t near_columns = p.column.widest(windows - 1);
+    const int64_t near = p.row.widest(windows - 1) * near_columns * p.tile_lanes;
+    p.x = bytes(far, size);
+    p.sums = p.row.has_window() && p.column.has_window() ? bytes(far_rows * near_columns * p.tile_lanes, acc_size) : 0;
+    p.values = backward ? bytes(near, acc_size) : 0;
+    p.staging = pack == 1 ? bytes(near, size) : 0;
+    p.widest = far / pack;
+    p.packs = near / pack;
+    return p.bytes() <= budget;
+  };
+  p.row.tile = p.row.has_window() ? p.row.length
+                                  : (p.row.length + 4 * device().multiprocessors - 1) / (4 * device().multiprocessors);
+  p.column.tile = p.column.length;
+  for (const int64_t bytes : {128, 64}) {
+    p.tile_lanes = std::min(p.lanes, bytes / size);
+    if (fits(std::min(kPreferredBytes, limit))) return p;
+  }
+  while (!p.row.has_window() && p.row.tile > 1) {
+    p.row.tile = (p.row.tile + 1) / 2;
+    if (fits(std::min(kPreferredBytes, limit))) return p;
+  }
+  while (!fits(limit / 2)) {
+    Axis& longer = p.row.tile >= p.column.tile ? p.row : p.column;
+    if (longer.tile <= longer.before + longer.after || longer.tile == 1) break;
+    longer.tile = (longer.tile + 1) / 2;
+  }
+  if (fits(limit)) return p;
+  p.row.tile = p.row.has_window() ? p.row.length : 1;
+  p.column.tile = p.column.length;
+  fits(limit);
+  p.in_workspace = true;
+  return p;
+}
+
+int64_t blocks_of(const Plan& p) {
+  if (!p.in_workspace) return std::min<int64_t>(p.tiles(), INT32_MAX);
+  const int64_t most = std::min<int64_t>(2 * device().multiprocessors, kLargestWorkspace / p.bytes());
+  return std::clamp<int64_t>(most, 1, p.tiles());
+}
+
+// f(T, lanes a pack, plan) of a call.
+template <bool kBackward, typename Args, typename F>
+void with_plan(const Args& a, bool aligned, const F& f) {
+  const Plan viewed = view(a.shape, a.H, a.W, a.setting);
+  visit(a.dtype, [&](auto type) {
+    constexpr int kPack = kLanePack<typename decltype(type)::type>;
+    if (aligned && viewed.lanes % kPack == 0)
+      return f(type, std::integral_constant<int, kPack>{}, plan(a.dtype, viewed, kPack, kBackward));
+    f(type, std::integral_constant<int, 1>{}, plan(a.dtype, viewed, 1, kBackward));
+  });
+}
+
+template <bool kBackward, typename Args>
+int64_t workspace_of(const Args& a, bool aligned) {
+  int64_t bytes = 0;
+  with_plan<kBackward>(a, aligned, [&](auto, auto, const Plan& p) {
+    if (p.in_workspace) bytes = blocks_of(p) * p.bytes();
+  });
+  return bytes;
+}
+
+template <bool kBackward, typename Args>
+void run(const Args& a, const void* dy, void* out, bool aligned, const Queue& queue) {
+  with_plan<kBackward>(a, aligned, [&](auto type, auto pack, const Plan& p) {
+    using T = typename decltype(type)::type;
+    using acc_t = acc_type<T>;
+    const LocalResponseNormSetting& s = a.setting;
+    const Call<T> call{static_cast<const T*>(a.x),
+                       static_cast<const T*>(dy),
+                       static_cast<T*>(out),
+                       power_of(s.beta),
+                       static_cast<acc_t>(s.a),
+                       static_cast<acc_t>(s.beta),
+                       static_cast<acc_t>(s.k),
+                       static_cast<unsigned char*>(queue.workspace),
+                       p};
+    constexpr int64_t kPacksPerThread = 4;
+    const int64_t warps = (p.packs + 32 * kPacksPerThread - 1) / (32 * kPacksPerThread);
+    const Grid grid{dim3(static_cast<unsigned>(blocks_of(p))),
+                    static_cast<int>(std::clamp<int64_t>(32 * warps, 64, kMaxThreads)), 1,
+                    p.in_workspace ? 0 : static_cast<size_t>(p.bytes())};
+    launch("local_response_norm", normalize<T, decltype(pack)::value, kBackward>, grid,
+           static_cast<cudaStream_t>(queue.stream), call);
+  });
+}
+
+bool is_aligned_call(const LocalResponseNormForward& a) { return is_aligned(a.x, a.y); }
+bool is_aligned_call(const LocalResponseNormBackward& a) { return is_aligned(a.x, a.dy, a.dx); }
+
+}  // namespace
+
+int64_t local_response_norm_forward_workspace(const LocalResponseNormForward& a) {
+  return workspace_of<false>(a, is_aligned_call(a));
+}
+void local_response_norm_forward(const LocalResponseNormForward& a, const Queue& queue) {
+  run<false>(a, nullptr, a.y, is_aligned_call(a), queue);
+}
+
+int64_t local_response_norm_backward_workspace(const LocalResponseNormBackward& a) {
+  return workspace_of<true>(a, is_aligned_call(a));
+}
+void local_response_norm_backward(const LocalResponseNormBackward& a, const Queue& queue) {
+  run<true>(a, a.dy, a.dx, is_aligned_call(a), queue);
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,108 @@
+// Reductions over a warp, a block and a cluster, in an order that the number of threads alone fixes: the same input
+// gives the same bits, run after run.
+#pragma once
+
+#include "../moments.h"
+#include "launch.cuh"
+
+namespace fastnorm::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kMaxWarps = 32;
+
+// Several sums at once. v[k] of all lanes whose numbers differ only in multiples of `first` (a power of two) below
+// `lanes`: 1 and 32 for the whole warp. Every one of those lanes gets the result.
+template <int n, typename acc_t>
+__device__ inline void warp_sum(acc_t (&v)[n], int first = 1, int lanes = kWarp) {
+  for (int distance = first; distance < lanes; distance *= 2) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) v[k] += __shfl_xor_sync(kAllLanes, v[k], distance);
+  }
+}
+
+template <typename acc_t>
+__device__ inline acc_t warp_sum(acc_t v) {
+  acc_t one[1] = {v};
+  warp_sum(one);
+  return one[0];
+}
+
+// The sums over the block's threads, in double from the warps' on; every thread gets them. `scratch`: n * kMaxWarps
+// doubles of shared memory. By all threads; they may call again with the same scratch at once.
+template <int n, typename acc_t>
+__device__ inline void block_sum(const acc_t (&v)[n], double (&total)[n], double* scratch) {
+  acc_t sum[n];
+#pragma unroll
+  for (int k = 0; k < n; ++k) sum[k] = v[k];
+  warp_sum(sum);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  __syncthreads();  // the last call's readers are done
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) scratch[k * kMaxWarps + warp] = static_cast<double>(sum[k]);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    total[k] = 0;
+    for (int w = 0; w < warps; ++w) total[k] += scratch[k * kMaxWarps + w];
+  }
+}
+
+// What one number is in all blocks of the cluster, in the order of their ranks: f(value) for each. `mine` lies in
+// shared memory and was written before the last cluster_sync(); after f no block may leave or write it again before the
+// next.
+template <typename V, typename F>
+__device__ inline void for_cluster(V* mine, const F& f) {
+  const unsigned blocks = cluster_size();
+  for (unsigned rank = 0; rank < blocks; ++rank) f(*map_shared_rank(mine, rank));
+}
+
+// Moments of a set from those of its parts: part(k), k < parts. Mean first, then the deviations of the parts' means
+// from it: as exact as merging them one by one and without a division each.
+template <typename Part>
+__device__ inline Moments merge_moments(int parts, const Part& part) {
+  double count = 0, sum = 0;
+  for (int k = 0; k < parts; ++k) {
+    const Moments m = part(k);
+    count += m.count;
+    if (m.count > 0) sum += m.count * m.mean;
+  }
+  const double mean = sum / count;
+  double m2 = 0;
+  for (int k = 0; k < parts; ++k) {
+    const Moments m = part(k);
+    const double delta = m.mean - mean;
+    if (m.count > 0) m2 += m.m2 + m.count * delta * delta;
+  }
+  return {count, mean, m2};
+}
+
+// The same by the lanes of a warp together, each taking every 32nd part; every lane gets the result.
+template <typename Part>
+__device__ inline Moments warp_merge_moments(int64_t parts, const Part& part) {
+  double sums[2] = {0, 0};
+  for (int64_t k = threadIdx.x % kWarp; k < parts; k += kWarp) {
+    const Moments m = part(k);
+    sums[0] += m.count;
+    if (m.count > 0) sums[1] += m.count * m.mean;
+  }
+  warp_sum(sums);
+  const double mean = sums[1] / sums[0];
+  double m2 = 0;
+  for (int64_t k = threadIdx.x % kWarp; k < parts; k += kWarp) {
+    const Moments m = part(k);
+    const double delta = m.mean - mean;
+    if (m.count > 0) m2 += m.m2 + m.count * delta * delta;
+  }
+  return {sums[0], mean, warp_sum(m2)};
+}
+
+// Of n > 0 numbers, from the sums of (x - shift) and (x - shift)^2, shift being any number near their mean.
+__device__ inline Moments shifted_moments(double n, double shift, double sum, double sum_of_squares) {
+  const double d = sum / n, m2 = sum_of_squares - sum * d;
+  return {n, shift + d, m2 < 0 ? 0 : m2};  // a NaN stays one
+}
+
+}  // namespace fastnorm::cuda
