@@ -16,6 +16,7 @@ namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;
+constexpr int64_t kDraws = 16;  // of 64 bits each, before they are used: two short loops run faster than a long one
 constexpr int64_t kUnalignedBits = 56;  // whole bytes of the 57 that are left of 64
 
 // Squares of 2 * kWidth bits: their upper right and lower left quarters change places.
@@ -87,9 +88,11 @@ struct DropoutKernel {
     const int64_t numel = a.shape.numel();
     parallel_for((numel + kTaskElements - 1) / kTaskElements, numel, [&](int64_t task) {
       const int64_t end = std::min(numel, (task + 1) * kTaskElements);
-      for (int64_t i = task * kTaskElements; i < end; i += 64) {
-        const uint64_t bits = keep.of_group(static_cast<uint64_t>(i / kElementsPerPhilox));
-        apply(i, std::min<int64_t>(64, end - i), reinterpret_cast<const uint8_t*>(&bits));
+      for (int64_t i = task * kTaskElements; i < end; i += 64 * kDraws) {
+        uint64_t bits[kDraws];
+        const int64_t n = std::min<int64_t>(64 * kDraws, end - i);
+        keep.of_groups(static_cast<uint64_t>(i / kElementsPerPhilox), (n + 63) / 64, bits);
+        apply(i, n, reinterpret_cast<const uint8_t*>(bits));
       }
       if (stream) stream_fence();
     });
@@ -105,11 +108,7 @@ struct DropoutKernel {
       for (int64_t word = 0; word < words; ++word) {
         uint64_t square[64] = {};
         const int64_t channels = std::min<int64_t>(64, C - word * 64);
-        for (int64_t c = 0; c < channels; ++c) {
-          // While bits are drawn memory has nothing to do: row c of the square may come already.
-          if (c < rows) prefetch_run(x + (n * S + s0 + c) * C + word * 64, channels);
-          square[c] = draw((n * C + word * 64 + c) * S + s0);
-        }
+        draw_square(n, word * 64, channels, s0, rows, square);
         transpose_64x64(square);
         for (int64_t r = 0; r < rows; ++r) bits[r * words + word] = square[r];
       }
@@ -119,13 +118,22 @@ struct DropoutKernel {
     });
   }
 
-  static void prefetch_run(const T* p, int64_t n) {
+  // bits[c]: `rows` positions from s0 on of channel first + c. While bits are drawn memory has nothing to do, so row c
+  // of the elements that they are for may come already.
+  FASTNORM_LOOP void draw_square(int64_t n, int64_t first, int64_t channels, int64_t s0, int64_t rows,
+                                 uint64_t* bits) const {
     constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t i = 0; i < n; i += kLine) prefetch(p + i);
+    const KeepBits local = keep;
+    const T* row = x + (n * S + s0) * C + first;
+    for (int64_t c = 0; c < channels; ++c, row += C) {
+      if (c < rows)
+        for (int64_t i = 0; i < channels; i += kLine) prefetch(row + i);
+      bits[c] = draw(local, (n * C + first + c) * S + s0);
+    }
   }
 
   // The bits of the elements from `index` on: 64 of them if it begins a Philox block, else at least kUnalignedBits.
-  uint64_t draw(int64_t index) const {
+  static uint64_t draw(const KeepBits& keep, int64_t index) {
     return keep.of_group(static_cast<uint64_t>(index / kElementsPerPhilox)) >> (index % kElementsPerPhilox);
   }
 
@@ -162,7 +170,7 @@ struct DropoutKernel {
     constexpr int64_t kBytes = kUnalignedBits / 8;
     const int64_t bytes = (C + 7) / 8;
     for (int64_t b = 0; b < bytes; b += kBytes) {
-      const uint64_t bits = draw(n * C + b * 8);
+      const uint64_t bits = draw(keep, n * C + b * 8);
       std::memcpy(out + b, &bits, static_cast<size_t>(std::min(kBytes, bytes - b)));
     }
   }

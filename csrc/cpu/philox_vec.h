@@ -112,6 +112,17 @@ class KeepBits {
     return bits;
   }
 
+  // `count` such groups, one after the other.
+  FASTNORM_LOOP void of_groups(uint64_t block, int64_t count, uint64_t* bits) const {
+    const KeepBits local = *this;  // in registers: a store to bits might be one to what is only referred to
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2, block += 2 * kElementsPerPhilox) {
+      bits[i] = local.of_group(block);
+      bits[i + 1] = local.of_group(block + kElementsPerPhilox);
+    }
+    if (i < count) bits[i] = local.of_group(block);
+  }
+
  private:
   uint64_t of_lanes(Lanes block) const {
     const Lanes m0 = Lanes::all(kPhiloxM0), m1 = Lanes::all(kPhiloxM1);
