@@ -22,7 +22,9 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// Rows swept together: their accumulators hide each other's latency, and a parameter is loaded once for all of them.
+// Rows swept together, forward and backward: their accumulators hide each other's latency, and a parameter is loaded
+// once for all of them. Backward has more to keep in registers.
+constexpr int kForwardGroup = 4;
 template <typename T>
 constexpr int kGroup = std::max(1, 4 / Pack<T>::kVecs);
 
@@ -232,11 +234,11 @@ struct RowsForward {
     if (chunks > 1 && M < 2 * num_threads()) return long_rows<kAct>();
     const ParameterArrays<T> parameters(a, 0, N);
     if (chunks == 1) {
-      const int64_t rows = (stream ? kFencedElements / N / kGroup<T> + 1 : 1) * kGroup<T>;  // a task
+      const int64_t rows = (stream ? kFencedElements / N / kForwardGroup + 1 : 1) * kForwardGroup;  // a task
       return parallel_for((M + rows - 1) / rows, M * N, [&](int64_t task) {
         const int64_t end = std::min(M, (task + 1) * rows);
         int64_t row = task * rows;
-        for (; row + kGroup<T> <= end; row += kGroup<T>) short_rows<kAct, kGroup<T>>(row, *parameters);
+        for (; row + kForwardGroup <= end; row += kForwardGroup) short_rows<kAct, kForwardGroup>(row, *parameters);
         for (; row < end; ++row) short_rows<kAct, 1>(row, *parameters);
         if (stream) stream_fence();
       });
