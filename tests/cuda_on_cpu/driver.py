@@ -9,7 +9,7 @@ Three builds of each kernel:
 To try a kernel while writing it:
 
     from cuda_on_cpu import driver, native
-    with driver.settings(order="random", seed=3, misaligned={"x": 4}):
+    with driver.settings(order="random", seed=3, misaligned={"x": 1}):
         report = driver.call("dropout", shape=(1, 1, 1000, 0), ..., x=x, y=y)  # the fields of the contract struct
         y, *_ = native.layer_norm_forward(x, w, b, None, [64], 1e-5, None, True, True)  # as fastnorm._C has it
     with driver.settings(), native.installed():
@@ -69,7 +69,7 @@ class Settings:
     major: int = 9
     minor: int = 0
     largest_cluster: int = 16
-    misaligned: dict[str, int] = field(default_factory=dict)  # bytes by which a pointer of the contract is off
+    misaligned: dict[str, int] = field(default_factory=dict)  # elements by which a pointer of the contract is off
     # in mode trace: look for races; count what accesses cost
     races: bool = True
     counts: bool = True
@@ -143,9 +143,9 @@ _COMMON = [
 _NATIVE = ["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []  # so that fmaf is one instruction
 _MODES = {
     "random": ["-O2"],
-    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
     # Without these optimisations, so that a load of 16 bytes in the source is one load.
-    "trace": ["-O1", "-fsanitize=thread", "-fno-tree-sra", "-fno-tree-fre", "-fno-tree-forwprop"],
+    "trace": ["-O1", "-g", "-fsanitize=thread", "-fno-tree-sra", "-fno-tree-fre", "-fno-tree-forwprop"],
 }
 CORE = ("emulator.cpp", "trace.cpp")
 
@@ -278,8 +278,8 @@ def _raw(t: Tensor) -> Tensor:
 class _Buffer:
     """A tensor's copy in the emulator's memory: exact size, every other byte around it 0xff, which makes NaNs."""
 
-    def __init__(self, name: str, bytes_: int, writable: bool, content: Tensor | None) -> None:
-        off = current.misaligned.get(name, 0)
+    def __init__(self, name: str, bytes_: int, element: int, writable: bool, content: Tensor | None) -> None:
+        off = current.misaligned.get(name, 0) * element
         self.name, self.writable = name, writable
         self._memory = torch.full((bytes_ + 2 * GUARD + 2 * ALIGNMENT,), 0xFF, dtype=torch.uint8)
         self._start = GUARD + ALIGNMENT + off
@@ -330,7 +330,7 @@ class Session:
 
     def add(self, name: str, bytes_: int, element: int, writable: bool, content: Tensor | None) -> _Buffer:
         """Memory of a name; `element`: the bytes that are never shared by two threads."""
-        buffer = self.buffers[name] = _Buffer(name, bytes_, writable, content)
+        buffer = self.buffers[name] = _Buffer(name, bytes_, element, writable, content)
         guard = GUARD - ALIGNMENT
         self.library.emulator_add_buffer(buffer.address, bytes_, guard, name.encode(), writable)
         if current.mode == "trace":
@@ -389,12 +389,13 @@ def call(op: str, **fields: Any) -> Report:
 
 
 def _with_lines(library: ctypes.CDLL, message: str) -> str:
-    """@address@ of trace.cpp as file:line."""
+    """@address@ of trace.cpp as file:line, and those of the functions that it was inlined into."""
 
     def line(match: re.Match[str]) -> str:
-        command = ["addr2line", "-e", library._name, f"0x{match[1]}"]
-        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        return found[0].rsplit("/", 1)[-1] if found else match[0]
+        command = ["addr2line", "-i", "-e", library._name, f"0x{match[1]}"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        places = [place.rsplit("/", 1)[-1].split(" ")[0] for place in found]
+        return " < ".join(place for place in places if place.split(":")[0].endswith((".cu", ".cuh"))) or match[0]
 
     return re.sub(r"@([0-9a-f]+)@", line, message)
 
