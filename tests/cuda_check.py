@@ -86,7 +86,8 @@ def main(path: str) -> int:
         print(f"cuda_check: {path} tells of no kernel: build with NVCC_APPEND_FLAGS=-Xptxas=-v")
         return 1
     print(table(kernels))
-    bad = sorted({f"{k.name} (sm_{k.architecture})" for k in kernels if k.spilled or k.stack})
+    names = demangled([k.name for k in kernels])
+    bad = [f"{n} (sm_{k.architecture})" for n, k in zip(names, kernels, strict=True) if k.spilled or k.stack]
     for name in bad:
         print(f"cuda_check: {name} spills registers or has a stack frame")
     most = max(k.registers for k in kernels)
