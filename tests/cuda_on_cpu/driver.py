@@ -37,11 +37,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_on_cpu.contracts import Contract, contracts
+from cuda_on_cpu.contracts import CSRC, Contract, contracts
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-BUILD = ROOT / "build" / "cuda_on_cpu"
+BUILD = HERE.parents[1] / "build" / "cuda_on_cpu"
 
 ORDERS = ("first", "last", "random")  # which of the threads that are ready runs next
 LANDINGS = ("at once", "late", "random")  # when bulk copies land
@@ -185,10 +184,10 @@ def _core() -> list[str]:
     return objects
 
 
-def build(source: Path, mode: str, entries: str = "", csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
+def build(source: Path, mode: str, entries: str = "") -> ctypes.CDLL:
     """`source` as a shared library; `entries`: code that is compiled before it."""
-    flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{csrc}", f"-I{csrc / 'cuda'}"]
-    read = [source, *csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *(HERE / n for n in CORE), *HERE.glob("*.h")]
+    flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
+    read = [source, *CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *(HERE / n for n in CORE), *HERE.glob("*.h")]
     name = f"{source.stem}-{mode}-{_digest([p for p in read if p.exists()], ' '.join(flags) + entries)}"
     library = BUILD / f"{name}.so"
     if not library.exists():
@@ -224,11 +223,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 @cache
-def _kernels(stem: str, mode: str, csrc: Path) -> ctypes.CDLL:
+def _kernels(stem: str, mode: str) -> ctypes.CDLL:
     mine = [c for c in contracts().values() if c.stem == stem]
     entries = f'#include "{stem}.h"\n#include "entry.h"\n'
     entries += "".join(f"CUDA_ON_CPU_ENTRY({c.op}, {c.args})\n" for c in mine)
-    library = build(csrc / "cuda" / f"{stem}.cu", mode, entries, csrc)
+    library = build(CSRC / "cuda" / f"{stem}.cu", mode, entries)
     library.entry_error.restype = ctypes.c_char_p
     for c in mine:
         size, workspace, run = (getattr(library, f"{c.op}_{what}") for what in ("size", "workspace", "run"))
@@ -240,11 +239,8 @@ def _kernels(stem: str, mode: str, csrc: Path) -> ctypes.CDLL:
     return library
 
 
-csrc = ROOT / "csrc"  # where the kernels are; mutations have a copy
-
-
 def has_kernel(op: str) -> bool:
-    return (csrc / "cuda" / f"{contracts()[op].stem}.cu").exists()
+    return (CSRC / "cuda" / f"{contracts()[op].stem}.cu").exists()
 
 
 def asan_environment() -> dict[str, str]:
@@ -362,7 +358,7 @@ def call(op: str, **fields: Any) -> Report:
     for name in fields.keys() - names:
         _set(args, name, fields[name])
     outputs: list[tuple[Tensor, _Buffer]] = []
-    with Session(_kernels(contract.stem, current.mode, csrc)) as session:
+    with Session(_kernels(contract.stem, current.mode)) as session:
         by_place: dict[tuple[int, int], _Buffer] = {}
         # outputs first, so that an input which is the same memory shares the writable buffer
         for p in sorted(contract.pointers, key=lambda p: p.is_input):
