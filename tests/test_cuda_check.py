@@ -8,6 +8,7 @@ import pytest
 from cuda_check import kernels_of, main
 
 CLEAN = """\
+[1/2] /usr/local/cuda/bin/nvcc -O3 -c /somewhere/csrc/cuda/sums.cu -o sums.o
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN8fastnorm4cuda3addEPf' for 'sm_80'
 ptxas info    : Function properties for _ZN8fastnorm4cuda3addEPf
@@ -25,7 +26,7 @@ def test_a_clean_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(str(log)) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["kernel", "sm_80", "sm_90", "shared", "stack", "spills"]
-    assert shown[1].split() == ["add", "30", "40", "144", "0", "0"]
+    assert shown[1].split() == ["sums:", "add", "30", "40", "144", "0", "0"]
     assert shown[-1] == "1 kernels, at most 40 registers, 0 with spills or a stack frame"
 
 
@@ -41,7 +42,7 @@ def test_a_bad_kernel_fails(what: str, instead: str, tmp_path: Path, capsys: pyt
     log = tmp_path / "log.txt"
     log.write_text(CLEAN + SECOND.replace(what, instead, 1))
     assert main(str(log)) == 1
-    assert "add (sm_90) spills registers or has a stack frame" in capsys.readouterr().out
+    assert "sums: add (sm_90) spills registers or has a stack frame" in capsys.readouterr().out
 
 
 def test_a_log_without_kernels_fails(tmp_path: Path) -> None:
