@@ -77,7 +77,7 @@ def cost(reports: list[Report], what: str) -> Cost:
 @pytest.mark.parametrize("gate", GATES, ids=str)
 def test_traffic(gate: Gate) -> None:
     case = next(case for case in CASES if case.name == gate.case)
-    require_kernels(case)
+    require_kernels(case.op)
     layout = channels_last if gate.last else as_it_is
     tensors = [layout(t) if t.dim() == len(gate.shape) else t for t in case.inputs(gate.shape, torch.float32)]
     with driver.settings(mode="trace", races=False, **gate.device), native.installed():

@@ -40,7 +40,8 @@ from torch import Tensor
 from cuda_on_cpu.contracts import CSRC, Contract, contracts
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parents[1] / "build" / "cuda_on_cpu"
+BUILD = HERE.parents[1] / "build" / "cuda_on_cpu"  # of the emulator itself
+LIBRARIES = CSRC.parent / "build" / "cuda_on_cpu"
 
 ORDERS = ("first", "last", "random")  # which of the threads that are ready runs next
 LANDINGS = ("at once", "late", "random")  # when bulk copies land
@@ -53,6 +54,10 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 
 class KernelError(RuntimeError):
     """A launch failed, or the emulator saw a fault."""
+
+
+class BuildError(RuntimeError):
+    """The compiler refused a kernel."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Settings:
     minor: int = 0
     largest_cluster: int = 16
     misaligned: dict[str, int] = field(default_factory=dict)  # elements by which a pointer of the contract is off
+    plan: dict[str, int] = field(default_factory=dict)  # fields of PlanOverride in plan.h, for the ops that have plans
     # in mode trace: look for races; count what accesses cost
     races: bool = True
     counts: bool = True
@@ -157,7 +163,7 @@ def _compile(arguments: list[str], output: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(command, capture_output=True, text=True, env=clean)
     if done.returncode != 0:
-        raise KernelError(f"{' '.join(command)}\n{done.stderr[:8000]}")
+        raise BuildError(f"{' '.join(command)}\n{done.stderr[:8000]}")
     made.rename(output)
 
 
@@ -187,14 +193,21 @@ def _core() -> list[str]:
 def build(source: Path, mode: str, entries: str = "") -> ctypes.CDLL:
     """`source` as a shared library; `entries`: code that is compiled before it."""
     flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
-    read = [source, *CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *(HERE / n for n in CORE), *HERE.glob("*.h")]
+    read = [
+        source,
+        *CSRC.glob("*.h"),
+        *CSRC.glob("cuda/*.cuh"),
+        *CSRC.glob("cuda/*.h"),
+        *(HERE / n for n in CORE),
+        *HERE.glob("*.h"),
+    ]
     name = f"{source.stem}-{mode}-{_digest([p for p in read if p.exists()], ' '.join(flags) + entries)}"
-    library = BUILD / f"{name}.so"
+    library = LIBRARIES / f"{name}.so"
     if not library.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        before = BUILD / f"{name}.{os.getpid()}.h"
+        LIBRARIES.mkdir(parents=True, exist_ok=True)
+        before = LIBRARIES / f"{name}.{os.getpid()}.h"
         before.write_text(entries)
-        kernel = BUILD / f"{name}.{os.getpid()}.o"
+        kernel = LIBRARIES / f"{name}.{os.getpid()}.o"
         try:
             _compile([*flags, "-include", str(before), "-c", str(source)], kernel)
             # -fsanitize=thread is not given to the linker: trace.cpp has its functions
@@ -227,7 +240,10 @@ def _kernels(stem: str, mode: str) -> ctypes.CDLL:
     mine = [c for c in contracts().values() if c.stem == stem]
     entries = f'#include "{stem}.h"\n#include "entry.h"\n'
     entries += "".join(f"CUDA_ON_CPU_ENTRY({c.op}, {c.args})\n" for c in mine)
-    library = build(CSRC / "cuda" / f"{stem}.cu", mode, entries)
+    source = CSRC / "cuda" / f"{stem}.cu"
+    if re.search(r'#include "(plan\.h|slice_norm\.cuh)"', source.read_text()):
+        entries += '#include "plan.h"\nCUDA_ON_CPU_PLAN\n'
+    library = build(source, mode, entries)
     library.entry_error.restype = ctypes.c_char_p
     for c in mine:
         size, workspace, run = (getattr(library, f"{c.op}_{what}") for what in ("size", "workspace", "run"))
@@ -309,6 +325,9 @@ def _set(structure: ctypes.Structure, name: str, value: Any) -> None:
     setattr(structure, name, of(*value) if isinstance(value, tuple) else value)
 
 
+_FREE_PLAN = {"resident": -1, "cluster": 0, "scalar": 0, "stages": 0}
+
+
 class Session:
     """The emulated device with its memory, for one call of a launcher."""
 
@@ -322,6 +341,8 @@ class Session:
         library.emulator_set_order(ORDERS.index(c.order), LANDINGS.index(c.landing), c.seed)
         if c.mode == "trace":
             library.trace_start(c.races, c.counts)
+        if hasattr(library, "force_plan"):
+            library.force_plan(*({**_FREE_PLAN, **c.plan}[name] for name in _FREE_PLAN))
         return self
 
     def add(self, name: str, bytes_: int, element: int, writable: bool, content: Tensor | None) -> _Buffer:
