@@ -82,7 +82,8 @@ def table(kernels: list[Kernel]) -> str:
         shared, stack, spilled = (
             max(getattr(k, field) for k in row.values()) for field in ("shared", "stack", "spilled")
         )
-        lines.append(f"{name:{width}} {registers} {shared:7} {stack:7} {spilled:7}")
+        mark = " <-- spills" if spilled else " <-- a stack frame" if stack else ""
+        lines.append(f"{name:{width}} {registers} {shared:7} {stack:7} {spilled:7}{mark}")
     return "\n".join(lines)
 
 
@@ -92,9 +93,7 @@ def main(path: str) -> int:
         print(f"cuda_check: {path} tells of no kernel: build with NVCC_APPEND_FLAGS=-Xptxas=-v")
         return 1
     print(table(kernels))
-    bad = [f"{t} (sm_{k.architecture})" for t, k in zip(titles(kernels), kernels, strict=True) if k.spilled or k.stack]
-    for name in bad:
-        print(f"cuda_check: {name} spills registers or has a stack frame")
+    bad = {(k.source, k.name) for k in kernels if k.spilled or k.stack}
     count, most = len({(k.source, k.name) for k in kernels}), max(k.registers for k in kernels)
     print(f"{count} kernels, at most {most} registers, {len(bad)} with spills or a stack frame")
     return 1 if bad else 0

@@ -31,18 +31,22 @@ def test_a_clean_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("what", "instead"),
+    ("what", "instead", "mark"),
     [
-        ("0 bytes spill stores, 0 bytes spill loads", "8 bytes spill stores, 8 bytes spill loads"),
-        ("0 bytes stack frame", "80 bytes stack frame"),
+        ("0 bytes spill stores, 0 bytes spill loads", "8 bytes spill stores, 8 bytes spill loads", "0 16 <-- spills"),
+        ("0 bytes stack frame", "80 bytes stack frame", "80 0 <-- a stack frame"),
     ],
     ids=["spills", "stack"],
 )
-def test_a_bad_kernel_fails(what: str, instead: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_kernel_fails(
+    what: str, instead: str, mark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = tmp_path / "log.txt"
     log.write_text(CLEAN + SECOND.replace(what, instead, 1))
     assert main(str(log)) == 1
-    assert "sums: add (sm_90) spills registers or has a stack frame" in capsys.readouterr().out
+    shown = capsys.readouterr().out.splitlines()
+    assert " ".join(shown[1].split()) == f"sums: add 30 40 144 {mark}"
+    assert shown[-1] == "1 kernels, at most 40 registers, 1 with spills or a stack frame"
 
 
 def test_a_log_without_kernels_fails(tmp_path: Path) -> None:
