@@ -32,7 +32,7 @@ class Gate:
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, self.shape))
-        return f"{self.case}-{sizes}{'-last' if self.last else ''}{'-split' if self.device else ''}"
+        return f"{self.case}-{sizes}{'-last' if self.last else ''}{'-split' if self.device == SPLIT else ''}"
 
 
 MASK = 1 / 32  # a bit an element of 32
@@ -53,9 +53,10 @@ GATES = (
       for last in (False, True)),
     Gate("group_norm-some", (2, 16, 64, 64), 3, 5, device=SPLIT),
     *(Gate("instance_norm-input", (4, 16, 32, 32), 2, 3, last) for last in (False, True)),
-    *(Gate(name, (64, 1024), 2, 3) for name in ("layer_norm", "rms_norm")),
-    Gate("layer_norm-residual-relu", (64, 1024), 3 + MASK, 4 + MASK),
-    Gate("layer_norm", (4, 16384), 2, 3),
+    # rows enough that dweight, dbias and the blocks' parts of them are small beside them
+    *(Gate(name, (1024, 512), 2, 3) for name in ("layer_norm", "rms_norm")),
+    Gate("layer_norm-residual-relu", (1024, 512), 3 + MASK, 4 + MASK),
+    Gate("layer_norm", (160, 8192), 2, 3, device={"multiprocessors": 2}),  # a cluster a row
     *(Gate("local_response_norm-inter-torch-size5-beta0.75", (4, 32, 16, 32), 2, 3, last) for last in (False, True)),
     Gate("local_response_norm-intra-torch-size3-beta0.75", (4, 16, 32, 32), 2, 3),
     *(Gate(name, (256, 256), 2, 2) for name in ("dropout-0.5", "alpha_dropout-0.5")),
