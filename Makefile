@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-CXX_FILES := $(wildcard csrc/*.* csrc/*/*.*)
+CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu)
 PYTHON_FILES := setup.py fastnorm tests benchmarks examples
 
 # The CUDA build has an environment and a tree of its own: its torch is another, and so is its extension of the same name.
@@ -58,18 +58,19 @@ $(CUDA_VENV)/.ready: Makefile
 		"pytest>=8" "hypothesis>=6"
 	touch $@
 
-# The objects of kernels are made anew: it is their compiler's words that are checked. tests/test_isa.py and
-# tests/test_ladder.py have nothing to do with the build.
+# The objects of kernels are made anew: it is their compiler's words that are checked. Left out are the tests that repeat
+# others, or that have nothing to do with the build.
+CUDA_UNTESTED := isa ladder cuda_on_cpu cuda_emulator
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: needs a CUDA toolkit, but there is no nvcc"; exit 1; }
 	$(MAKE) $(CUDA_VENV)/.ready
 	rm -rf $(CUDA_TREE)/*/ && mkdir -p $(CUDA_TREE)
-	tar -cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml csrc fastnorm tests | tar -xf - -C $(CUDA_TREE)
+	tar -cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml csrc fastnorm tests examples | tar -xf - -C $(CUDA_TREE)
 	cd $(CUDA_TREE) && { NVCC_APPEND_FLAGS=-Xptxas=-v TORCH_CUDA_ARCH_LIST="$(CUDA_CHECKED)" \
 		$(CUDA_BIN)/python setup.py build_ext --inplace > log.txt 2>&1 || { cat log.txt; exit 1; }; }
 	$(CUDA_BIN)/python tests/cuda_check.py $(CUDA_TREE)/log.txt
 	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m fastnorm
-	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m pytest -q tests --ignore tests/test_isa.py --ignore tests/test_ladder.py $(ARGS)
+	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m pytest -q tests $(CUDA_UNTESTED:%=--ignore tests/test_%.py) $(ARGS)
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "gpu-check: needs OUT=DIR, where the tables go"; exit 1; }

@@ -105,11 +105,12 @@ if CUDA_HOME:
     BINARIES, PTX = architectures(CUDA_HOME)
     NVCC_FLAGS += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in BINARIES]
     NVCC_FLAGS += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in PTX]
+    OPS = [Path(f).stem for f in sorted(glob("csrc/cuda/*.cu")) if Path("csrc", Path(f).stem + ".cpp").exists()]
     CUDA_MACROS = [
         ("FASTNORM_WITH_CUDA", None),
         ("FASTNORM_CUDA_BINARIES", ",".join(map(str, BINARIES))),
         ("FASTNORM_CUDA_PTX", ",".join(map(str, PTX))),
-        ("FASTNORM_CUDA_OPS", ",".join(sorted(Path(f).stem for f in glob("csrc/cuda/*.cu")))),
+        ("FASTNORM_CUDA_OPS", ",".join(OPS)),
     ]
 # Else ninja starts a compiler or two more than there are processors, each of up to 2 GB.
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))

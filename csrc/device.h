@@ -21,7 +21,7 @@ struct CudaBuild {
   std::string version;  // of the toolkit it was compiled with, as "13.0"
   std::vector<int> binaries,
       ptx;          // compute capabilities, as 90 for 9.0: machine code, and code that the driver compiles
-  std::string ops;  // the files of csrc/cuda, with commas between
+  std::string ops;  // that have CUDA kernels, with commas between
 };
 const CudaBuild& cuda_build();
 

@@ -8,6 +8,7 @@ from fastnorm.convert import ConversionReport, conversion_report, convert, rever
 from fastnorm.dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from fastnorm.fallback import FallbackWarning, set_fallback
 from fastnorm.fold import fold_batch_norm
+from fastnorm.fuse import fuse
 from fastnorm.group_norm import GroupNorm
 from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.layer_norm import LayerNorm
@@ -47,6 +48,7 @@ __all__ = [
     "convert",
     "fold_batch_norm",
     "functional",
+    "fuse",
     "mc_dropout",
     "mc_predict",
     "parametrizations",

@@ -1,13 +1,15 @@
-"""``python -m fastnorm``: what this build is, and a quick check of every op against torch."""
+"""``python -m fastnorm``: what this build is, and a quick check of every op against torch on every device."""
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import torch
 from torch import Tensor, nn
 
 import fastnorm
+from fastnorm.build import devices
 
 # Each op as a pair of modules that must agree, in training, on an input of this shape.
 PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
@@ -20,30 +22,30 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "InstanceNorm1d": (fastnorm.InstanceNorm1d(16), nn.InstanceNorm1d(16), (8, 16, 81)),
     "InstanceNorm2d": (fastnorm.InstanceNorm2d(16), nn.InstanceNorm2d(16), (8, 16, 9, 9)),
     "InstanceNorm3d": (fastnorm.InstanceNorm3d(16), nn.InstanceNorm3d(16), (4, 16, 3, 5, 5)),
-    "LocalResponseNorm": (fastnorm.LocalResponseNorm(5), nn.LocalResponseNorm(5), (4, 16, 9, 9)),
+    "LocalResponseNorm": (fastnorm.LocalResponseNorm(5), nn.LocalResponseNorm(5), (8, 16, 9, 9)),
 }
 
 
 def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     y = module(x)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], weights)]
 
 
-def check_norms() -> dict[str, float]:
+def check_norms(device: torch.device) -> dict[str, float]:
     """The largest difference to torch, output and gradients, relative to the largest magnitude."""
     errors = {}
     for name, (ours, theirs, shape) in PAIRS.items():
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 1
-        pairs = zip(gradients(ours, x), gradients(theirs, x), strict=True)
+        x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 1).to(device)
+        pairs = zip(*(gradients(copy.deepcopy(module).to(device), x) for module in (ours, theirs)), strict=True)
         errors[name] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     return errors
 
 
-def check_dropout() -> dict[str, float]:
+def check_dropout(device: torch.device) -> dict[str, float]:
     """How far the share of kept elements and the mean are from what p says, in standard deviations over five."""
-    x, p = torch.ones(64, 64, 16, 16), 0.3
+    x, p = torch.ones(64, 64, 16, 16, device=device), 0.3
     errors = {}
     channels, samples = 64 * 64, 64
     draws_of = {
@@ -63,13 +65,14 @@ def check_dropout() -> dict[str, float]:
 def main() -> int:
     for key, value in fastnorm.build_info().items():
         print(f"{key:20} {value}")
-    print()
     failed = 0
-    for checks, allowed, meaning in ((check_norms(), 1e-5, "of torch"), (check_dropout(), 1.0, "of 5 sigma")):
-        for name, error in checks.items():
-            bad = not error <= allowed  # NaN is bad, too
-            failed += bad
-            print(f"{name:20} {'FAILED' if bad else 'ok':6} {error:.1e} {meaning}")
+    for device in devices():
+        print(f"\n{device}")
+        for check, allowed, meaning in ((check_norms, 1e-5, "of torch"), (check_dropout, 1.0, "of 5 sigma")):
+            for name, error in check(device).items():
+                bad = not error <= allowed  # NaN is bad, too
+                failed += bad
+                print(f"{name:20} {'FAILED' if bad else 'ok':6} {error:.1e} {meaning}")
     return 1 if failed else 0
 
 

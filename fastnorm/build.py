@@ -8,6 +8,18 @@ from fastnorm import _C
 from fastnorm.version import __version__
 
 
+def devices() -> list[torch.device]:
+    """The CPU, and the CUDA devices that this build has kernels for."""
+    found = [torch.device("cpu")]
+    if not _C.cuda_ops or not torch.cuda.is_available():
+        return found
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if _C.cuda_build_runs_on(major * 10 + minor):
+            found.append(torch.device("cuda", index))
+    return found
+
+
 def build_info() -> dict[str, object]:
     """Versions, instruction set in use, what was built for CUDA, and threads.
 

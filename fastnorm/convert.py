@@ -122,6 +122,11 @@ def convert(model: Model, *, skip: Skip = ()) -> Model:
     return model
 
 
+def becomes_norm(module: nn.Module) -> bool:
+    """Whether :func:`to_fastnorm` makes a normalisation with an activation of it."""
+    return type(module) in _OF_TORCH and "activation" in _OF_TORCH[type(module)][1] and _reason(module) is None
+
+
 def to_fastnorm(module: nn.Module) -> None:
     """Changes one layer of exactly a torch.nn class."""
     module.__class__, attributes = _OF_TORCH[type(module)]

@@ -158,7 +158,7 @@ class _Folding:
         self.layer_of: dict[fx.Node, nn.Module] = {}
         self.untouchable = untouchable
         self.read_directly: set[int] = set()  # ids of tensors that some forward takes out of a layer
-        for module, graph, failure in trace_everything(model, _leaf):
+        for module, graph, failure, _ in trace_everything(model, _leaf):
             for node in list(graph.nodes):
                 if node.op == "get_attr":
                     self._read(module, node)

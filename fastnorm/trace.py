@@ -17,11 +17,16 @@ Leaf = Callable[[nn.Module], bool]
 
 
 class Traced(NamedTuple):
-    """A module's forward as a graph; where it could not be traced to its end, the beginning and the reason."""
+    """A module's forward as a graph; where it could not be traced to its end, the beginning and the reason.
+
+    Attributes:
+        complete: the graph is all that forward does: parts do not run without gradients, under autocast, checkpointed.
+    """
 
     module: nn.Module
     graph: fx.Graph
     failure: str | None
+    complete: bool
 
 
 class _Tracer(fx.Tracer):
@@ -31,9 +36,25 @@ class _Tracer(fx.Tracer):
     def __init__(self, leaf: Leaf) -> None:
         super().__init__(autowrap_functions=(norm_with_residual,))
         self._leaf = leaf
+        self._mode = _mode()
+        self.changes_mode = False
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.changes_mode |= _mode() != self._mode
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._leaf(m)
+
+
+def _mode() -> tuple[Any, ...]:
+    """What a ``with`` in forward can change, and a graph does not show."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+    )
 
 
 def trace(module: nn.Module, leaf: Leaf) -> Traced:
@@ -43,7 +64,7 @@ def trace(module: nn.Module, leaf: Leaf) -> Traced:
     now. Both are undone, as far as attributes of modules and the generators of the CPU go.
     """
     if "forward" in vars(module):
-        return Traced(module, fx.Graph(), "forward is set on the instance")
+        return Traced(module, fx.Graph(), "forward is set on the instance", False)
     tracer = _Tracer(leaf)
     tracer.graph = fx.Graph()
     attributes, generators = _attributes(module), _generators()
@@ -58,7 +79,7 @@ def trace(module: nn.Module, leaf: Leaf) -> Traced:
         failure = failure or "forward sets attributes"
     if _rewind(generators):
         failure = failure or "forward draws random numbers"
-    return Traced(module, tracer.graph, failure)
+    return Traced(module, tracer.graph, failure, failure is None and not tracer.changes_mode)
 
 
 def _generators() -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 import fastnorm.functional as fn
 from fastnorm import _C
 from fastnorm.autograd import SpectralNormFunction
+from fastnorm.build import devices
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
 TORCH_ACTIVATION = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
@@ -25,16 +26,8 @@ TORCH_ACTIVATION = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_rel
 # error may exceed it, by up to this factor.
 SLACK = 1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2.0
 
-
-def _devices() -> tuple[str, ...]:
-    if not torch.cuda.is_available():
-        return ("cpu",)
-    major, minor = torch.cuda.get_device_capability()
-    return ("cpu", "cuda") if _C.cuda_build_runs_on(major * 10 + minor) else ("cpu",)
-
-
 # Where the table runs: on the CPU, and on a CUDA device if there is one and the build has kernels for it.
-DEVICES = _devices()
+DEVICES = tuple(dict.fromkeys(device.type for device in devices()))
 
 
 @cache

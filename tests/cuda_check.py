@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+SOURCE = re.compile(r"csrc/cuda/(\w+)\.cu\b")  # of the compiler's command, which the build prints before its words
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+\w?)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -22,6 +23,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 class Kernel:
     """One kernel for one architecture, in registers a thread and bytes."""
 
+    source: str
     name: str
     architecture: str
     registers: int = 0
@@ -37,10 +39,12 @@ def kernels_of(log: str) -> list[Kernel]:
         ValueError: a kernel is named, but not what it uses.
     """
     kernels: list[Kernel] = []
-    expects_frame = False
+    expects_frame, source = False, "?"
     for line in log.splitlines():
+        if named := SOURCE.search(line):
+            source = named[1]
         if entry := ENTRY.search(line):
-            kernels.append(Kernel(*entry.groups()))
+            kernels.append(Kernel(source, *entry.groups()))
             expects_frame = True
         elif expects_frame and (frame := FRAME.search(line)):
             kernels[-1].stack, stores, loads = map(int, frame.groups())
@@ -57,17 +61,19 @@ def kernels_of(log: str) -> list[Kernel]:
     return kernels
 
 
-def demangled(names: list[str]) -> list[str]:
-    """Without what all kernels share: the namespace and, as far as they are plain, the parameters."""
-    shown = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return [re.sub(r"fastnorm::(cuda::)?|\(anonymous namespace\)::|^void ", "", name) for name in shown.splitlines()]
+def titles(kernels: list[Kernel]) -> list[str]:
+    """File and name of each, without the namespace and the parameters."""
+    names = "\n".join(k.name for k in kernels)
+    shown = subprocess.run(["c++filt", "-p"], input=names, capture_output=True, text=True, check=True).stdout
+    plain = re.sub(r"fastnorm::(cuda::)?|\(anonymous namespace\)::|^void ", "", shown, flags=re.MULTILINE)
+    return [f"{k.source}: {name}" for k, name in zip(kernels, plain.splitlines(), strict=True)]
 
 
 def table(kernels: list[Kernel]) -> str:
     """A line for each kernel: its registers for each architecture in turn, and the most of the rest."""
     architectures = sorted({k.architecture for k in kernels}, key=lambda a: int(re.sub(r"\D", "", a)))
     rows: dict[str, dict[str, Kernel]] = defaultdict(dict)
-    for kernel, name in zip(kernels, demangled([k.name for k in kernels]), strict=True):
+    for kernel, name in zip(kernels, titles(kernels), strict=True):
         rows[name][kernel.architecture] = kernel
     width = max(map(len, rows))
     lines = [f"{'kernel':{width}} " + " ".join(f"{'sm_' + a:>6}" for a in architectures) + "  shared   stack  spills"]
@@ -76,7 +82,8 @@ def table(kernels: list[Kernel]) -> str:
         shared, stack, spilled = (
             max(getattr(k, field) for k in row.values()) for field in ("shared", "stack", "spilled")
         )
-        lines.append(f"{name:{width}} {registers} {shared:7} {stack:7} {spilled:7}")
+        mark = " <-- spills" if spilled else " <-- a stack frame" if stack else ""
+        lines.append(f"{name:{width}} {registers} {shared:7} {stack:7} {spilled:7}{mark}")
     return "\n".join(lines)
 
 
@@ -86,13 +93,9 @@ def main(path: str) -> int:
         print(f"cuda_check: {path} tells of no kernel: build with NVCC_APPEND_FLAGS=-Xptxas=-v")
         return 1
     print(table(kernels))
-    bad = sorted({f"{k.name} (sm_{k.architecture})" for k in kernels if k.spilled or k.stack})
-    for name in bad:
-        print(f"cuda_check: {name} spills registers or has a stack frame")
-    most = max(k.registers for k in kernels)
-    print(
-        f"{len({k.name for k in kernels})} kernels, at most {most} registers, {len(bad)} with spills or a stack frame"
-    )
+    bad = {(k.source, k.name) for k in kernels if k.spilled or k.stack}
+    count, most = len({(k.source, k.name) for k in kernels}), max(k.registers for k in kernels)
+    print(f"{count} kernels, at most {most} registers, {len(bad)} with spills or a stack frame")
     return 1 if bad else 0
 
 

@@ -47,6 +47,26 @@ __device__ inline T from_acc(acc_type<T> v) {
   }
 }
 
+// Two neighbours in one word, the first in its lower half: words need half the registers that 16-bit numbers do.
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  __device__ static float2 unpack(unsigned word) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+  __device__ static __nv_bfloat162 pack(float x, float y) { return __floats2bfloat162_rn(x, y); }
+};
+template <>
+struct Pair<__half> {
+  __device__ static float2 unpack(unsigned word) {
+    __half2 pair;
+    memcpy(&pair, &word, sizeof(pair));
+    return __half22float2(pair);
+  }
+  __device__ static __half2 pack(float x, float y) { return __floats2half2_rn(x, y); }
+};
+
 // a * b + c, rounded once: named wherever backward must find again what forward computed, bit for bit.
 __device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
@@ -130,17 +150,37 @@ struct alignas(n * sizeof(T)) Pack {
 
   // The elements in arithmetic's type, and back.
   __device__ void unpack(acc_type<T> (&values)[n]) const {
+    if constexpr (kHasPairs) {
 #pragma unroll
-    for (int j = 0; j < n; ++j) values[j] = to_acc(v[j]);
+      for (int j = 0; j < n; j += 2) {
+        unsigned word;
+        memcpy(&word, v + j, sizeof(word));
+        const float2 pair = Pair<T>::unpack(word);
+        values[j] = pair.x, values[j + 1] = pair.y;
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < n; ++j) values[j] = to_acc(v[j]);
+    }
   }
   __device__ static Pack pack(const acc_type<T> (&values)[n]) {
     Pack p;
+    if constexpr (kHasPairs) {
 #pragma unroll
-    for (int j = 0; j < n; ++j) p.v[j] = from_acc<T>(values[j]);
+      for (int j = 0; j < n; j += 2) {
+        const auto pair = Pair<T>::pack(values[j], values[j + 1]);
+        memcpy(p.v + j, &pair, sizeof(pair));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < n; ++j) p.v[j] = from_acc<T>(values[j]);
+    }
     return p;
   }
 
  private:
+  static constexpr bool kHasPairs = sizeof(T) == 2 && n % 2 == 0;
+
   __device__ static Pack from_word(const Word& word) {
     Pack p;
     memcpy(&p, &word, sizeof(p));

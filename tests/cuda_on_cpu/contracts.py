@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+# The sources; mutate.py has a changed copy.
+CSRC = Path(os.environ.get("FASTNORM_CUDA_ON_CPU_CSRC", Path(__file__).resolve().parents[2] / "csrc"))
 
 SCALARS = {
     "int64_t": ctypes.c_int64,

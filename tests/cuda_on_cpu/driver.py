@@ -9,7 +9,7 @@ Three builds of each kernel:
 To try a kernel while writing it:
 
     from cuda_on_cpu import driver, native
-    with driver.settings(order="random", seed=3, misaligned={"x": 4}):
+    with driver.settings(order="random", seed=3, misaligned={"x": 1}):
         report = driver.call("dropout", shape=(1, 1, 1000, 0), ..., x=x, y=y)  # the fields of the contract struct
         y, *_ = native.layer_norm_forward(x, w, b, None, [64], 1e-5, None, True, True)  # as fastnorm._C has it
     with driver.settings(), native.installed():
@@ -37,11 +37,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_on_cpu.contracts import Contract, contracts
+from cuda_on_cpu.contracts import CSRC, Contract, contracts
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-BUILD = ROOT / "build" / "cuda_on_cpu"
+BUILD = HERE.parents[1] / "build" / "cuda_on_cpu"  # of the emulator itself
+LIBRARIES = CSRC.parent / "build" / "cuda_on_cpu"
 
 ORDERS = ("first", "last", "random")  # which of the threads that are ready runs next
 LANDINGS = ("at once", "late", "random")  # when bulk copies land
@@ -54,6 +54,10 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 
 class KernelError(RuntimeError):
     """A launch failed, or the emulator saw a fault."""
+
+
+class BuildError(RuntimeError):
+    """The compiler refused a kernel."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Settings:
     major: int = 9
     minor: int = 0
     largest_cluster: int = 16
-    misaligned: dict[str, int] = field(default_factory=dict)  # bytes by which a pointer of the contract is off
+    misaligned: dict[str, int] = field(default_factory=dict)  # elements by which a pointer of the contract is off
+    plan: dict[str, int] = field(default_factory=dict)  # fields of PlanOverride in plan.h, for the ops that have plans
     # in mode trace: look for races; count what accesses cost
     races: bool = True
     counts: bool = True
@@ -143,9 +148,9 @@ _COMMON = [
 _NATIVE = ["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []  # so that fmaf is one instruction
 _MODES = {
     "random": ["-O2"],
-    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
     # Without these optimisations, so that a load of 16 bytes in the source is one load.
-    "trace": ["-O1", "-fsanitize=thread", "-fno-tree-sra", "-fno-tree-fre", "-fno-tree-forwprop"],
+    "trace": ["-O1", "-g", "-fsanitize=thread", "-fno-tree-sra", "-fno-tree-fre", "-fno-tree-forwprop"],
 }
 CORE = ("emulator.cpp", "trace.cpp")
 
@@ -158,7 +163,7 @@ def _compile(arguments: list[str], output: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(command, capture_output=True, text=True, env=clean)
     if done.returncode != 0:
-        raise KernelError(f"{' '.join(command)}\n{done.stderr[:8000]}")
+        raise BuildError(f"{' '.join(command)}\n{done.stderr[:8000]}")
     made.rename(output)
 
 
@@ -185,17 +190,24 @@ def _core() -> list[str]:
     return objects
 
 
-def build(source: Path, mode: str, entries: str = "", csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
+def build(source: Path, mode: str, entries: str = "") -> ctypes.CDLL:
     """`source` as a shared library; `entries`: code that is compiled before it."""
-    flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{csrc}", f"-I{csrc / 'cuda'}"]
-    read = [source, *csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *(HERE / n for n in CORE), *HERE.glob("*.h")]
+    flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
+    read = [
+        source,
+        *CSRC.glob("*.h"),
+        *CSRC.glob("cuda/*.cuh"),
+        *CSRC.glob("cuda/*.h"),
+        *(HERE / n for n in CORE),
+        *HERE.glob("*.h"),
+    ]
     name = f"{source.stem}-{mode}-{_digest([p for p in read if p.exists()], ' '.join(flags) + entries)}"
-    library = BUILD / f"{name}.so"
+    library = LIBRARIES / f"{name}.so"
     if not library.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        before = BUILD / f"{name}.{os.getpid()}.h"
+        LIBRARIES.mkdir(parents=True, exist_ok=True)
+        before = LIBRARIES / f"{name}.{os.getpid()}.h"
         before.write_text(entries)
-        kernel = BUILD / f"{name}.{os.getpid()}.o"
+        kernel = LIBRARIES / f"{name}.{os.getpid()}.o"
         try:
             _compile([*flags, "-include", str(before), "-c", str(source)], kernel)
             # -fsanitize=thread is not given to the linker: trace.cpp has its functions
@@ -224,11 +236,14 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 @cache
-def _kernels(stem: str, mode: str, csrc: Path) -> ctypes.CDLL:
+def _kernels(stem: str, mode: str) -> ctypes.CDLL:
     mine = [c for c in contracts().values() if c.stem == stem]
     entries = f'#include "{stem}.h"\n#include "entry.h"\n'
     entries += "".join(f"CUDA_ON_CPU_ENTRY({c.op}, {c.args})\n" for c in mine)
-    library = build(csrc / "cuda" / f"{stem}.cu", mode, entries, csrc)
+    source = CSRC / "cuda" / f"{stem}.cu"
+    if re.search(r'#include "(plan\.h|slice_norm\.cuh)"', source.read_text()):
+        entries += '#include "plan.h"\nCUDA_ON_CPU_PLAN\n'
+    library = build(source, mode, entries)
     library.entry_error.restype = ctypes.c_char_p
     for c in mine:
         size, workspace, run = (getattr(library, f"{c.op}_{what}") for what in ("size", "workspace", "run"))
@@ -240,11 +255,8 @@ def _kernels(stem: str, mode: str, csrc: Path) -> ctypes.CDLL:
     return library
 
 
-csrc = ROOT / "csrc"  # where the kernels are; mutations have a copy
-
-
 def has_kernel(op: str) -> bool:
-    return (csrc / "cuda" / f"{contracts()[op].stem}.cu").exists()
+    return (CSRC / "cuda" / f"{contracts()[op].stem}.cu").exists()
 
 
 def asan_environment() -> dict[str, str]:
@@ -278,8 +290,8 @@ def _raw(t: Tensor) -> Tensor:
 class _Buffer:
     """A tensor's copy in the emulator's memory: exact size, every other byte around it 0xff, which makes NaNs."""
 
-    def __init__(self, name: str, bytes_: int, writable: bool, content: Tensor | None) -> None:
-        off = current.misaligned.get(name, 0)
+    def __init__(self, name: str, bytes_: int, element: int, writable: bool, content: Tensor | None) -> None:
+        off = current.misaligned.get(name, 0) * element
         self.name, self.writable = name, writable
         self._memory = torch.full((bytes_ + 2 * GUARD + 2 * ALIGNMENT,), 0xFF, dtype=torch.uint8)
         self._start = GUARD + ALIGNMENT + off
@@ -313,6 +325,9 @@ def _set(structure: ctypes.Structure, name: str, value: Any) -> None:
     setattr(structure, name, of(*value) if isinstance(value, tuple) else value)
 
 
+_FREE_PLAN = {"resident": -1, "cluster": 0, "scalar": 0, "stages": 0}
+
+
 class Session:
     """The emulated device with its memory, for one call of a launcher."""
 
@@ -326,11 +341,13 @@ class Session:
         library.emulator_set_order(ORDERS.index(c.order), LANDINGS.index(c.landing), c.seed)
         if c.mode == "trace":
             library.trace_start(c.races, c.counts)
+        if hasattr(library, "force_plan"):
+            library.force_plan(*({**_FREE_PLAN, **c.plan}[name] for name in _FREE_PLAN))
         return self
 
     def add(self, name: str, bytes_: int, element: int, writable: bool, content: Tensor | None) -> _Buffer:
         """Memory of a name; `element`: the bytes that are never shared by two threads."""
-        buffer = self.buffers[name] = _Buffer(name, bytes_, writable, content)
+        buffer = self.buffers[name] = _Buffer(name, bytes_, element, writable, content)
         guard = GUARD - ALIGNMENT
         self.library.emulator_add_buffer(buffer.address, bytes_, guard, name.encode(), writable)
         if current.mode == "trace":
@@ -362,7 +379,7 @@ def call(op: str, **fields: Any) -> Report:
     for name in fields.keys() - names:
         _set(args, name, fields[name])
     outputs: list[tuple[Tensor, _Buffer]] = []
-    with Session(_kernels(contract.stem, current.mode, csrc)) as session:
+    with Session(_kernels(contract.stem, current.mode)) as session:
         by_place: dict[tuple[int, int], _Buffer] = {}
         # outputs first, so that an input which is the same memory shares the writable buffer
         for p in sorted(contract.pointers, key=lambda p: p.is_input):
@@ -389,12 +406,13 @@ def call(op: str, **fields: Any) -> Report:
 
 
 def _with_lines(library: ctypes.CDLL, message: str) -> str:
-    """@address@ of trace.cpp as file:line."""
+    """@address@ of trace.cpp as file:line, and those of the functions that it was inlined into."""
 
     def line(match: re.Match[str]) -> str:
-        command = ["addr2line", "-e", library._name, f"0x{match[1]}"]
-        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        return found[0].rsplit("/", 1)[-1] if found else match[0]
+        command = ["addr2line", "-i", "-e", library._name, f"0x{match[1]}"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        places = [place.rsplit("/", 1)[-1].split(" ")[0] for place in found]
+        return " < ".join(place for place in places if place.split(":")[0].endswith((".cu", ".cuh"))) or match[0]
 
     return re.sub(r"@([0-9a-f]+)@", line, message)
 

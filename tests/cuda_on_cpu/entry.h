@@ -25,3 +25,9 @@ EXPORT const char* entry_error() { return message.c_str(); }
       return 1;                                                                                                   \
     }                                                                                                             \
   }
+
+// Forces the choices of plan.h; -1 and 0 leave them alone.
+#define CUDA_ON_CPU_PLAN                                                      \
+  EXPORT void force_plan(int resident, int cluster, int scalar, int stages) { \
+    fastnorm::cuda::plan_override() = {resident, cluster, scalar, stages};    \
+  }

@@ -70,8 +70,8 @@ def _gradients(
 ) -> dict[str, Tensor | None]:
     return {
         "dx": empty_in_layout(x, layout) if wanted[0] else None,
-        "dweight": torch.empty_like(weight) if wanted[1] and weight is not None else None,
-        "dbias": torch.empty_like(bias) if wanted[2] and bias is not None else None,
+        "dweight": torch.empty(weight.shape, dtype=weight.dtype) if wanted[1] and weight is not None else None,
+        "dbias": torch.empty(bias.shape, dtype=bias.dtype) if wanted[2] and bias is not None else None,
         "dresidual": empty_in_layout(x, layout) if wanted[3] and act is not None else None,
     }
 

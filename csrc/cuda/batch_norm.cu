@@ -1,0 +1,151 @@
+// Batch normalisation on CUDA devices: slice_norm.cuh with a channel, or a strip of channels, a slice. What is only of
+// batch_norm is here: the running statistics.
+#include "../batch_norm.h"
+
+#include "slice_norm.cuh"
+
+namespace fastnorm::cuda {
+namespace {
+
+// One block: the running statistics and the number of batches, after this batch of mean a.mean and variance
+// `variance`.
+// running = (1 - momentum) * running + momentum * new, the variance unbiased
+__global__ void __launch_bounds__(kMergeThreads)
+    update_running_statistics(const __grid_constant__ BatchNormForward a, const double* variance) {
+  SMEM_ARRAY(unsigned, nonfinite, 1);
+  const int64_t C = a.shape.C;
+  const int first = static_cast<int>(threadIdx.x);
+  if (first == 0) *nonfinite = 0;
+  __syncthreads();
+  if (a.skip_nonfinite_stats) {
+    for (int64_t c = first; c < C; c += kMergeThreads)
+      if (!isfinite(a.mean[c]) || !isfinite(variance[c])) atomicOr(nonfinite, 1u);
+  }
+  const int64_t batches = a.num_batches_tracked ? *a.num_batches_tracked + 1 : 0;
+  __syncthreads();
+  if (*nonfinite) return;
+  if (first == 0 && a.num_batches_tracked) *a.num_batches_tracked = batches;
+  if (a.running_mean == nullptr) return;
+  const double momentum = isnan(a.momentum) && a.num_batches_tracked ? 1.0 / static_cast<double>(batches) : a.momentum;
+  const double count = static_cast<double>(a.shape.N * a.shape.S), unbiased = count / (count - 1);
+  const auto average = [&](void* running, int64_t c, double value) {
+    write(running, a.stats_dtype, c, (1 - momentum) * read(running, a.stats_dtype, c, 0.0) + momentum * value);
+  };
+  for (int64_t c = first; c < C; c += kMergeThreads) {
+    average(a.running_mean, c, a.mean[c]);
+    average(a.running_var, c, variance[c] * unbiased);
+  }
+}
+
+SlicePlan plan(const BatchNormForward& a) {
+  PlanInput in{};
+  in.shape = a.shape;
+  in.D = 1;
+  in.aligned = is_aligned(a.x, a.residual, a.y);
+  in.arrays = 1;
+  in.split_only = !a.training;
+  return plan_forward(in, a.dtype);
+}
+
+SlicePlan plan(const BatchNormBackward& a) {
+  PlanInput in{};
+  in.shape = a.shape;
+  in.D = 1;
+  in.aligned = is_aligned(a.x, a.dy, a.residual, a.dx, a.dresidual);
+  in.arrays = 2;
+  in.backward = true;
+  in.split_only = !(a.dweight || a.dbias || (a.training && a.dx));  // no sums: with given statistics dx needs none
+  return plan_backward(in, a.dtype);
+}
+
+bool updates_running(const BatchNormForward& a) { return a.training && (a.running_mean || a.num_batches_tracked); }
+
+// What the kernels take, its buffers in the workspace.
+SliceForward arguments(const BatchNormForward& a, Workspace& workspace) {
+  SliceForward s{};
+  s.plan = plan(a);
+  s.param_dtype = a.param_dtype;
+  s.stats_dtype = a.stats_dtype;
+  s.activation = a.activation;
+  s.eps = a.eps;
+  s.x = a.x;
+  s.residual = a.residual;
+  s.weight = a.weight;
+  s.bias = a.bias;
+  s.y = a.y;
+  s.mask = a.mask;
+  s.mean = a.mean;
+  s.rstd = a.rstd;
+  s.D = 1;
+  s.use_running = !a.training;
+  s.running_mean = a.running_mean;
+  s.running_var = a.running_var;
+  s.r_max = a.r_max;
+  s.d_max = a.d_max;
+  s.r = a.r;
+  s.d = a.d;
+  if (updates_running(a)) s.variance = workspace.take<double>(a.shape.C);
+  if (a.training && !s.plan.resident) s.partial = workspace.take<Moments>(s.plan.partials());
+  return s;
+}
+
+SliceBackward arguments(const BatchNormBackward& a, Workspace& workspace) {
+  SliceBackward s{};
+  s.plan = plan(a);
+  s.param_dtype = a.param_dtype;
+  s.activation = a.activation;
+  s.constant_statistics = !a.training;
+  s.x = a.x;
+  s.dy = a.dy;
+  s.residual = a.residual;
+  s.weight = a.weight;
+  s.bias = a.bias;
+  s.mean = a.mean;
+  s.rstd = a.rstd;
+  s.r = a.r;
+  s.d = a.d;
+  s.mask = a.mask;
+  s.dx = a.dx;
+  s.dresidual = a.dresidual;
+  s.D = 1;
+  s.count = static_cast<double>(a.shape.N * a.shape.S);
+  s.channel_sums = workspace.take<Sums>(a.shape.C);
+  s.group_sums = workspace.take<Sums>(a.shape.C);
+  if (!s.plan.resident) s.partial = workspace.take<Sums>(s.plan.partials());
+  return s;
+}
+
+template <typename Args>
+int64_t workspace_bytes(const Args& a) {
+  Workspace workspace(nullptr);
+  if (a.shape.numel() > 0) arguments(a, workspace);
+  return workspace.bytes();
+}
+
+}  // namespace
+
+int64_t batch_norm_forward_workspace(const BatchNormForward& a) { return workspace_bytes(a); }
+int64_t batch_norm_backward_workspace(const BatchNormBackward& a) { return workspace_bytes(a); }
+
+void batch_norm_forward(const BatchNormForward& a, const Queue& queue) {
+  if (a.shape.numel() == 0) return;
+  const auto stream = static_cast<cudaStream_t>(queue.stream);
+  Workspace workspace(queue.workspace);
+  const SliceForward s = arguments(a, workspace);
+  run_forward("batch_norm", a.dtype, s, a.training, a.shape.C, stream);
+  if (updates_running(a))
+    launch("batch_norm", update_running_statistics, Grid{dim3(1), kMergeThreads}, stream, a,
+           static_cast<const double*>(s.variance));
+}
+
+void batch_norm_backward(const BatchNormBackward& a, const Queue& queue) {
+  if (a.shape.numel() == 0) return;
+  const auto stream = static_cast<cudaStream_t>(queue.stream);
+  Workspace workspace(queue.workspace);
+  const SliceBackward s = arguments(a, workspace);
+  const bool sums = a.dweight || a.dbias || (a.training && a.dx);
+  run_backward("batch_norm", a.dtype, s, sums, a.shape.C, stream);
+  run_parameter_gradients("batch_norm", s, 1, a.dweight, a.dbias, stream);
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,281 @@
+"""The CUDA kernels, run by the emulator in cuda_on_cpu/: the table of cases.py, and what CUDA adds to it.
+
+In modes random and trace here; in mode asan the same tests in a process of their own, see test_under_sanitizers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from cuda_on_cpu import driver, native
+from cuda_on_cpu.contracts import contracts
+from test_ops import FLOATS, channels_last, compare, cotangent, differentiate
+from torch import Tensor
+
+import fastnorm.functional as fn
+from fastnorm.autograd import SpectralNormFunction
+
+SANITIZED = "FASTNORM_CUDA_UNDER_SANITIZERS"
+MODES = ("asan",) if SANITIZED in os.environ else ("random", "trace")
+
+# The kernels that a case runs, where they are not called as its op is.
+KERNELS = {
+    "rms_norm": "layer_norm_forward",
+    "batch_renorm": "batch_norm_forward",
+    "instance_norm": "group_norm_forward",
+    **dict.fromkeys(("dropout", "alpha_dropout", "drop_path"), "dropout"),
+}
+
+every_mode = pytest.mark.parametrize("mode", MODES)
+every_case = pytest.mark.parametrize("case", list({case.name: case for case in CASES}.values()), ids=str)
+one_case_an_op = pytest.mark.parametrize("case", list({case.op: case for case in CASES}.values()), ids=str)
+
+
+def require_kernels(of: str) -> None:
+    op = KERNELS.get(of, f"{of}_forward")
+    if not driver.has_kernel(op):
+        pytest.skip(f"{op} has no CUDA kernel yet")
+
+
+def as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def varied(i: int) -> dict[str, object]:
+    """Settings that between them have all orders and landings."""
+    return {"order": driver.ORDERS[i % 3], "landing": driver.LANDINGS[i // 3 % 3], "seed": i}
+
+
+@every_mode
+@every_case
+def test_against_float64(case: Case, mode: str) -> None:
+    """Every shape, in a type and a layout each, which the case's name shuffles."""
+    require_kernels(case.op)
+    shuffle = zlib.crc32(case.name.encode())
+    for i, shape in enumerate(case.shapes, shuffle % 97):
+        layout = channels_last if i // 4 % 2 else as_it_is
+        with driver.settings(mode=mode, **varied(i)), native.installed():
+            compare(case, case.inputs(shape, FLOATS[i % 4]), layout)
+
+
+@every_mode
+@one_case_an_op
+def test_mean_far_above_std(case: Case, mode: str) -> None:
+    require_kernels(case.op)
+    if not case.subtracts_mean:
+        pytest.skip("nothing is subtracted")
+    with driver.settings(mode=mode), native.installed():
+        for shape in case.shapes[1:4]:
+            for layout in (as_it_is, channels_last):
+                compare(case, case.inputs(shape, torch.float32, mean=1e5, std=1.0), layout)
+
+
+def pointers_of(op: str) -> list[str]:
+    return [p.name for c in contracts().values() if c.stem == contracts()[op].stem for p in c.pointers]
+
+
+@every_mode
+@one_case_an_op
+def test_any_pointer_misaligned(case: Case, mode: str) -> None:
+    """Each tensor alone by one element, and all: no bits change where the vectors are cut differently."""
+    require_kernels(case.op)
+    names = sorted(set(pointers_of(KERNELS.get(case.op, f"{case.op}_forward"))))
+    for name in (*names, *(["all"] if mode == "random" else [])):
+        off = dict.fromkeys(names, 1) if name == "all" else {name: 1}
+        i = zlib.crc32(name.encode())
+        shape = case.shapes[i % len(case.shapes)]
+        layout = channels_last if i // 16 % 2 else as_it_is
+        with driver.settings(mode=mode, misaligned=off, **varied(i)), native.installed():
+            compare(case, case.inputs(shape, FLOATS[1 + i % 3]), layout)
+
+
+@one_case_an_op
+def test_same_bits_in_any_order(case: Case) -> None:
+    """Nothing depends on which thread comes first, nor on the number of multiprocessors alone."""
+    require_kernels(case.op)
+    if MODES == ("asan",):
+        pytest.skip("the sanitizers add nothing")
+    for shape in case.shapes[-2:]:
+        tensors = case.inputs(shape, torch.float32)
+        dy = cotangent(tensors[0])
+        results = []
+        for i in range(4):
+            with driver.settings(**varied(i)), native.installed():
+                y, grads = differentiate(case.fastnorm, tensors, dy)
+            results.append([y, *grads])
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b)
+
+
+# ---- what the table of cases does not have, against the CPU's kernels
+
+
+def _values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def _gradients(function: Callable[..., Tensor], *tensors: Tensor | None) -> list[Tensor]:
+    """The output and the gradients of those that are there."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    there = [t for t in leaves if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, there, cotangent(y))]
+
+
+def _running_statistics(momentum: float | None, dtype: torch.dtype) -> list[Tensor]:
+    mean, var, count = torch.full((5,), 0.5), torch.full((5,), 2.0), torch.tensor(3)
+    for seed in range(2):
+        x = _values(6, 5, 9, 7, seed=seed).to(dtype)
+        fn.batch_norm(x, mean, var, None, None, True, momentum, num_batches_tracked=count)
+    return [mean, var, count]
+
+
+def _skipped_statistics() -> list[Tensor]:
+    mean, var, count = torch.full((3,), 0.5), torch.full((3,), 2.0), torch.tensor(3)
+    x = _values(4, 3, 5)
+    x[1, 2, 3] = math.inf
+    fn.batch_norm(x, mean, var, None, None, True, skip_nonfinite_stats=True, num_batches_tracked=count)
+    return [mean, var, count]
+
+
+def _instance_statistics() -> list[Tensor]:
+    mean, var = torch.full((5,), 0.5), torch.full((5,), 2.0)
+    y = fn.instance_norm(_values(6, 5, 9, 7), mean, var, use_input_stats=True)
+    return [y, mean, var]
+
+
+def _wide_parameters(norm: Callable[..., Tensor]) -> list[Tensor]:
+    """bfloat16 data with float32 parameters."""
+    return _gradients(norm, _values(6, 8, 9, 7).bfloat16(), _values(8) + 1, _values(8))
+
+
+def _drop_in_place() -> list[Tensor]:
+    x = _values(3, 1023)
+    fn.dropout(x, 0.4, True, inplace=True, generator=torch.Generator().manual_seed(7))
+    return [x]
+
+
+def _power_method(dim: int) -> list[Tensor]:
+    weight = _values(7, 5, 3, 3)
+    h = weight.shape[dim]
+    u, v = _values(h, seed=1), _values(weight.numel() // h, seed=2)
+    return [*_gradients(lambda w: SpectralNormFunction.apply(w, u, v, 3, dim, 1e-12), weight), u, v]
+
+
+NORMS: dict[str, Callable[..., Tensor]] = {
+    "batch_norm": lambda x, w=None, b=None: fn.batch_norm(x, None, None, w, b, True),
+    "group_norm": lambda x, w=None, b=None: fn.group_norm(x, 4, w, b),
+    "instance_norm": lambda x, w=None, b=None: fn.instance_norm(x, weight=w, bias=b),
+    "layer_norm": lambda x, w=None, b=None: fn.layer_norm(x.transpose(1, -1), [8], w, b),
+    "rms_norm": lambda x, w=None, b=None: fn.rms_norm(x.transpose(1, -1), [8], w),
+}
+
+OTHERS: dict[str, Callable[[], list[Tensor]]] = {
+    **{
+        f"batch_norm-statistics-{momentum}-{str(dtype)[6:]}": partial(_running_statistics, momentum, dtype)
+        for momentum, dtype in ((0.1, torch.float32), (None, torch.float32), (0.3, torch.bfloat16))
+    },
+    "batch_norm-skipped-statistics": _skipped_statistics,
+    "instance_norm-statistics": _instance_statistics,
+    **{f"{name}-wide-parameters": partial(_wide_parameters, NORMS[name]) for name in NORMS if name != "rms_norm"},
+    **{
+        f"{name}-without-{'-'.join(missing)}": partial(
+            _gradients,
+            NORMS[name],
+            _values(6, 8, 9, 7),
+            None if "weight" in missing else _values(8) + 1,
+            None if "bias" in missing else _values(8),
+        )
+        for name in NORMS
+        for missing in (("weight",), ("bias",), ("weight", "bias"))
+        if name != "rms_norm"
+    },
+    "dropout-in-place": _drop_in_place,
+    **{f"spectral_norm-power-method-{dim}": partial(_power_method, dim) for dim in (0, 1)},
+}
+
+
+@every_mode
+@pytest.mark.parametrize("name", OTHERS)
+def test_as_the_cpu(name: str, mode: str) -> None:
+    op = name.split("-")[0]
+    require_kernels(op)
+    wanted = OTHERS[name]()
+    with driver.settings(mode=mode, order="random", seed=5), native.installed():
+        got = OTHERS[name]()
+    for a, b in zip(got, wanted, strict=True):
+        units = 64 if a.dtype == torch.float32 else 2  # sums of some hundred terms in another order
+        eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0
+        torch.testing.assert_close(a, b, rtol=units * eps, atol=units * eps, equal_nan=True)
+
+
+# ---- every launch path: the launchers choose by what the device has
+
+DEVICES: dict[str, dict[str, Any]] = {
+    **{f"cluster-{n}": {"largest_cluster": n, "shared_per_block": 16 << 10} for n in (1, 2, 4, 8, 16)},
+    "sm_80": {"major": 8, "shared_per_block": 163 << 10},
+    "sm_75": {"major": 7, "minor": 5, "shared_per_block": 64 << 10},
+    "one-multiprocessor": {"multiprocessors": 1},
+    "h200": {"multiprocessors": 132},
+}
+
+
+@every_mode
+@pytest.mark.parametrize("device", DEVICES)
+@one_case_an_op
+def test_on_every_device(case: Case, device: str, mode: str) -> None:
+    require_kernels(case.op)
+    for i, shape in enumerate(case.shapes[-3:] if mode == "random" else case.shapes[-1:], len(device)):
+        with driver.settings(mode=mode, **varied(i), **DEVICES[device]), native.installed():
+            compare(case, case.inputs(shape, FLOATS[1 + i % 3]), channels_last if i % 2 else as_it_is)
+
+
+PLANS: dict[str, dict[str, int]] = {
+    "split": {"resident": 0},
+    "split-scalar": {"resident": 0, "scalar": 1},
+    "scalar": {"scalar": 1},
+    "one-stage": {"resident": 1, "stages": 1},
+    "two-stages": {"resident": 1, "stages": 2},
+    **{f"cluster-{n}": {"resident": 1, "cluster": n} for n in (1, 2, 4, 8, 16)},
+}
+PLANNED = [case for case in CASES if case.name in (
+    "batch_norm-train", "batch_norm-train-residual-relu", "batch_norm-train-residual-gelu", "batch_renorm-relu",
+    "group_norm-some", "group_norm-some-residual-leaky_relu", "group_norm-one", "instance_norm-input",
+)]  # fmt: skip
+
+
+@every_mode
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", PLANNED, ids=str)
+def test_every_plan(case: Case, plan: str, mode: str) -> None:
+    """Shapes with slices that are long enough for sixteen blocks, in both layouts and at an odd length."""
+    require_kernels(case.op)
+    for i, (shape, layout) in enumerate(
+        (((4, 4, 40, 40), as_it_is), ((8, 24, 12, 12), channels_last), ((3, 6, 33, 31), as_it_is)), len(plan)
+    ):
+        if mode != "random" and i % 3:
+            continue
+        with driver.settings(mode=mode, plan=PLANS[plan], **varied(i)) as reports, native.installed():
+            compare(case, case.inputs(shape, FLOATS[1 + i % 3]), layout)
+        clusters = {launch.cluster for report in reports for launch in report.launches}
+        if PLANS[plan].get("resident") == 0:
+            assert clusters == {1}
+
+
+@pytest.mark.skipif(MODES == ("asan",), reason="this is that process")
+def test_under_sanitizers() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**driver.asan_environment(), SANITIZED: "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]

@@ -1,0 +1,416 @@
+"""Activations and residuals fused into the normalisations before them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+import traceback
+from collections.abc import Callable
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from ladder.models import BACKENDS, build_model
+from ladder.rungs import LADDER, PRESETS, recipe_of
+from networks import ResidualBlock, ResNet, ViT, difference, images, outputs_and_gradients, randomize
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastnorm
+
+
+def activations(model: nn.Module) -> dict[str, str]:
+    """The fused ones."""
+    found = {name: getattr(module, "activation", None) for name, module in model.named_modules()}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def check(model: nn.Module, x: Tensor, **fused: str) -> nn.Module:
+    """Fuses, and compares outputs, gradients and statistics in both modes, and those of a copy fused in eval mode."""
+    randomize(model)
+    names = [name for name, _ in model.named_parameters()]
+    plain, late = copy.deepcopy(model), copy.deepcopy(model).eval()
+    flags = [m.training for m in model.modules()]
+    assert fastnorm.fuse(model) is model and activations(model) == fused
+    assert [m.training for m in model.modules()] == flags and [name for name, _ in model.named_parameters()] == names
+    assert activations(fastnorm.fuse(late)) == fused
+    for training in (True, False):
+        wanted = outputs_and_gradients(plain.train(training), x)
+        for other in (model, late):
+            got = outputs_and_gradients(other.train(training), x)
+            assert got.keys() == wanted.keys()
+            for key, tensor in wanted.items():
+                assert difference(got[key], tensor) < 1e-5, key  # some tens of layers that round at 6e-8 each
+    for key, tensor in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], tensor, rtol=1e-5, atol=1e-6)
+    return model
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(6), torch.randn(8, 6)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(6), torch.randn(2, 6, 4, 5)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(6), torch.randn(2, 6, 2, 4, 5)),
+    "LayerNorm": (lambda: nn.LayerNorm(6), torch.randn(8, 6)),
+    "RMSNorm": (lambda: nn.RMSNorm(6), torch.randn(8, 6)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 6), torch.randn(8, 6, 5)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(6), torch.randn(2, 6, 9)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(6, affine=True), torch.randn(2, 6, 4, 5)),
+    "InstanceNorm3d": (lambda: nn.InstanceNorm3d(6), torch.randn(2, 6, 2, 4, 5)),
+    "BatchRenorm1d": (lambda: fastnorm.BatchRenorm1d(6), torch.randn(8, 6)),
+}
+LAYERS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_in_a_sequential(name: str) -> None:
+    build, x = NORMS[name]
+    for activation, kind in LAYERS.items():
+        model = check(nn.Sequential(build(), kind()), x, **{"0": activation})
+        assert type(model) is nn.Sequential and type(model[0]) is getattr(fastnorm, name)
+        assert type(model[1]) is nn.Identity
+    model = check(nn.Sequential(fastnorm.convert(build()), nn.SiLU(inplace=True)), x, **{"0": "silu"})
+    assert str(fastnorm.fuse(model)) == str(model)  # nothing is left to do
+
+
+class Graph(nn.Module):
+    """A model whose forward is a function of it."""
+
+    def __init__(self, forward: Callable[..., Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.other, self.relu = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv = nn.Conv2d(4, 4, 1, bias=False)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+X = torch.randn(3, 4, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("activation", "forward"),
+    (
+        ("relu", lambda m, x: F.relu(m.norm(x))),
+        ("relu", lambda m, x: F.relu(m.norm(x), inplace=True)),
+        ("relu", lambda m, x: torch.relu(m.norm(x))),
+        ("relu", lambda m, x: torch.relu_(m.norm(x))),
+        ("relu", lambda m, x: m.norm(x).relu()),
+        ("relu", lambda m, x: m.norm(x).relu_()),
+        ("leaky_relu", lambda m, x: F.leaky_relu(m.norm(x))),
+        ("leaky_relu", lambda m, x: F.leaky_relu_(m.norm(x), negative_slope=0.01)),
+        ("silu", lambda m, x: F.silu(m.norm(x))),
+        ("gelu", lambda m, x: F.gelu(m.norm(x))),
+        ("gelu", lambda m, x: F.gelu(m.norm(input=x), approximate="none")),
+        ("relu", lambda m, x: m.relu(m.norm(m.conv(x)) + x)),
+        ("relu", lambda m, x: m.relu(x + m.norm(m.conv(x)))),
+        ("relu", lambda m, x: m.relu(torch.add(x, m.norm(m.conv(x))))),
+        ("relu", lambda m, x: m.relu(m.norm(m.conv(x)).add(x))),
+        ("relu", lambda m, x: m.relu(m.norm(m.conv(x)).add_(x))),
+        ("silu", lambda m, x: F.silu(m.norm(m.conv(x)) + x * x)),
+        ("gelu", lambda m, x: F.gelu(m.conv(x) + m.norm(m.conv(x + 1))).sin()),
+        ("relu", lambda m, x: m.relu(m.norm(m.conv(x)) + x.relu()) + m.relu(x)),
+    ),
+)
+def test_in_a_forward(activation: str, forward: Callable[..., Tensor]) -> None:
+    model = check(Graph(forward), X, norm=activation)
+    assert isinstance(model, Graph) and type(model) is not Graph and type(model).__name__ == "Graph"
+    assert isinstance(model.relu, nn.ReLU)
+
+
+def add_in_place(m: nn.Module, x: Tensor) -> Tensor:
+    out = m.norm(m.conv(x))
+    out += x
+    return m.relu(out)
+
+
+def add_into_the_residual(m: nn.Module, x: Tensor) -> Tensor:
+    y = x.sin()
+    y += m.norm(m.conv(x))
+    return m.relu(y) + y
+
+
+def twice(m: nn.Module, x: Tensor) -> Tensor:
+    return m.relu(m.norm(x)) + m.norm(m.conv(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    (
+        lambda m, x: m.norm(x),
+        lambda m, x: m.relu(n := m.norm(x)) + n,  # the norm's output goes elsewhere too
+        lambda m, x: m.relu(s := m.norm(m.conv(x)) + x) + s,
+        lambda m, x: F.leaky_relu(m.norm(x), 0.2),
+        lambda m, x: F.leaky_relu(m.norm(x), negative_slope=0.2),
+        lambda m, x: F.gelu(m.norm(x), approximate="tanh"),
+        lambda m, x: F.relu6(m.norm(x)),
+        lambda m, x: m.norm(x).sigmoid(),
+        lambda m, x: m.relu(torch.add(m.norm(m.conv(x)), x, alpha=2)),
+        lambda m, x: m.relu(m.norm(m.conv(x)) + 1.0),
+        lambda m, x: m.relu(m.norm(m.conv(x)) - x),
+        lambda m, x: m.relu((n := m.norm(m.conv(x))) + n),
+        lambda m, x: m.relu(m.norm(x) + x),  # the norm's input goes elsewhere too, and might be written there
+        lambda m, x: m.norm(m.relu(m.norm(x))),
+        add_into_the_residual,
+            twice,
+    ),
+)  # fmt: skip
+def test_left_alone(forward: Callable[..., Tensor]) -> None:
+    model = check(Graph(forward), X)
+    assert type(model) is Graph and type(model.norm) is nn.BatchNorm2d and type(model.relu) is nn.ReLU
+
+
+def test_a_write_between() -> None:
+    """y is the norm's input and is written before the addition: the norm must not move there."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = x.sin()
+        z = m.norm(y[:])
+        y.mul_(2)
+        return m.relu(z + y)
+
+    model = Graph(forward)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model)(X)
+        assert torch.equal(fastnorm.fuse(model)(X), wanted) and not activations(model)
+
+
+def test_two_norms_and_one_addition() -> None:
+    """As with a projection on the skip connection: one of the two takes the other as its residual."""
+    check(Graph(lambda m, x: m.relu(m.norm(m.conv(x)) + m.other(m.conv(2 * x)))), X, norm="relu")
+    check(Graph(add_in_place), X, norm="relu")
+
+
+@pytest.mark.parametrize(
+    "residual",
+    (
+        lambda x: x.mean((2, 3), keepdim=True),  # broadcast
+        lambda x: x[:1],
+        lambda x: x.unsqueeze(0).expand(2, 3, 4, 5, 6),  # to which the norm's output is broadcast
+        lambda x: x.double(),
+    ),
+)
+def test_residuals_that_no_kernel_takes(residual: Callable[[Tensor], Tensor]) -> None:
+    model = check(Graph(lambda m, x: m.relu(m.norm(m.conv(x)) + residual(x))), X, norm="relu")
+    assert model.norm.num_batches_tracked == 1
+    assert model(X).dtype == residual(X).dtype
+
+
+def test_what_kernels_have_not() -> None:
+    class Mine(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    class MyNorm(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    for activation in (nn.LeakyReLU(0.2), nn.GELU("tanh"), nn.ReLU6(), nn.Tanh(), Mine()):
+        check(nn.Sequential(nn.BatchNorm2d(4), activation), X)
+    for norm in (MyNorm(4), nn.LocalResponseNorm(3), nn.Identity()):
+        check(nn.Sequential(norm, nn.ReLU()), X)
+    check(nn.Sequential(fastnorm.BatchNorm2d(4, activation="relu"), nn.SiLU()), X, **{"0": "relu"})
+
+
+def test_hooks() -> None:
+    """A hook on either sees what it has always seen; those on a module around them stay too."""
+    for index in (0, 1):
+        model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+        model[index].register_forward_hook(lambda module, args, y: None)
+        check(model, X)
+    block = Graph(add_in_place)
+    seen = []
+    block.register_forward_hook(lambda module, args, y: seen.append(y))
+    y = fastnorm.fuse(block)(X)
+    assert seen[0] is y and activations(block)
+
+
+def test_shared_layers() -> None:
+    relu, norm = nn.ReLU(), nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.BatchNorm2d(4), relu, nn.Sequential(nn.GroupNorm(2, 4), relu))
+    check(model, X, **{"0": "relu", "2.0": "relu"})
+    assert type(model[1]) is nn.Identity and model[2][1] is model[1]
+    gelu = nn.GELU()  # twice is not once: where the layer stays for one place, it must stay for the other
+    model = nn.Sequential(nn.BatchNorm2d(4), gelu, nn.Conv2d(4, 4, 1), gelu)
+    check(model, X)
+    model = nn.Sequential(model, Graph(lambda m, x: m.gelu(m.norm(x)), gelu=gelu))
+    check(model, X, **{"1.norm": "gelu"})
+    assert model[1].gelu is gelu
+    both = nn.Sequential(nn.BatchNorm2d(4), gelu, Graph(lambda m, x: m.gelu(m.norm(m.conv(x)) + x), gelu=gelu))
+    check(both, X, **{"0": "gelu", "2.norm": "gelu"})
+    check(nn.Sequential(norm, nn.ReLU(), nn.Sequential(norm, nn.SiLU())), X)  # one norm before two activations
+    block = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    check(nn.Sequential(block, block), X, **{"0.1": "relu"})  # one block at two places
+
+
+def test_layers_that_are_also_called_from_outside() -> None:
+    features = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    check(Graph(lambda m, x: m.features(x) + m.features[1](x), features=features), X)
+
+    def taps(m: nn.Module, x: Tensor) -> Tensor:
+        outputs = []
+        for layer in m.features:
+            x = layer(x)
+            outputs.append(x)
+        return torch.stack(outputs)
+
+    check(Graph(taps, features=features), X)
+
+
+class Flagged(nn.Module):
+    """A forward that says no more than once what it does."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm, self.conv, self.kind, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False), kind, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "no_grad":
+            with torch.no_grad():
+                x = x * 2
+        elif self.kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16, enabled=False):
+                x = self.conv(x).float()
+        elif self.kind == "training" and not self.training:
+            x = x * 2
+        elif self.kind == "dropout":
+            x = F.dropout(x, 0.0, self.training)
+        elif self.kind == "grad" and not torch.is_grad_enabled():
+            x = x * 2
+        elif self.kind == "random":
+            x = x * 2 if torch.rand(()) < 2 else x
+        elif self.kind == "sets":
+            self.last = x
+        elif self.kind == "data" and x.sum() > 0:
+            x = x * 2
+        elif self.kind in ("reentrant", "non-reentrant"):
+            x = checkpoint(self.conv, x, use_reentrant=self.kind == "reentrant")
+        return F.relu(self.norm(x))
+
+
+KINDS = ("no_grad", "autocast", "training", "dropout", "grad", "random", "sets", "data", "reentrant", "non-reentrant")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forwards_that_a_graph_does_not_tell(kind: str) -> None:
+    assert fastnorm.fuse(Flagged("")).norm.activation == "relu"
+    torch.manual_seed(0)
+    model = Flagged(kind)
+    state = torch.get_rng_state()
+    assert fastnorm.fuse(model) is model and type(model) is Flagged and type(model.norm) is nn.BatchNorm2d
+    assert torch.equal(torch.get_rng_state(), state) and model.last is None
+
+
+def test_parts_of_what_cannot_be_traced() -> None:
+    """In a ViT whose blocks unpack a shape, the stem, a Sequential, is fused; in one that decides, so is each arm."""
+    vit = check(ViT(), images(4), **{"stem.1": "relu"})
+    assert type(vit.blocks[0].norm1) is nn.LayerNorm
+    arm = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())
+    check(Graph(lambda m, x: m.arm(x) if x.sum() > 0 else x, arm=arm), X.abs(), **{"arm.0": "silu"})
+
+
+RESNET = {"bn1": "relu"} | {f"layer{i}.{j}.bn{k}": "relu" for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)}
+
+
+@pytest.mark.parametrize("converted", (False, True), ids=("torch", "converted"))
+def test_resnet(converted: bool) -> None:
+    torch.manual_seed(0)
+    model = ResNet()
+    if converted:
+        fastnorm.convert(model)
+    check(model, images(), **RESNET)
+    assert type(model) is ResNet and isinstance(model.layer2[0], ResidualBlock)
+    assert type(model.layer1[0]) is type(model.layer1[1]) is type(model.layer3[1])  # the same code, the same class
+    assert type(model.layer2[0].downsample[1]) is (fastnorm.BatchNorm2d if converted else nn.BatchNorm2d)
+    assert list(ResNet().state_dict()) == list(model.state_dict())
+    before = str(model)
+    assert str(fastnorm.fuse(model)) == before  # again: nothing to do
+    folded = fastnorm.fold_batch_norm(model.eval())
+    assert difference(folded(images(4)), model(images(4))) < 1e-5
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+
+
+def test_a_wrong_fusion_would_be_seen() -> None:
+    model = ResNet()
+    plain = copy.deepcopy(model)
+    fastnorm.fuse(model).layer3[0].bn2.activation = "leaky_relu"
+    assert difference(model(images()), plain(images())) > 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ladder(backend: str) -> None:
+    model = build_model(recipe_of(LADDER[2], PRESETS["quick"].recipe), backend, 0)
+    check(model, images(4), **{f"stages.{i}.{j}.norm": "relu" for i in range(3) for j in range(2)})
+
+
+def test_copies_and_files() -> None:
+    model = fastnorm.fuse(ResNet()).eval()
+    wanted = model(images(2))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(other(images(2)), wanted) and activations(other) == RESNET
+        assert type(other.layer1[0]) is type(model.layer1[0]) and other.layer1[0].bn1 is not model.layer1[0].bn1
+        assert other.layer1[0].bn1.weight.requires_grad
+    plain = ResNet().eval()
+    plain.load_state_dict(model.state_dict())
+    assert difference(plain(images(2)), wanted) < 1e-5
+
+
+def test_a_graph_module() -> None:
+    """Of which the class has its own way of being pickled: only layers are exchanged."""
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()))
+    check(model, X, **{"1": "relu"})
+    check(torch.fx.symbolic_trace(Graph(add_in_place)), X)
+
+
+def test_checkpointing_and_changes_of_requires_grad() -> None:
+    model = fastnorm.fuse(ResNet()).train()
+    x = images(4)
+    wanted = outputs_and_gradients(copy.deepcopy(model), x)
+    for reentrant in (True, False):
+        other = copy.deepcopy(model)
+
+        class Checkpointed(nn.Module):
+            def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+                super().__init__()
+                self.inner, self.reentrant = inner, reentrant
+
+            def forward(self, x: Tensor) -> Tensor:
+                return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+        other.layer2 = Checkpointed(other.layer2, reentrant)
+        got = outputs_and_gradients(other, x)
+        assert all(torch.equal(got[k.replace("layer2", "layer2.inner")], v) for k, v in wanted.items())
+    model.layer3[0].bn2.requires_grad_(False)
+    model.zero_grad()
+    assert "layer3.0.bn2.weight" not in outputs_and_gradients(model, x)
+    model.layer3[0].bn2.requires_grad_(True)
+    assert "layer3.0.bn2.weight" in outputs_and_gradients(model, x)
+
+
+def test_traceback_shows_the_generated_line() -> None:
+    model = fastnorm.fuse(Graph(add_in_place))
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.randn(3, 5, 2, 2))
+    assert "conv = self.conv(x)" in "".join(traceback.format_tb(caught.tb))
+
+
+def test_revert_keeps_what_is_fused() -> None:
+    model = fastnorm.fuse(fastnorm.convert(ResNet())).eval()
+    wanted = model(images(2))
+    with pytest.warns(UserWarning, match=re.escape("layer4.1.bn2 (BatchNorm2d, activation='relu')")):
+        fastnorm.revert(model)
+    assert activations(model) == RESNET and type(model.layer2[0].downsample[1]) is nn.BatchNorm2d
+    assert difference(model(images(2)), wanted) < 1e-5
+
+
+def test_readme() -> None:
+    exec(networks.readme_code("fuse"), names := {})
+    assert list(activations(names["model"]).values()) == ["gelu", "relu"]
