@@ -1,12 +1,13 @@
 // Layer and RMS normalisation on the CPU: each row is reduced by itself, and read once from memory.
 //
-// Forward. A task owns some rows, short ones by groups: statistics in two sweeps, the mean and the deviations from it,
-// then a third that normalises, all of them in the first-level cache. Rows beyond kChunk elements go by chunks. A few
-// long rows are split: every thread takes chunks of them.
+// Forward. A task owns some rows, and takes short ones by groups: statistics in two sweeps, the mean and the deviations
+// from it, then a third that normalises, all of them in the first-level cache. Rows beyond kChunk elements go by chunks.
+// A few long rows are split: every thread takes chunks of them.
 //
-// Backward by rows. A task owns a part of the rows and takes it by groups. A first sweep reduces g and g * xhat of each
-// row; a second writes dx and adds the group's dz and dz * xhat to one float32 sum a column, flushed to float64 every
-// kBlockRows rows. The parts' sums are merged at the end.
+// Backward by rows. A task owns a part of the rows. A first sweep of a row reduces g and g * xhat; a second writes dx
+// and adds dz and dz * xhat to one float32 sum a column, flushed to float64 every kBlockRows rows. The parts' sums are
+// merged at the end. Several rows at once would load a column's sums less often, but the processor's prefetchers lose
+// such a pattern, and memory is the limit.
 //
 // Backward by strips, for few rows or very long ones. Blocks of rows that stay in the last-level cache are reduced by
 // chunks and then written by strips of columns; one task sums a strip over all rows of the block.
@@ -22,11 +23,10 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// Rows swept together, forward and backward: their accumulators hide each other's latency, and a parameter is loaded
-// once for all of them. Backward has more to keep in registers.
-constexpr int kForwardGroup = 4;
-template <typename T>
-constexpr int kGroup = std::max(1, 4 / Pack<T>::kVecs);
+// Short rows are swept together, forward: their accumulators hide each other's latency. Longer ones hide their own, and
+// one after the other is what the processor's prefetchers like.
+constexpr int64_t kShortRow = 512;  // elements
+constexpr int kGroup = 4;
 
 // ---- parameters
 
@@ -208,7 +208,8 @@ struct RowsForward {
 
   Moments moments(int64_t row, int64_t chunk) const {
     Moments m;
-    row_moments<1, kGroup<T>>(x + row * N + chunk * kChunk, N, chunk_length(chunk), a.subtract_mean, &m);
+    row_moments<1, std::max(1, 4 / Pack<T>::kVecs)>(x + row * N + chunk * kChunk, N, chunk_length(chunk),
+                                                    a.subtract_mean, &m);
     return m;
   }
 
@@ -233,20 +234,19 @@ struct RowsForward {
   void run() const {
     if (chunks > 1 && M < 2 * num_threads()) return long_rows<kAct>();
     const ParameterArrays<T> parameters(a, 0, N);
-    if (chunks == 1) {
-      const int64_t rows = (stream ? kFencedElements / N / kForwardGroup + 1 : 1) * kForwardGroup;  // a task
-      return parallel_for((M + rows - 1) / rows, M * N, [&](int64_t task) {
-        const int64_t end = std::min(M, (task + 1) * rows);
-        int64_t row = task * rows;
-        for (; row + kForwardGroup <= end; row += kForwardGroup) short_rows<kAct, kForwardGroup>(row, *parameters);
+    const int64_t rows = (stream ? kFencedElements / N / kGroup + 1 : 1) * kGroup;  // a task
+    parallel_for((M + rows - 1) / rows, M * N, [&](int64_t task) {
+      const int64_t end = std::min(M, (task + 1) * rows);
+      int64_t row = task * rows;
+      if (N < kShortRow) {
+        for (; row + kGroup <= end; row += kGroup) short_rows<kAct, kGroup>(row, *parameters);
         for (; row < end; ++row) short_rows<kAct, 1>(row, *parameters);
-        if (stream) stream_fence();
-      });
-    }
-    parallel_for(M, M * N, [&](int64_t row) {
-      Moments m;
-      for (int64_t k = 0; k < chunks; ++k) m.merge(moments(row, k));
-      normalize<kAct>(row, 0, N, finish(row, m), *parameters);
+      }
+      for (; row < end; ++row) {
+        Moments m;
+        for (int64_t k = 0; k < chunks; ++k) m.merge(moments(row, k));
+        normalize<kAct>(row, 0, N, finish(row, m), *parameters);
+      }
       if (stream) stream_fence();
     });
   }
@@ -310,10 +310,6 @@ struct RowsBackward {
   const bool stream = stream_output(M * N, a.dtype);
   const bool wants_columns = a.dweight || a.dbias;
 
-  // With an activation the arithmetic has parallelism enough, and the code is large.
-  template <Activation kAct>
-  static constexpr int kGroupOf = kAct == Activation::kNone ? kGroup<T> : 1;
-
   int64_t chunk_length(int64_t chunk) const { return std::min(kChunk, N - chunk * kChunk); }
 
   RunGradient<T> gradient(int64_t row, int64_t first) const {
@@ -325,48 +321,26 @@ struct RowsBackward {
     return {{at(mean), at(rstd), at(rest)}, parameters};
   }
 
-  struct Row {
-    RunGradient<T> gradient;
-    Affine<RowWise<T>> affine;
-  };
-  template <int kRows>
-  struct Group {
-    Row rows[kRows];
-    const Row& operator[](int r) const { return rows[r]; }
-  };
-  template <int... r>
-  Group<sizeof...(r)> group(int64_t row, int64_t first, const ColumnParameters<T>& parameters,
-                            std::integer_sequence<int, r...>) const {
-    return {{{gradient(row + r, first), affine(row + r, parameters)}...}};
-  }
-
-  // Calls f(row, number of rows) for the rows of begin .. end in groups.
-  template <Activation kAct, typename F>
-  static void for_groups(int64_t begin, int64_t end, const F& f) {
-    int64_t row = begin;
-    for (; row + kGroupOf<kAct> <= end; row += kGroupOf<kAct>) f(row, std::integral_constant<int, kGroupOf<kAct>>{});
-    if constexpr (kGroupOf<kAct> > 1)
-      for (; row < end; ++row) f(row, std::integral_constant<int, 1>{});
-  }
-
-  // Adds to total[r] the sums over n <= kChunk columns of g and g * xhat.
-  // Scalar math: g = dz * weight;  total.dz += g;  total.dz_xhat += g * xhat
-  template <Activation kAct, int kRows>
-  FASTNORM_LOOP void reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
-                            Sums* total) const {
-    const auto rows = group(row, first, parameters, std::make_integer_sequence<int, kRows>{});
-    P g_sum[kRows], g_xhat_sum[kRows];
-    for (int r = 0; r < kRows; ++r) g_sum[r] = g_xhat_sum[r] = P(0);
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const P x_i = P::load(rows[r].gradient.x + i, count);
-        const P g = rows[r].gradient.template dz<kAct>(i, count, x_i, rows[r].affine) * parameters.weight[i];
-        g_sum[r] = g_sum[r] + g;
-        g_xhat_sum[r] = fmadd(g, rows[r].affine.standardize(x_i, i).keep(count), g_xhat_sum[r]);
-      }
+  // The sums over n <= kChunk columns of g and g * xhat.
+  // Scalar math: g = dz * weight;  sums.dz += g;  sums.dz_xhat += g * xhat
+  template <Activation kAct>
+  FASTNORM_LOOP Sums reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters) const {
+    constexpr int kUnroll = std::max(1, 4 / P::kVecs);
+    const RunGradient<T> from = gradient(row, first);
+    const Affine<RowWise<T>> z = affine(row, parameters);
+    P g_sum[kUnroll], g_xhat_sum[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) g_sum[u] = g_xhat_sum[u] = P(0);
+    for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+      const P x_i = P::load(from.x + i, count);
+      const P g = from.template dz<kAct>(i, count, x_i, z) * z.parameters.weight[i];
+      g_sum[u] = g_sum[u] + g;
+      g_xhat_sum[u] = fmadd(g, z.standardize(x_i, i).keep(count), g_xhat_sum[u]);
     });
-    for (int r = 0; r < kRows; ++r) total[r] += Sums{lane_sum(g_sum[r]), lane_sum(g_xhat_sum[r])};
+    for (int u = 1; u < kUnroll; ++u) {
+      g_sum[0] = g_sum[0] + g_sum[u];
+      g_xhat_sum[0] = g_xhat_sum[0] + g_xhat_sum[u];
+    }
+    return {lane_sum(g_sum[0]), lane_sum(g_xhat_sum[0])};
   }
 
   // The means of g and g * xhat over a row: dx = (g - (xhat * mean_g_xhat + mean_g)) * rstd, exactly 0 if N = 1.
@@ -379,44 +353,27 @@ struct RowsBackward {
   }
 
   // Writes dx and dresidual of n columns; adds dz and dz * xhat to dbias[] and dweight[], in whole packs.
-  template <Activation kAct, int kRows>
+  template <Activation kAct>
   FASTNORM_LOOP void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
-                           const RowGradient* coefficients, acc_t* dweight, acc_t* dbias) const {
+                           const RowGradient& coefficients, acc_t* dweight, acc_t* dbias) const {
     const int64_t at = row * N + first;
-    const auto rows = group(row, first, parameters, std::make_integer_sequence<int, kRows>{});
-    P mean_g[kRows], mean_g_xhat[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      mean_g[r] = P(coefficients[r].mean_g);
-      mean_g_xhat[r] = P(coefficients[r].mean_g_xhat);
-    }
-    const int64_t ahead = kRows * N;  // the next group
-    const bool past_caches = stream && fills_lines(dx + at, n) && (kRows == 1 || fills_lines(dx + at, N));
+    const RunGradient<T> from = gradient(row, first);
+    const Affine<RowWise<T>> z = affine(row, parameters);
+    const P mean_g(coefficients.mean_g), mean_g_xhat(coefficients.mean_g_xhat);
+    T *const to = offset_by(dx, at), *const to_residual = offset_by(dresidual, at);
+    const bool past_caches = stream && fills_lines(to, n), adds = wants_columns;
     for_packs<T>(n, [&](int64_t i, auto count, int) {
-      P dz_sum(0), dz_xhat_sum(0);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        if constexpr (kRows > 1 && std::is_same_v<decltype(count), Full>) {
-          prefetch(rows[r].gradient.x + i + ahead);
-          prefetch(rows[r].gradient.dy + i + ahead);
-        }
-        const P x_i = P::load(rows[r].gradient.x + i, count);
-        const P dz = rows[r].gradient.template dz<kAct>(i, count, x_i, rows[r].affine);
-        const P xhat = rows[r].affine.standardize(x_i, i);
-        if (wants_columns) {
-          dz_sum = dz_sum + dz;
-          dz_xhat_sum = fmadd(dz, xhat, dz_xhat_sum);
-        }
-        const int64_t to = at + r * N + i;
-        if (dresidual) dz.store(dresidual + to, count);
-        if (dx == nullptr) continue;
-        const P d = dz * parameters.weight[i] - fmadd(xhat, mean_g_xhat[r], mean_g[r]);
-        const P dx_i = d * rows[r].affine.standardize.rstd[i];
-        put(dx_i, dx + to, count, past_caches);
+      const P x_i = P::load(from.x + i, count);
+      const P dz = from.template dz<kAct>(i, count, x_i, z);
+      const P xhat = z.standardize(x_i, i);
+      if (adds) {
+        (P::load_acc(dbias + i) + dz).store_acc(dbias + i);
+        fmadd(dz, xhat, P::load_acc(dweight + i)).store_acc(dweight + i);
       }
-      if (wants_columns) {
-        (P::load_acc(dbias + i) + dz_sum).store_acc(dbias + i);
-        (P::load_acc(dweight + i) + dz_xhat_sum).store_acc(dweight + i);
-      }
+      if (to_residual) dz.store(to_residual + i, count);
+      if (to == nullptr) return;
+      const P d = dz * z.parameters.weight[i] - fmadd(xhat, mean_g_xhat, mean_g);
+      put(d * z.standardize.rstd[i], to + i, count, past_caches);
     });
   }
 
@@ -451,19 +408,16 @@ struct RowsBackward {
       const ColumnSums sums(wants_columns ? N : 0);
       double *dweight = partial.data() + task * 2 * N, *dbias = dweight + N;
       for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kBlockRows) {
-        for_groups<kAct>(begin, std::min(tasks.end(task), begin + kBlockRows), [&](int64_t row, auto count) {
-          constexpr int kRows = decltype(count)::value;
-          Sums total[kRows];
-          if (dx)
-            for (int64_t k = 0; k < chunks; ++k) {
-              const ColumnParameters<T> at{PerColumn<T>((*parameters).weight.values + k * kChunk),
-                                           PerColumn<T>((*parameters).bias.values + k * kChunk)};
-              reduce<kAct, kRows>(row, k * kChunk, chunk_length(k), at, total);
-            }
-          RowGradient coefficients[kRows];
-          for (int r = 0; r < kRows; ++r) coefficients[r] = row_gradient(total[r]);
-          write<kAct, kRows>(row, 0, N, *parameters, coefficients, sums.dweight(), sums.dbias());
-        });
+        const int64_t end = std::min(tasks.end(task), begin + kBlockRows);
+        for (int64_t row = begin; row < end; ++row) {
+          Sums total;
+          for (int64_t k = 0; k < (dx ? chunks : 0); ++k) {
+            const ColumnParameters<T> at{PerColumn<T>((*parameters).weight.values + k * kChunk),
+                                         PerColumn<T>((*parameters).bias.values + k * kChunk)};
+            total += reduce<kAct>(row, k * kChunk, chunk_length(k), at);
+          }
+          write<kAct>(row, 0, N, *parameters, row_gradient(total), sums.dweight(), sums.dbias());
+        }
         if (wants_columns) sums.flush(begin == tasks.begin(task), N, dweight, dbias);
       }
       if (stream) stream_fence();
@@ -496,17 +450,10 @@ struct RowsBackward {
     for (int64_t begin = 0; begin < M; begin += rows) {
       const int64_t end = std::min(M, begin + rows);
       if (dx) {
-        const int64_t groups = (end - begin + kGroup<T> - 1) / kGroup<T>;
-        parallel_for(groups * chunks, (end - begin) * N, [&](int64_t i) {
-          const int64_t chunk = i % chunks, first = chunk * kChunk, n = chunk_length(chunk);
-          const int64_t group = begin + i / chunks * kGroup<T>;
+        parallel_for((end - begin) * chunks, (end - begin) * N, [&](int64_t i) {
+          const int64_t row = begin + i / chunks, chunk = i % chunks, first = chunk * kChunk, n = chunk_length(chunk);
           const ParameterArrays<T> parameters(a, first, n);
-          for_groups<kAct>(group, std::min(end, group + kGroup<T>), [&](int64_t row, auto count) {
-            constexpr int kRows = decltype(count)::value;
-            Sums sums[kRows];
-            reduce<kAct, kRows>(row, first, n, *parameters, sums);
-            for (int r = 0; r < kRows; ++r) partial[(row + r - begin) * chunks + chunk] = sums[r];
-          });
+          partial[i] = reduce<kAct>(row, first, n, *parameters);
         });
       }
       for (int64_t row = begin; row < end; ++row) {
@@ -518,10 +465,8 @@ struct RowsBackward {
         const int64_t first = chunk * kChunk, n = chunk_length(chunk);
         const ParameterArrays<T> parameters(a, first, n);
         const ColumnSums sums(wants_columns ? n : 0);
-        for_groups<kAct>(begin, end, [&](int64_t row, auto count) {
-          write<kAct, decltype(count)::value>(row, first, n, *parameters, &coefficients[row - begin], sums.dweight(),
-                                              sums.dbias());
-        });
+        for (int64_t row = begin; row < end; ++row)
+          write<kAct>(row, first, n, *parameters, coefficients[row - begin], sums.dweight(), sums.dbias());
         if (stream) stream_fence();
         if (!wants_columns) return;
         if (one_block) {
