@@ -168,6 +168,8 @@ class _Folding:
                     self._called(module.get_submodule(node.args[0].target), node)
                 if failure is not None and node in self.layer_of:
                     self.untouchable.add(self.layer_of[node])
+            if failure is not None:  # what else it calls is not known
+                self.untouchable.update(module.children())
 
     def _read(self, module: nn.Module, node: fx.Node) -> None:
         """Of a tensor remembers it; a layer can also be taken out, as the first argument of norm_with_residual."""
