@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from test_ops import FLOATS, channels_last, compare, cotangent, differentiate
 from torch import Tensor
 
 import fastnorm.functional as fn
+from fastnorm import _C
 from fastnorm.autograd import SpectralNormFunction
 
 SANITIZED = "FASTNORM_CUDA_UNDER_SANITIZERS"
@@ -180,8 +182,8 @@ def _drop_in_place() -> list[Tensor]:
     return [x]
 
 
-def _power_method(dim: int) -> list[Tensor]:
-    weight = _values(7, 5, 3, 3)
+def _power_method(dim: int, *shape: int) -> list[Tensor]:
+    weight = _values(*shape)
     h = weight.shape[dim]
     u, v = _values(h, seed=1), _values(weight.numel() // h, seed=2)
     return [*_gradients(lambda w: SpectralNormFunction.apply(w, u, v, 3, dim, 1e-12), weight), u, v]
@@ -216,7 +218,22 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         if name != "rms_norm"
     },
     "dropout-in-place": _drop_in_place,
-    **{f"spectral_norm-power-method-{dim}": partial(_power_method, dim) for dim in (0, 1)},
+    **{
+        f"spectral_norm-power-method-{dim}-{'x'.join(map(str, shape))}": partial(_power_method, dim, *shape)
+        for dim in (0, 1)
+        for shape in ((7, 5, 3, 3), (130, 40))
+    },
+    # squares beyond float32's range, above and below
+    **{
+        f"{name}-scaled-{scale}": partial(norm, _values(5, 200) * scale)
+        for scale in (1e25, 1e-25)
+        for name, norm in {
+            "layer_norm": lambda x: [fn.layer_norm(x, [200], eps=0.0)],
+            "rms_norm": lambda x: [fn.rms_norm(x, [200], eps=0.0)],
+            "weight_norm-0": lambda x: [_C.weight_norm(x, torch.ones(5, 1), 0)],
+            "weight_norm-1": lambda x: [_C.weight_norm(x, torch.ones(1, 200), 1)],
+        }.items()
+    },
 }
 
 
@@ -255,6 +272,60 @@ def test_on_every_device(case: Case, device: str, mode: str) -> None:
             continue
         with driver.settings(mode=mode, **varied(i), **DEVICES[device]), native.installed():
             compare(case, case.inputs(shape, FLOATS[1 + i % 3]), channels_last if i % 2 else as_it_is)
+
+
+@dataclass(frozen=True)
+class Path:
+    """What only larger shapes or smaller devices reach."""
+
+    case: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    last: bool = False
+    device: dict[str, Any] = field(default_factory=dict)
+    clusters: bool = False  # the path is one of clusters
+    workspace: bool = False  # forward has one
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.shape))
+        of = "".join(f"-{name}{value}" for name, value in self.device.items())
+        return f"{self.case}-{sizes}-{str(self.dtype)[6:]}{'-last' if self.last else ''}{of}"
+
+
+SM_80 = {"major": 8}
+PATHS = (
+    # long rows: in clusters, or read again; whole accesses, and an element each
+    Path("layer_norm-residual-relu", (3, 16384), clusters=True),
+    Path("rms_norm-silu", (2, 16384), torch.bfloat16, clusters=True),
+    Path("layer_norm-residual-gelu", (3, 8200), device=SM_80),
+    Path("layer_norm-residual-leaky_relu", (3, 16392), torch.float16, device=SM_80),
+    Path("rms_norm", (2, 4099), torch.bfloat16, device=SM_80),
+    # parts of a slice, along the rows, the columns, or both
+    *(Path("local_response_norm-intra-torch-size3-beta0.75", (1, 20, 40, 30), last=last,
+           device={"shared_per_block": 8 << 10}) for last in (False, True)),
+    *(Path("local_response_norm-inter-torch-size5-beta0.75", (2, 300, 9, 8), last=last,
+           device={"shared_per_block": 4 << 10}) for last in (False, True)),
+    # windows wider than the parts could be
+    *(Path("local_response_norm-inter-torch-size1000-beta0.75", (2, 300, 4, 9), last=last,
+           device={"shared_per_block": 2 << 10}, workspace=True) for last in (False, True)),
+    *(Path("local_response_norm-intra-paper-size100-beta1.3", (2, 4, 30, 20), torch.float16, last=last,
+           device={"shared_per_block": 2 << 10}, workspace=True) for last in (False, True)),
+    # slices cut in parts
+    Path("weight_norm-1", (4099, 5), workspace=True),
+    Path("weight_norm-None", (4099, 5), torch.float16, workspace=True),
+    Path("weight_norm-0", (3, 20000), workspace=True),
+)  # fmt: skip
+
+
+@every_mode
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_every_path(path: Path, mode: str) -> None:
+    case = next(case for case in CASES if case.name == path.case)
+    require_kernels(case.op)
+    with driver.settings(mode=mode, order="random", seed=1, **path.device) as reports, native.installed():
+        compare(case, case.inputs(path.shape, path.dtype), channels_last if path.last else as_it_is)
+    assert path.clusters == any(launch.cluster > 1 for report in reports for launch in report.launches)
+    assert path.workspace == (reports[0].workspace > 0)
 
 
 PLANS: dict[str, dict[str, int]] = {
