@@ -17,6 +17,7 @@ from torch.package import sys_importer
 from fastnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fastnorm.activation import norm_with_residual
 from fastnorm.convert import becomes_norm, to_fastnorm
+from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.trace import Traced, has_hooks, in_place, trace
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,6 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # A subclass is fused if its forward is still one of these.
 _NORM_FORWARDS = (
     batch_norm._BatchNorm.forward,
+    SyncBatchNorm.forward,
     group_norm.GroupNorm.forward,
     instance_norm._InstanceNorm.forward,
     layer_norm.LayerNorm.forward,

@@ -269,7 +269,8 @@ def test_layers_that_are_not_known_to_be_linear() -> None:
 
 def test_subclasses_of_batch_norm() -> None:
     x = images(2)
-    check(ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))), x)
+    for library in (nn, fastnorm):
+        check(ready(nn.Sequential(nn.Conv2d(3, 4, 3), library.SyncBatchNorm(4))), x)
     check(ready(nn.Sequential(nn.Conv2d(3, 4, 3), fastnorm.BatchRenorm2d(4, activation="relu"))), x)
     check(ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))), x, left=1)
     assert norms(fastnorm.fold_batch_norm(nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)).eval())) == 1

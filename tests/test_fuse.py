@@ -53,6 +53,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(6), torch.randn(8, 6)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(6), torch.randn(2, 6, 4, 5)),
     "BatchNorm3d": (lambda: nn.BatchNorm3d(6), torch.randn(2, 6, 2, 4, 5)),
+    "SyncBatchNorm": (lambda: fastnorm.SyncBatchNorm(6), torch.randn(8, 6)),
     "LayerNorm": (lambda: nn.LayerNorm(6), torch.randn(8, 6)),
     "RMSNorm": (lambda: nn.RMSNorm(6), torch.randn(8, 6)),
     "GroupNorm": (lambda: nn.GroupNorm(2, 6), torch.randn(8, 6, 5)),
