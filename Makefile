@@ -60,12 +60,12 @@ $(CUDA_VENV)/.ready: Makefile
 
 # The objects of kernels are made anew: it is their compiler's words that are checked. Left out are the tests that repeat
 # others, or that have nothing to do with the build.
-CUDA_UNTESTED := isa ladder cuda_on_cpu cuda_emulator
+CUDA_UNTESTED := isa ladder cuda_on_cpu cuda_emulator cuda_traffic
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: needs a CUDA toolkit, but there is no nvcc"; exit 1; }
 	$(MAKE) $(CUDA_VENV)/.ready
 	rm -rf $(CUDA_TREE)/*/ && mkdir -p $(CUDA_TREE)
-	tar -cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml csrc fastnorm tests examples | tar -xf - -C $(CUDA_TREE)
+	tar -cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md csrc fastnorm tests examples | tar -xf - -C $(CUDA_TREE)
 	cd $(CUDA_TREE) && { NVCC_APPEND_FLAGS=-Xptxas=-v TORCH_CUDA_ARCH_LIST="$(CUDA_CHECKED)" \
 		$(CUDA_BIN)/python setup.py build_ext --inplace > log.txt 2>&1 || { cat log.txt; exit 1; }; }
 	$(CUDA_BIN)/python tests/cuda_check.py $(CUDA_TREE)/log.txt

@@ -15,6 +15,7 @@ from fastnorm.layer_norm import LayerNorm
 from fastnorm.local_response_norm import LocalResponseNorm
 from fastnorm.mc_dropout import MCPrediction, mc_dropout, mc_predict
 from fastnorm.rms_norm import RMSNorm
+from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.version import __version__
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "LocalResponseNorm",
     "MCPrediction",
     "RMSNorm",
+    "SyncBatchNorm",
     "__version__",
     "autograd",
     "build_info",

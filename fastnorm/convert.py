@@ -13,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from fastnorm import batch_norm, dropout, group_norm, instance_norm, layer_norm, local_response_norm, rms_norm
+from fastnorm.sync_batch_norm import SyncBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -26,6 +27,7 @@ _COUNTERPARTS: tuple[tuple[type[nn.Module], type[nn.Module], dict[str, Any]], ..
     (nn.BatchNorm1d, batch_norm.BatchNorm1d, _BATCH),
     (nn.BatchNorm2d, batch_norm.BatchNorm2d, _BATCH),
     (nn.BatchNorm3d, batch_norm.BatchNorm3d, _BATCH),
+    (nn.SyncBatchNorm, SyncBatchNorm, _BATCH),
     (nn.LayerNorm, layer_norm.LayerNorm, _ACTIVATION),
     (nn.RMSNorm, rms_norm.RMSNorm, _ACTIVATION),
     (nn.GroupNorm, group_norm.GroupNorm, _ACTIVATION),

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from fastnorm import batch_norm
 from fastnorm.activation import add_and_activate, norm_with_residual
 from fastnorm.convert import Skip, skipped_modules
+from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.trace import has_hooks, trace_everything
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,7 +24,12 @@ _TRANSPOSED = _CONVOLUTIONS[3:]
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 # A subclass is folded if its forward is still one of these: then it is known what it computes.
-_BATCH_NORM_FORWARDS = (_BATCH_NORM.forward, nn.SyncBatchNorm.forward, batch_norm._BatchNorm.forward)
+_BATCH_NORM_FORWARDS = (
+    _BATCH_NORM.forward,
+    nn.SyncBatchNorm.forward,
+    batch_norm._BatchNorm.forward,
+    SyncBatchNorm.forward,
+)
 
 _ACTIVATIONS: dict[str | None, type[nn.Module]] = {
     None: nn.Identity,
@@ -168,6 +174,8 @@ class _Folding:
                     self._called(module.get_submodule(node.args[0].target), node)
                 if failure is not None and node in self.layer_of:
                     self.untouchable.add(self.layer_of[node])
+            if failure is not None:  # what else it calls is not known
+                self.untouchable.update(module.children())
 
     def _read(self, module: nn.Module, node: fx.Node) -> None:
         """Of a tensor remembers it; a layer can also be taken out, as the first argument of norm_with_residual."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,13 +23,57 @@ class Traced(NamedTuple):
     """A module's forward as a graph; where it could not be traced to its end, the beginning and the reason.
 
     Attributes:
-        complete: the graph is all that forward does: parts do not run without gradients, under autocast, checkpointed.
+        complete: the graph is all that forward does: parts do not run without gradients, under autocast, checkpointed,
+            and there are no arguments that can be left out, by which it may decide.
     """
 
     module: nn.Module
     graph: fx.Graph
     failure: str | None
     complete: bool
+
+
+def in_place(operation: str, a: Any, b: Any) -> Any:
+    """a = operator.iadd(a, b) and the like: torch.fx itself takes ``a += b`` for ``a = a + b``, of which others that
+    hold the same tensor see nothing."""
+    return getattr(operator, operation)(a, b)
+
+
+class _Proxy(fx.Proxy):
+    """torch.fx's, which does not let writes pass unseen, nor a forward that decides by the type of what it gets."""
+
+    @property
+    def __class__(self) -> type:
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            raise TypeError("forward asks for the type of a tensor")
+        return _Proxy
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise TypeError(f"forward sets {name} of a tensor")
+        super().__setattr__(name, value)
+
+
+def _recorded(operation: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda a, b: a.tracer.create_proxy("call_function", in_place, (operation, a, b), {})
+
+
+for _name in (
+    "add",
+    "and",
+    "floordiv",
+    "lshift",
+    "matmul",
+    "mod",
+    "mul",
+    "or",
+    "pow",
+    "rshift",
+    "sub",
+    "truediv",
+    "xor",
+):
+    setattr(_Proxy, f"__i{_name}__", _recorded(f"i{_name}"))
 
 
 class _Tracer(fx.Tracer):
@@ -38,6 +85,9 @@ class _Tracer(fx.Tracer):
         self._leaf = leaf
         self._mode = _mode()
         self.changes_mode = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.changes_mode |= _mode() != self._mode
@@ -57,14 +107,20 @@ def _mode() -> tuple[Any, ...]:
     )
 
 
-def trace(module: nn.Module, leaf: Leaf) -> Traced:
+def trace(module: nn.Module, leaf: Leaf, given: bool = True) -> Traced:
     """Traces a module's forward down to the modules that ``leaf`` says not to enter.
+
+    ``given=False`` leaves out the arguments that can be left out.
 
     A forward that sets attributes or draws random numbers fails: what it does the next time need not be what it did
     now. Both are undone, as far as attributes of modules and the generators of the CPU go.
     """
     if "forward" in vars(module):
         return Traced(module, fx.Graph(), "forward is set on the instance", False)
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return Traced(module, fx.Graph(), "forward takes any number of arguments", False)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     tracer = _Tracer(leaf)
     tracer.graph = fx.Graph()
     attributes, generators = _attributes(module), _generators()
@@ -72,14 +128,14 @@ def trace(module: nn.Module, leaf: Leaf) -> Traced:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tracer.trace(module)
+            tracer.trace(module, None if given else defaults)
     except Exception as error:  # forward may raise anything when it meets a proxy
         failure = f"{type(error).__name__}: {error}"
     if _restore(attributes):
         failure = failure or "forward sets attributes"
     if _rewind(generators):
         failure = failure or "forward draws random numbers"
-    return Traced(module, tracer.graph, failure, failure is None and not tracer.changes_mode)
+    return Traced(module, tracer.graph, failure, failure is None and not tracer.changes_mode and not defaults)
 
 
 def _generators() -> tuple[Any, ...]:
@@ -132,20 +188,22 @@ def has_hooks(module: nn.Module) -> bool:
 
 def trace_everything(model: nn.Module, leaf: Leaf) -> list[Traced]:
     """Graphs that together show a model: of the model itself or, where it cannot be traced, of its largest parts that
-    can; a Sequential always can. Modules with hooks, and those that cannot be traced, are entered on their own.
+    can; a Sequential always can. A forward with arguments that can be left out is traced with and without them. Modules
+    with hooks, and those that cannot be traced, are entered on their own.
 
     Args:
         leaf: says which modules have nothing inside to look for.
     """
     opaque: set[nn.Module] = set()
-    traced: dict[nn.Module, Traced] = {}
+    traced: dict[nn.Module, list[Traced]] = {}
 
     def is_leaf(m: nn.Module) -> bool:
         return leaf(m) or m in opaque or has_hooks(m) or "forward" in vars(m)
 
     def attempt(m: nn.Module) -> bool:
-        traced[m] = trace(m, is_leaf)
-        return traced[m].failure is None
+        optional = any(p.default is not p.empty for p in inspect.signature(type(m).forward).parameters.values())
+        traced[m] = [trace(m, is_leaf, given) for given in ((True, False) if optional else (True,))]
+        return _failure(traced[m]) is None
 
     def prepare(m: nn.Module) -> None:
         if m in traced or leaf(m) or attempt(m):
@@ -163,12 +221,16 @@ def trace_everything(model: nn.Module, leaf: Leaf) -> list[Traced]:
             return
         seen.add(m)
         prepare(m)
-        yield traced[m]
-        if traced[m].failure is None:
-            inside = [m.get_submodule(node.target) for node in traced[m].graph.nodes if node.op == "call_module"]
-        else:
-            inside = list(m.children())
+        failure = _failure(traced[m])
+        yield from (t._replace(failure=failure) for t in traced[m])
+        inside = [] if failure is None else list(m.children())
+        for t in traced[m]:
+            inside += [m.get_submodule(node.target) for node in t.graph.nodes if node.op == "call_module"]
         for other in inside:
             yield from collect(other)
 
     return list(collect(model))
+
+
+def _failure(variants: list[Traced]) -> str | None:
+    return next((t.failure for t in variants if t.failure is not None), None)

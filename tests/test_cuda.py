@@ -5,7 +5,11 @@ Without a device, or in a build without kernels for it, only what is asked of th
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ import fastnorm
 import fastnorm.functional as fn
 from fastnorm import _C
 
+ROOT = Path(__file__).parent.parent
 needs_device = pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device that this build has kernels for")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 DROPPING = ("dropout", "alpha_dropout", "drop_path")
@@ -52,6 +57,45 @@ def test_which_devices_the_build_runs_on() -> None:
         by_code = any(code // 10 == capability // 10 and code <= capability for code in _C.cuda_binaries)
         by_ptx = any(ptx <= capability for ptx in _C.cuda_ptx)
         assert _C.cuda_build_runs_on(capability) == (by_code or by_ptx)
+
+
+# A compiler that only says what setup.py asks it: its version, and what it can compile for.
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
+  --list-gpu-arch) printf "compute_80\\ncompute_90\\n" ;;
+  --dryrun) echo "#$ TOP={top}" ;;
+esac
+"""
+
+
+def configure(tmp_path: Path, release: str, by_script: bool = False, **environment: str) -> str:
+    """What setup.py says with a toolkit of that release, named by CUDA_HOME or found through a script on the path."""
+    home, scripts = tmp_path / "toolkit", tmp_path / "scripts"
+    for path in (home / "bin/nvcc", home / "include/cuda_runtime.h", scripts / "nvcc"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(NVCC.format(release=release, top=home / "bin/.."))
+        path.chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")}
+    found = {"PATH": f"{scripts}:{os.environ['PATH']}"} if by_script else {"CUDA_HOME": str(home)}
+    command = [sys.executable, "setup.py", "--name"]
+    done = subprocess.run(command, cwd=ROOT, env={**clean, **found, **environment}, capture_output=True, text=True)
+    return (done.stderr if done.returncode else done.stdout).strip()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that was built for CUDA")
+def test_setup_says_what_is_wrong_before_it_compiles(tmp_path: Path) -> None:
+    right, major = torch.version.cuda, int(torch.version.cuda.split(".")[0])
+    wrong = f"{major - 1}.8"
+    assert configure(tmp_path, right, by_script=True) == "fastnorm"
+    for by_script in (False, True):
+        said = configure(tmp_path, wrong, by_script)
+        assert f"needs a CUDA {major} toolkit, but {tmp_path / 'toolkit'} is CUDA {major - 1}: set CUDA_HOME" in said
+    assert configure(tmp_path, wrong, FASTNORM_CUDA="0") == "fastnorm"
+    said = configure(tmp_path, right, TORCH_CUDA_ARCH_LIST="8.0;7.0")
+    assert "cannot compile for 7.0, only for [80, 90]" in said
+    said = configure(tmp_path, right, TORCH_CUDA_ARCH_LIST="Hopper")
+    assert "has entries as 9.0 or 9.0+PTX, got 'Hopper'" in said
 
 
 # ---- devices

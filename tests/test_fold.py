@@ -269,7 +269,8 @@ def test_layers_that_are_not_known_to_be_linear() -> None:
 
 def test_subclasses_of_batch_norm() -> None:
     x = images(2)
-    check(ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))), x)
+    for library in (nn, fastnorm):
+        check(ready(nn.Sequential(nn.Conv2d(3, 4, 3), library.SyncBatchNorm(4))), x)
     check(ready(nn.Sequential(nn.Conv2d(3, 4, 3), fastnorm.BatchRenorm2d(4, activation="relu"))), x)
     check(ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))), x, left=1)
     assert norms(fastnorm.fold_batch_norm(nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)).eval())) == 1
@@ -336,6 +337,37 @@ def test_parts_of_what_cannot_be_traced() -> None:
         check(model, images(2), left=1)
 
 
+def test_arguments_that_can_be_left_out() -> None:
+    """With and without them, the convolution must only lead to the normalisation."""
+
+    class Optional(nn.Module):
+        def __init__(self, given: bool) -> None:
+            super().__init__()
+            self.conv, self.norm, self.given = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), given
+
+        def forward(self, x: Tensor, scale: Tensor | None = None, times: int = 2) -> Tensor:
+            x = self.conv(x)
+            if (scale is None) is self.given:
+                return x * times
+            return self.norm(x)
+
+    class Same(Optional):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            x = self.norm(self.conv(x if scale is None else x * scale))
+            return x if isinstance(scale, type(None)) else x / scale
+
+    for given in (False, True):
+        check(ready(Optional(given)), images(2), left=1)
+    check(ready(Same(False)), images(2), left=1)
+
+    class Decided(Same):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            return self.norm(self.conv(x if scale is None else x * scale))
+
+    folded = check(model := ready(Decided(False)), images(2))
+    assert difference(folded(images(2), torch.tensor(3.0)), model(images(2), torch.tensor(3.0))) < TOLERANCE
+
+
 def test_layers_of_a_sequential_that_are_used_one_by_one() -> None:
     """As in a perceptual loss: the output of the convolution is taken out before it is normalised."""
 
@@ -347,6 +379,13 @@ def test_layers_of_a_sequential_that_are_used_one_by_one() -> None:
         return torch.stack(outputs)
 
     check(ready(Graph(taps, features=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))), images(2), left=1)
+
+
+def test_a_layer_that_an_untraceable_forward_holds_too() -> None:
+    """Tracing ends before the convolution's output is seen to go elsewhere."""
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model = Graph(lambda m, x: m.block(x) if x.sum() > 1e9 else m.conv(m.block(x)), block=block, conv=block[0])
+    check(ready(model), images(2), left=1)
 
 
 def test_a_module_with_hooks_is_entered_on_its_own() -> None:

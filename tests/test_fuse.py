@@ -53,6 +53,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(6), torch.randn(8, 6)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(6), torch.randn(2, 6, 4, 5)),
     "BatchNorm3d": (lambda: nn.BatchNorm3d(6), torch.randn(2, 6, 2, 4, 5)),
+    "SyncBatchNorm": (lambda: fastnorm.SyncBatchNorm(6), torch.randn(8, 6)),
     "LayerNorm": (lambda: nn.LayerNorm(6), torch.randn(8, 6)),
     "RMSNorm": (lambda: nn.RMSNorm(6), torch.randn(8, 6)),
     "GroupNorm": (lambda: nn.GroupNorm(2, 6), torch.randn(8, 6, 5)),
@@ -130,9 +131,9 @@ def add_in_place(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def add_into_the_residual(m: nn.Module, x: Tensor) -> Tensor:
-    y = x.sin()
-    y += m.norm(m.conv(x))
-    return m.relu(y) + y
+    y = z = x.sin()
+    z += m.norm(m.conv(x))
+    return m.relu(z) + y
 
 
 def twice(m: nn.Module, x: Tensor) -> Tensor:
@@ -178,6 +179,33 @@ def test_a_write_between() -> None:
     with torch.no_grad():
         wanted = copy.deepcopy(model)(X)
         assert torch.equal(fastnorm.fuse(model)(X), wanted) and not activations(model)
+
+
+def test_writes_in_a_forward_that_is_generated() -> None:
+    """torch.fx takes ``+=`` for ``+``: whoever holds the same tensor, here the caller and z, would not see it."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x *= 2
+        z = y = x.sin()
+        size = count = y.shape[0]
+        count += 1
+        y += 1
+        y /= count
+        return F.relu(m.norm(z)) * size
+
+    x, plain = X.clone(), Graph(forward)
+    model = copy.deepcopy(plain)
+    with torch.no_grad():
+        wanted = plain(X.clone())
+        assert difference(fastnorm.fuse(model)(x), wanted) < 1e-6
+    assert activations(model) and torch.equal(x, 2 * X)
+
+    def sets(m: nn.Module, x: Tensor) -> Tensor:
+        y = x.sin()
+        y.data += 1
+        return F.relu(m.norm(y))
+
+    check(Graph(sets), X)
 
 
 def test_two_norms_and_one_addition() -> None:
@@ -261,6 +289,14 @@ def test_layers_that_are_also_called_from_outside() -> None:
 
     check(Graph(taps, features=features), X)
 
+    def decides(m: nn.Module, x: Tensor) -> Tensor:  # tracing ends before it sees the rest
+        return m.first(x) if x.sum() > 1e9 else m.gelu(m.first(x))
+
+    gelu = nn.GELU()
+    model = Graph(decides, first=nn.Sequential(nn.BatchNorm2d(4), gelu), gelu=gelu)
+    check(model, X)
+    assert model.gelu is gelu
+
 
 class Flagged(nn.Module):
     """A forward that says no more than once what it does."""
@@ -304,6 +340,29 @@ def test_forwards_that_a_graph_does_not_tell(kind: str) -> None:
     state = torch.get_rng_state()
     assert fastnorm.fuse(model) is model and type(model) is Flagged and type(model.norm) is nn.BatchNorm2d
     assert torch.equal(torch.get_rng_state(), state) and model.last is None
+
+
+def test_arguments_that_can_be_left_out() -> None:
+    """torch.fx would take them for given, and a list for a tensor."""
+
+    class Optional(Graph):
+        def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+            if shift is not None:
+                x = x + shift
+            return F.relu(self.norm(x))
+
+    class Listed(Graph):
+        def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+            if isinstance(x, Tensor):
+                x = [x]
+            return F.relu(self.norm(torch.cat(x)))
+
+    class Anything(Graph):
+        def forward(self, *args: Tensor) -> Tensor:
+            return F.relu(self.norm(args[0]))
+
+    for kind in (Optional, Listed, Anything):
+        check(kind(F.relu), X)
 
 
 def test_parts_of_what_cannot_be_traced() -> None:

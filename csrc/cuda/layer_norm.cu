@@ -100,16 +100,7 @@ __device__ void load_parameters(const void* p, bool is_float, int64_t i, acc_typ
     return;
   }
   if constexpr (sizeof(T) == 2) {
-    if (is_float) {
-      constexpr int kFloats = kPack < 4 ? kPack : 4;
-#pragma unroll
-      for (int j = 0; j < kPack; j += kFloats) {
-        const auto pack = Pack<float, kFloats>::load(static_cast<const float*>(p) + i + j);
-#pragma unroll
-        for (int e = 0; e < kFloats; ++e) values[j + e] = pack.v[e];
-      }
-      return;
-    }
+    if (is_float) return load_numbers(static_cast<const float*>(p) + i, values);
   }
   Pack<T, kPack>::load(static_cast<const T*>(p) + i).unpack(values);
 }
@@ -327,20 +318,6 @@ struct Backward {
   }
 };
 
-// A number for each column from registers to the partial sums.
-template <int kPack, typename acc_t>
-__device__ void store_columns(acc_t* to, const acc_t (&v)[kPack]) {
-  constexpr int kNumbers =
-      kPack * static_cast<int>(sizeof(acc_t)) > kAccess ? kAccess / static_cast<int>(sizeof(acc_t)) : kPack;
-#pragma unroll
-  for (int j = 0; j < kPack; j += kNumbers) {
-    Pack<acc_t, kNumbers> pack;
-#pragma unroll
-    for (int e = 0; e < kNumbers; ++e) pack.v[e] = v[j + e];
-    pack.store(to + j);
-  }
-}
-
 constexpr int kBackwardThreads = 512, kLongRowThreads = 256;
 
 template <typename T, int kPack, int kPacks>
@@ -420,7 +397,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const __gri
     if (teams == 1) {
 #pragma unroll
       for (int k = 0; k < kPacks; ++k)
-        if (is_inside(k)) store_columns(to + first + k * step, sums[k]);
+        if (is_inside(k)) store_numbers(to + first + k * step, sums[k]);
       return;
     }
     acc_t* const shared = dynamic_shared<acc_t>();
@@ -428,7 +405,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const __gri
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
-      if (is_inside(k)) store_columns(shared + team.index * columns + first + k * step, sums[k]);
+      if (is_inside(k)) store_numbers(shared + team.index * columns + first + k * step, sums[k]);
     __syncthreads();
     for (int64_t column = threadIdx.x; column < a.N; column += blockDim.x) {
       acc_t sum = 0;
@@ -505,8 +482,8 @@ __global__ void __launch_bounds__(kLongRowThreads) backward_columns(const __grid
       dweight[j] = multiply_add(dz[j], xhat[j], dweight[j]);
     }
   }
-  if (a.dweight) store_columns(a.dweight + blockIdx.y * a.N + column, dweight);
-  if (a.dbias) store_columns(a.dbias + blockIdx.y * a.N + column, dbias);
+  if (a.dweight) store_numbers(a.dweight + blockIdx.y * a.N + column, dweight);
+  if (a.dbias) store_numbers(a.dbias + blockIdx.y * a.N + column, dbias);
 }
 
 // The sums of the parts: a block owns 32 columns, a warp every kMergeWarps-th part of them.

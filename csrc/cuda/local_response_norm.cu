@@ -82,11 +82,20 @@ struct Axis {
     const int64_t begin = max(span.begin - left, int64_t{0}), end = min(span.begin + span.size + right, length);
     return {begin, static_cast<int>(end - begin)};
   }
-  // The window of element i of `from`, by places in `in`.
-  __device__ Span window(const Span& from, int i, int64_t left, int64_t right, const Span& in) const {
-    const Span all = widened({from.begin + i, 1}, left, right);
-    return {all.begin - in.begin, all.size};
-  }
+};
+
+// The windows of a span's elements, by places in that span widened by a window: what the tensor cuts off is cut off
+// there, too, and places are 32 bits.
+struct Windows {
+  int shift, left, right, size;
+
+  __device__ Windows(const Span& span, const Span& widened, int64_t left_, int64_t right_)
+      : shift(static_cast<int>(span.begin - widened.begin)),
+        left(static_cast<int>(min(left_, static_cast<int64_t>(widened.size)))),
+        right(static_cast<int>(min(right_, static_cast<int64_t>(widened.size)))),
+        size(widened.size) {}
+  __device__ int first(int i) const { return max(i + shift - left, 0); }
+  __device__ int count(int i) const { return min(i + shift + right + 1, size) - first(i); }
 };
 
 // The tensor, its tiles, and the bytes of a block's buffers.
@@ -121,9 +130,7 @@ struct Box {
   Span row, column;
   int lanes;
 
-  __device__ int at(int64_t r, int64_t c, int lane) const {
-    return (static_cast<int>(r) * column.size + static_cast<int>(c)) * lanes + lane;
-  }
+  __device__ int at(int r, int c, int lane) const { return (r * column.size + c) * lanes + lane; }
   __device__ int packs() const { return row.size * column.size * lanes; }
 
   // f(row, column, lane, place in the buffer) for every pack, by all threads of the block.
@@ -150,6 +157,44 @@ __device__ void add_window(const V* from, int64_t stride, int count, acc_type<V>
   }
 }
 
+// Sums over the windows of the elements of `out`, of values, or their squares, in the wider box `in`.
+template <bool kSquares, int kPack, typename V>
+struct WindowSums {
+  const V* values;
+  acc_type<V>* column_sums;  // of the rows of `in` and the columns of `out`
+  Box in, out;
+  Windows rows, columns;
+  bool by_rows, by_columns, is_small;
+
+  // Where there are windows along both axes, the sums along the columns. By all threads of the block.
+  __device__ void prepare() const {
+    if (!by_rows || !by_columns) return;
+    Box{in.row, out.column, in.lanes}.for_each(is_small, [&](int r, int c, int lane, int i) {
+      acc_type<V> sum[kPack] = {};
+      add_window<kSquares>(values + in.at(r, columns.first(c), lane) * kPack, in.lanes * kPack, columns.count(c), sum);
+      store_numbers(column_sums + i * kPack, sum);
+    });
+    __syncthreads();
+  }
+
+  __device__ void operator()(int r, int c, int lane, acc_type<V> (&sum)[kPack]) const {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) sum[j] = 0;
+    if (!by_rows)
+      return add_window<kSquares>(values + center(r, columns.first(c) - columns.shift, lane), in.lanes * kPack,
+                                  columns.count(c), sum);
+    if (!by_columns)
+      return add_window<kSquares>(values + center(rows.first(r) - rows.shift, c, lane),
+                                  in.column.size * in.lanes * kPack, rows.count(r), sum);
+    const Box prepared{in.row, out.column, in.lanes};
+    add_window<false>(column_sums + prepared.at(rows.first(r), c, lane) * kPack, out.column.size * in.lanes * kPack,
+                      rows.count(r), sum);
+  }
+
+  // Where the pack of `out` is in `in`.
+  __device__ int center(int r, int c, int lane) const { return in.at(r + rows.shift, c + columns.shift, lane) * kPack; }
+};
+
 template <typename T>
 struct Call {
   const T *x, *dy;
@@ -168,11 +213,11 @@ template <typename T, int kPack, bool kBackward>
 __global__ void __launch_bounds__(kMaxThreads) normalize(const __grid_constant__ Call<T> call) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
-  using Sums = Pack<acc_t, kPack>;
   constexpr bool kStaged = kPack == 1;
   const Plan& plan = call.plan;
   const Axis &row = plan.row, &column = plan.column;
-  const bool both = row.has_window() && column.has_window(), is_small = plan.widest < 1 << 16;
+  const bool by_rows = row.has_window(), by_columns = column.has_window(), is_small = plan.widest < 1 << 16;
+  const int64_t row_stride = column.length * plan.lanes;
 
   unsigned char* buffer =
       plan.in_workspace ? call.workspace + blockIdx.x * plan.bytes() : dynamic_shared<unsigned char>();
@@ -195,29 +240,40 @@ __global__ void __launch_bounds__(kMaxThreads) normalize(const __grid_constant__
     const Box far{row.widened(near.row, row.before, row.after),
                   column.widened(near.column, column.before, column.after), lanes};  // where x is
 
-    const auto place = [&](const Box& region, int r, int c, int lane) {
-      return ((slice * row.length + region.row.begin + r) * column.length + region.column.begin + c) * plan.lanes +
-             first_lane + lane * kPack;
+    // Where a box begins in memory, and a pack of it.
+    const auto begin_of = [&](const Box& box) {
+      return (slice * row.length + box.row.begin) * row_stride + box.column.begin * plan.lanes + first_lane;
     };
-    // A region that is one piece of memory, and may be read and written by 16 bytes.
-    const auto is_run = [&](const Box& region, const T* p) {
-      return kStaged && region.column.size == column.length && lanes == plan.lanes &&
-             reinterpret_cast<uintptr_t>(p + place(region, 0, 0, 0)) % kAccess == 0;
+    const auto place = [&](int64_t begin, int r, int c, int lane) {
+      return begin + r * row_stride + c * plan.lanes + lane * kPack;
     };
-    const auto for_run = [](const Box& region, const auto& f) {
-      const int n = region.packs(), step = static_cast<int>(blockDim.x) * kWindow<T>;
+    const int64_t own_begin = begin_of(own), near_begin = begin_of(near);
+    // Whether a box is one piece of memory that may be read and written by 16 bytes.
+    const auto is_run = [&](const Box& box, const T* p) {
+      return kStaged && box.column.size == column.length && lanes == plan.lanes &&
+             reinterpret_cast<uintptr_t>(p) % kAccess == 0;
+    };
+    const auto for_run = [](const Box& box, const auto& f) {
+      const int n = box.packs(), step = static_cast<int>(blockDim.x) * kWindow<T>;
       for (int i = static_cast<int>(threadIdx.x) * kWindow<T>; i < n; i += step) f(i, min(kWindow<T>, n - i));
     };
-    const auto fetch = [&](const T* from, const Box& region, T* to) {
-      if (is_run(region, from)) {
-        const T* run = from + place(region, 0, 0, 0);
-        for_run(region, [&](int i, int n) {
-          load_part<kWindow<T>>(run + i, 0, n, n == kWindow<T>).store(to + i);  // buffers are whole windows
+    const auto fetch = [&](const T* from, const Box& box, T* to) {
+      const int64_t begin = begin_of(box);
+      if (is_run(box, from + begin)) {
+        for_run(box, [&](int i, int n) {
+          load_part<kWindow<T>>(from + begin + i, 0, n, n == kWindow<T>).store(to + i);  // buffers are whole windows
         });
       } else {
-        region.for_each(is_small, [&](int r, int c, int lane, int i) {
-          P::load_streaming(from + place(region, r, c, lane)).store(to + i * kPack);
+        box.for_each(is_small, [&](int r, int c, int lane, int i) {
+          P::load_streaming(from + place(begin, r, c, lane)).store(to + i * kPack);
         });
+      }
+    };
+    const auto put = [&](const acc_t(&values)[kPack], int64_t at, int i) {
+      if (kStaged) {
+        P::pack(values).store(staging + i);
+      } else {
+        P::pack(values).store_streaming(call.out + at);
       }
     };
 
@@ -225,105 +281,76 @@ __global__ void __launch_bounds__(kMaxThreads) normalize(const __grid_constant__
     if (kBackward && kStaged) fetch(call.dy, near, staging);
     __syncthreads();
 
-    if (both) {
-      const Box sums{far.row, near.column, lanes};
-      sums.for_each(is_small, [&](int r, int c, int lane, int i) {
-        const Span window = column.window(near.column, c, column.before, column.after, far.column);
-        acc_t sum[kPack] = {};
-        add_window<true>(x + far.at(r, window.begin, lane) * kPack, lanes * kPack, window.size, sum);
-        Sums::pack(sum).store(column_sums + i * kPack);
-      });
-      __syncthreads();
-    }
-
     // Scalar math: y = x * scale^-beta,   or   g = dy * scale^-beta,  u = g * x / scale
+    const WindowSums<true, kPack, T> squares{x,
+                                             column_sums,
+                                             far,
+                                             near,
+                                             {near.row, far.row, row.before, row.after},
+                                             {near.column, far.column, column.before, column.after},
+                                             by_rows,
+                                             by_columns,
+                                             is_small};
+    squares.prepare();
     near.for_each(is_small, [&](int r, int c, int lane, int i) {
-      const Span in_row = row.window(near.row, r, row.before, row.after, far.row);
-      const Span in_column = column.window(near.column, c, column.before, column.after, far.column);
-      acc_t sum[kPack] = {}, scale[kPack], power[kPack], inverse[kPack], center[kPack], result[kPack];
-      if (both) {
-        add_window<false>(column_sums + Box{far.row, near.column, lanes}.at(in_row.begin, c, lane) * kPack,
-                          near.column.size * lanes * kPack, in_row.size, sum);
-      } else {
-        const int stride = row.has_window() ? far.column.size * lanes : lanes;
-        add_window<true>(x + far.at(in_row.begin, in_column.begin, lane) * kPack, stride * kPack,
-                         in_row.size * in_column.size, sum);
-      }
+      acc_t scale[kPack], power[kPack], inverse[kPack], values[kPack];
+      squares(r, c, lane, scale);
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) scale[j] = multiply_add(call.a, sum[j], call.k);
+      for (int j = 0; j < kPack; ++j) scale[j] = multiply_add(call.a, scale[j], call.k);
       powers(call.power, call.beta, scale, power, inverse);
-      P::load(x + far.at(r + near.row.begin - far.row.begin, c + near.column.begin - far.column.begin, lane) * kPack)
-          .unpack(center);
+      P::load(x + squares.center(r, c, lane)).unpack(values);
+      const int64_t at = place(near_begin, r, c, lane);
       if constexpr (kBackward) {
         acc_t dy[kPack];
-        (kStaged ? P::load(staging + i) : P::load_streaming(call.dy + place(near, r, c, lane))).unpack(dy);
+        (kStaged ? P::load(staging + i) : P::load_streaming(call.dy + at)).unpack(dy);
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
           dy[j] *= power[j];
-          result[j] = dy[j] * center[j] * inverse[j];
+          values[j] *= dy[j] * inverse[j];
         }
-        Sums::pack(dy).store(g + i * kPack);
-        Sums::pack(result).store(u + i * kPack);
+        store_numbers(g + i * kPack, dy);
+        store_numbers(u + i * kPack, values);
       } else {
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) result[j] = center[j] * power[j];
-        if (kStaged) {
-          P::pack(result).store(staging + i);
-        } else {
-          P::pack(result).store_streaming(call.out + place(near, r, c, lane));
-        }
+        for (int j = 0; j < kPack; ++j) values[j] *= power[j];
+        put(values, at, i);
       }
     });
 
     if constexpr (kBackward) {
       __syncthreads();
-      const Box sums{near.row, own.column, lanes};
-      if (both) {
-        sums.for_each(is_small, [&](int r, int c, int lane, int i) {
-          const Span window = column.window(own.column, c, column.after, column.before, near.column);
-          acc_t sum[kPack] = {};
-          add_window<false>(u + near.at(r, window.begin, lane) * kPack, lanes * kPack, window.size, sum);
-          Sums::pack(sum).store(column_sums + i * kPack);
-        });
-        __syncthreads();
-      }
       // Scalar math: dx = g - 2 * a * beta * x * sum u
       const acc_t coefficient = -2 * call.a * call.beta;
+      const WindowSums<false, kPack, acc_t> sums{u,
+                                                 column_sums,
+                                                 near,
+                                                 own,
+                                                 {own.row, near.row, row.after, row.before},
+                                                 {own.column, near.column, column.after, column.before},
+                                                 by_rows,
+                                                 by_columns,
+                                                 is_small};
+      sums.prepare();
       own.for_each(is_small, [&](int r, int c, int lane, int i) {
-        const Span in_row = row.window(own.row, r, row.after, row.before, near.row);
-        const Span in_column = column.window(own.column, c, column.after, column.before, near.column);
-        acc_t sum[kPack] = {}, center[kPack], result[kPack];
-        if (both) {
-          add_window<false>(column_sums + sums.at(in_row.begin, c, lane) * kPack, own.column.size * lanes * kPack,
-                            in_row.size, sum);
-        } else {
-          const int stride = row.has_window() ? near.column.size * lanes : lanes;
-          add_window<false>(u + near.at(in_row.begin, in_column.begin, lane) * kPack, stride * kPack,
-                            in_row.size * in_column.size, sum);
-        }
-        P::load(x + far.at(r + own.row.begin - far.row.begin, c + own.column.begin - far.column.begin, lane) * kPack)
-            .unpack(center);
-        Sums::load(g +
-                   near.at(r + own.row.begin - near.row.begin, c + own.column.begin - near.column.begin, lane) * kPack)
-            .unpack(result);
+        acc_t sum[kPack], center[kPack], dx[kPack];
+        sums(r, c, lane, sum);
+        P::load(x + squares.center(r + sums.rows.shift, c + sums.columns.shift, lane)).unpack(center);
+        load_numbers(g + sums.center(r, c, lane), dx);
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) result[j] = multiply_add(center[j] * coefficient, sum[j], result[j]);
-        if (kStaged) {
-          P::pack(result).store(staging + i);
-        } else {
-          P::pack(result).store_streaming(call.out + place(own, r, c, lane));
-        }
+        for (int j = 0; j < kPack; ++j) dx[j] = multiply_add(center[j] * coefficient, sum[j], dx[j]);
+        put(dx, place(own_begin, r, c, lane), i);
       });
     }
 
     if (kStaged) {
       __syncthreads();
-      if (is_run(own, call.out)) {
-        T* run = call.out + place(own, 0, 0, 0);
-        for_run(own, [&](int i, int n) { store_part(Pack<T, kWindow<T>>::load(staging + i), run + i, 0, n); });
+      if (is_run(own, call.out + own_begin)) {
+        for_run(own, [&](int i, int n) {
+          store_part(Pack<T, kWindow<T>>::load(staging + i), call.out + own_begin + i, 0, n);
+        });
       } else {
         own.for_each(is_small, [&](int r, int c, int lane, int i) {
-          P::load(staging + i).store_streaming(call.out + place(own, r, c, lane));
+          P::load(staging + i).store_streaming(call.out + place(own_begin, r, c, lane));
         });
       }
     }

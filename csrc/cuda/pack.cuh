@@ -193,6 +193,29 @@ struct alignas(n * sizeof(T)) Pack {
   }
 };
 
+// n neighbouring numbers of arithmetic's type, in as few accesses as they take; p is aligned to 16 bytes, or to them all.
+template <int n, typename acc_t>
+__device__ inline void load_numbers(const acc_t* p, acc_t (&v)[n]) {
+  constexpr int kSize = n < kWindow<acc_t> ? n : kWindow<acc_t>;
+#pragma unroll
+  for (int j = 0; j < n; j += kSize) {
+    const auto pack = Pack<acc_t, kSize>::load(p + j);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) v[j + e] = pack.v[e];
+  }
+}
+template <int n, typename acc_t>
+__device__ inline void store_numbers(acc_t* p, const acc_t (&v)[n]) {
+  constexpr int kSize = n < kWindow<acc_t> ? n : kWindow<acc_t>;
+#pragma unroll
+  for (int j = 0; j < n; j += kSize) {
+    Pack<acc_t, kSize> pack;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) pack.v[e] = v[j + e];
+    pack.store(p + j);
+  }
+}
+
 // Elements begin .. end - 1 of the n at p, the others zero: 0 <= begin, end <= n. One access if `whole` says that all n
 // may be read and that p is aligned, else an access an element.
 template <int n, typename T>

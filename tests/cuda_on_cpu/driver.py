@@ -29,6 +29,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -180,8 +181,6 @@ def _core() -> list[str]:
     objects = []
     for name in CORE:
         source = HERE / name
-        if not source.exists():
-            continue
         arguments = [*_COMMON, *_NATIVE, "-O2", "-c", str(source)]
         output = BUILD / f"{source.stem}-{_digest([source, *HERE.glob('*.h')], ' '.join(arguments))}.o"
         if not output.exists():
@@ -190,8 +189,8 @@ def _core() -> list[str]:
     return objects
 
 
-def build(source: Path, mode: str, entries: str = "") -> ctypes.CDLL:
-    """`source` as a shared library; `entries`: code that is compiled before it."""
+def build(source: Path, mode: str, entries: str = "") -> Path:
+    """The shared library of `source`; `entries`: code that is compiled before it."""
     flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
     read = [
         source,
@@ -216,10 +215,11 @@ def build(source: Path, mode: str, entries: str = "") -> ctypes.CDLL:
         finally:
             before.unlink(missing_ok=True)
             kernel.unlink(missing_ok=True)
-    return _declare(ctypes.CDLL(str(library)))
+    return library
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+def load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     i, i64, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.emulator_set_device.argtypes = [i, i64, i64, i, i, i]
     library.emulator_set_order.argtypes = [i, i, ctypes.c_uint64]
@@ -235,17 +235,36 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-@cache
-def _kernels(stem: str, mode: str) -> ctypes.CDLL:
+def _build_kernels(stem: str, mode: str) -> Path:
     mine = [c for c in contracts().values() if c.stem == stem]
     entries = f'#include "{stem}.h"\n#include "entry.h"\n'
     entries += "".join(f"CUDA_ON_CPU_ENTRY({c.op}, {c.args})\n" for c in mine)
     source = CSRC / "cuda" / f"{stem}.cu"
     if re.search(r'#include "(plan\.h|slice_norm\.cuh)"', source.read_text()):
         entries += '#include "plan.h"\nCUDA_ON_CPU_PLAN\n'
-    library = build(source, mode, entries)
+    return build(source, mode, entries)
+
+
+_under_way: dict[tuple[str, str], Future[Path]] = {}
+
+
+def build_ahead(mode: str) -> None:
+    """Starts to build all kernels in a mode, two compilers at a time."""
+    _core()
+    pool = ThreadPoolExecutor(2)
+    for stem in dict.fromkeys(c.stem for c in contracts().values()):
+        if (CSRC / "cuda" / f"{stem}.cu").exists():
+            _under_way[stem, mode] = pool.submit(_build_kernels, stem, mode)
+
+
+@cache
+def _kernels(stem: str, mode: str) -> ctypes.CDLL:
+    path = _under_way[stem, mode].result() if (stem, mode) in _under_way else _build_kernels(stem, mode)
+    library = load(path)
     library.entry_error.restype = ctypes.c_char_p
-    for c in mine:
+    for c in contracts().values():
+        if c.stem != stem:
+            continue
         size, workspace, run = (getattr(library, f"{c.op}_{what}") for what in ("size", "workspace", "run"))
         size.restype = workspace.restype = ctypes.c_int64
         workspace.argtypes = [ctypes.c_void_p]

@@ -85,7 +85,7 @@ class Outcome:
 
 def _caught(mutation: Mutation, mode: str, csrc: Path) -> bool:
     environment = driver.asan_environment() if mode == "asan" else dict(os.environ)
-    environment["FASTNORM_CUDA_ON_CPU_CSRC"] = str(csrc)
+    environment |= {"FASTNORM_CUDA_ON_CPU_CSRC": str(csrc), "FASTNORM_CUDA_IN_FULL": "1"}
     if mode == "asan":
         environment["FASTNORM_CUDA_UNDER_SANITIZERS"] = "1"
     # The traffic is counted in mode trace, under names that do not say so.

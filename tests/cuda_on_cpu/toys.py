@@ -16,7 +16,7 @@ COUNT = 1024  # of the floats at x
 
 @cache
 def _library(mode: str) -> ctypes.CDLL:
-    library = driver.build(driver.HERE / "faults.cu", mode)
+    library = driver.load(driver.build(driver.HERE / "faults.cu", mode))
     library.entry_error.restype = ctypes.c_char_p
     return library
 

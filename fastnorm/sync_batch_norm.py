@@ -1,0 +1,208 @@
+"""Batch normalisation over the batches of several processes: autograd function and module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastnorm import _C
+from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var over every process's x.
+
+    Forward gathers each process's count, mean and sum of squared deviations, backward adds up two sums a channel; the
+    rest is batch normalisation with given statistics. Kept for backward: as for BatchNormFunction. Not differentiable
+    twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        statistics: Tensor,
+        count: float,
+        eps: float,
+        activation: str | None,
+        group: Any,
+    ) -> Tensor:
+        mean, var = statistics
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        # Backward needs the sums that are these two's gradients whether or not the layer has them.
+        w = torch.ones_like(mean, dtype=dtype) if weight is None else weight.to(dtype)
+        b = torch.zeros_like(mean, dtype=dtype) if bias is None else bias.to(dtype)
+        y, kept, mask = _C.batch_norm_forward(
+            input, w, b, residual, mean.to(dtype), var.to(dtype), None,
+            False, 0.0, eps, activation, False, None, True,
+        )  # fmt: skip
+        ctx.save_for_backward(input, w, b, residual if activation in ("silu", "gelu") else None, mask, kept)
+        ctx.setting = count, activation, group
+        ctx.types = [None if t is None else t.dtype for t in (weight, bias)]
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        input, w, b, residual, mask, kept = ctx.saved_tensors
+        count, activation, group = ctx.setting
+        wants_input, _, _, wants_residual = ctx.needs_input_grad[:4]
+        dx, dweight, dbias, dresidual = _C.batch_norm_backward(
+            dy, input, w, b, residual, mask, kept, False, activation, (wants_input, True, True, wants_residual)
+        )
+        sums = torch.stack([dbias.double(), dweight.double()])
+        dist.all_reduce(sums, group=group)
+        if wants_input and input.numel():
+            # dx = weight * rstd * (dz - mean(dz) - xhat * mean(dz * xhat)), of which the kernel has done the first term
+            shape = [1, -1] + [1] * (input.dim() - 2)
+            mean, rstd = kept
+            mean_dz, mean_dz_xhat = sums / count
+            slope = w * rstd * rstd * mean_dz_xhat
+            constant = w * rstd * mean_dz
+            x = input.to(w.dtype) - mean.to(w.dtype).view(shape)
+            dx = (dx.to(w.dtype) - x * slope.to(w.dtype).view(shape) - constant.to(w.dtype).view(shape)).to(dx.dtype)
+        weight_type, bias_type = ctx.types
+        return (
+            dx,
+            None if weight_type is None else dweight.to(weight_type),
+            None if bias_type is None else dbias.to(bias_type),
+            dresidual,
+            *[None] * 5,
+        )
+
+
+def _gather(input: Tensor, group: Any) -> tuple[float, Tensor]:
+    """Number of values a channel, and their mean and biased variance as (2, C) in float64, over all processes.
+
+    By Chan's formula in the order of ranks, so that each process gets the same bits:
+    M2 = sum M2[i] + sum n[i] * (mean[i] - mean)^2
+    """
+    C = input.size(1)
+    n = input.numel() // C
+    local = torch.zeros(2 * C + 1, dtype=torch.float64, device=input.device)
+    if n:
+        x = input if input.dtype == torch.float64 else input.float()
+        var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        local[0], local[1 : C + 1], local[C + 1 :] = n, mean, var.double() * n
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, local, group=group)
+    # an empty batch has no mean, and its zero must not be taken for one
+    counts, means, M2 = torch.stack([g for g in gathered if g[0] > 0] or gathered[:1]).split([1, C, C], dim=1)
+    total = counts.sum()
+    mean = means[0] + ((means - means[0]) * counts).sum(0) / total
+    var = (M2.sum(0) + (counts * (means - mean).square()).sum(0)) / total
+    return float(total), torch.stack([mean, var])
+
+
+class SyncBatchNorm(_BatchNorm):
+    """torch.nn.SyncBatchNorm on fastnorm's kernels, on CPUs (gloo) as well as on GPUs: statistics of all processes.
+
+    In eval mode, in one process and without a process group it is batch normalisation. Batches of the processes may
+    differ in size, and be empty in some, as long as each process takes part in every forward and backward. As
+    DistributedDataParallel lets a torch.nn.SyncBatchNorm through on GPUs only, this is no subclass of it, though the
+    state_dict is the same.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as
+            torch.nn.SyncBatchNorm has them.
+        bias, activation, skip_nonfinite_stats: as fastnorm.BatchNorm2d has them.
+
+    Shape:
+        input, and ``residual`` where one is given to forward: (N, C, *); output the same.
+
+    Raises:
+        ValueError: fewer than two dimensions; in training one value per channel in all processes together.
+
+    Example:
+        >>> norm = fastnorm.SyncBatchNorm(16, activation="relu")
+        >>> norm(torch.randn(8, 16, 4, 4)).shape
+        torch.Size([8, 16, 4, 4])
+    """
+
+    _input_dims = (2, 3, 4, 5)
+    _input_shape = "(N, C, *)"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        skip_nonfinite_stats: bool = False,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation, skip_nonfinite_stats=skip_nonfinite_stats,
+        )  # fmt: skip
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+        together = by_batch and self.training and dist.is_available() and dist.is_initialized()
+        if not together or dist.get_world_size(self.process_group) == 1:
+            return super().forward(input, residual)
+        self._check_input_dim(input)
+        if input.size(1) != self.num_features:
+            raise RuntimeError(
+                f"SyncBatchNorm: input must have num_features={self.num_features} channels, got shape "
+                f"{list(input.shape)}"
+            )
+        with torch.no_grad():
+            count, statistics = _gather(input, self.process_group)
+            if count == 1:
+                raise ValueError("SyncBatchNorm: training needs more than one value per channel, got one in all")
+            if count and self.track_running_stats:
+                self._track(count, statistics)
+        return SyncBatchNormFunction.apply(
+            input, self.weight, self.bias, residual, statistics, count, self.eps, self.activation, self.process_group
+        )
+
+    def _track(self, count: float, statistics: Tensor) -> None:
+        if self.skip_nonfinite_stats and not statistics.isfinite().all():
+            return
+        mean, var = statistics
+        self.num_batches_tracked += 1
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+            running.copy_((1 - momentum) * running.double() + momentum * new)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Makes each batch normalisation of a model, torch.nn's or fastnorm's, a SyncBatchNorm, in place.
+
+        Each layer stays the object it was and changes its class, as with :func:`fastnorm.convert`; exact classes only.
+
+        Args:
+            module: a model, also a single layer.
+            process_group: which processes; all of them if None.
+
+        Returns:
+            The module itself.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+            >>> type(fastnorm.SyncBatchNorm.convert_sync_batchnorm(model)[1]).__name__
+            'SyncBatchNorm'
+        """
+        torch_kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        for layer in module.modules():
+            if type(layer) in torch_kinds:
+                layer.activation, layer.skip_nonfinite_stats = None, False
+            elif type(layer) not in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+                continue
+            layer.__class__ = cls
+            layer.process_group = process_group
+        return module
