@@ -148,7 +148,7 @@ _COMMON = [
 ]
 _NATIVE = ["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []  # so that fmaf is one instruction
 _MODES = {
-    "random": ["-O2"],
+    "random": ["-O1"],  # to compile takes longer than to run
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
     # Without these optimisations, so that a load of 16 bytes in the source is one load.
     "trace": ["-O1", "-g", "-fsanitize=thread", "-fno-tree-sra", "-fno-tree-fre", "-fno-tree-forwprop"],

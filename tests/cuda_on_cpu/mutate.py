@@ -33,6 +33,7 @@ class Mutation:
     new: str
     tests: str  # pytest -k: the cases that run the line
     nth: int = 0  # which of the places where `old` is
+    by: str = "random"  # the mode that is tried first
 
     def __str__(self) -> str:
         shown = [re.sub(r"\s+", " ", text).strip() for text in (self.old, self.new)]
@@ -48,31 +49,94 @@ class Mutation:
 
 
 # fmt: off
+_LRN = "local_response_norm.cu"
+_BATCH, _GROUP = "batch_norm-train", "group_norm-some"
+_PLANS = "every_plan and batch_norm-train"
 MUTATIONS = (
     # ---- dropout
     Mutation("dropout.cu", "drawn >> (k * kPack + j) & 1", "drawn >> (k * kPack + j + 1) & 1", "dropout"),
     Mutation("dropout.cu", "if (phase + count > kElementsPerPhilox) keep", "if (false) keep", "dropout2d"),
-    Mutation("dropout.cu", "random.word[w] >= threshold_", "random.word[w] > threshold_ + 65536", "dropout"),
     Mutation("dropout.cu", "in_tile / kElementsPerPhilox)", "in_tile / kElementsPerPhilox ^ 1)", "dropout"),
     Mutation("dropout.cu", "row < rows && c < call.C ?", "row <= rows && c < call.C ?", "dropout"),
-    Mutation("dropout.cu", "if (warp >= call.N * strips * groups) return;", "", "dropout"),
     Mutation("dropout.cu", "whole_packs && is_aligned(a.x, a.y)", "whole_packs && is_aligned(a.x)", "dropout"),
     Mutation("dropout.cu", "if (s < call.S) call.apply", "call.apply", "dropout2d"),
     # ---- local response normalisation
-    Mutation("local_response_norm.cu", "    __syncthreads();\n\n    if (both) {", "    if (both) {", "local_response"),
-    Mutation("local_response_norm.cu", "        __syncthreads();\n      }\n", "      }\n", "local_response_norm-intra"),
-    Mutation("local_response_norm.cu", "if (tile + gridDim.x < plan.tiles()) __syncthreads();", "", "local_response"),
-    Mutation("local_response_norm.cu", "window(near.column, c, column.before, column.after, far.column)",
+    Mutation(_LRN, "    __syncthreads();\n\n    if (both) {", "    if (both) {", "local_response"),
+    Mutation(_LRN, "        __syncthreads();\n      }\n", "      }\n", "local_response_norm-intra"),
+    Mutation(_LRN, "if (tile + gridDim.x < plan.tiles()) __syncthreads();", "", "local_response", by="trace"),
+    Mutation(_LRN, "window(near.column, c, column.before, column.after, far.column)",
              "window(near.column, c, column.after, column.before, far.column)", "local_response"),
-    Mutation("local_response_norm.cu", "-2 * call.a * call.beta", "-2 * call.a", "local_response"),
-    Mutation("local_response_norm.cu", "span.begin + span.size + right, length)",
-             "span.begin + span.size + right, length + 1)", "local_response"),
-    Mutation("local_response_norm.cu", "inverse[j] = r * r;", "inverse[j] = r;", "local_response"),
-    Mutation("local_response_norm.cu", "reinterpret_cast<uintptr_t>(p + place(region, 0, 0, 0)) % kAccess == 0",
-             "true", "local_response"),
+    Mutation(_LRN, "-2 * call.a * call.beta", "-2 * call.a", "local_response"),
+    Mutation(_LRN, "span.begin + span.size + right, length)", "span.begin + span.size + right, length + 1)",
+             "local_response"),
+    Mutation(_LRN, "inverse[j] = r * r;", "inverse[j] = r;", "local_response"),
+    Mutation(_LRN, "reinterpret_cast<uintptr_t>(p + place(region, 0, 0, 0)) % kAccess == 0", "true",
+             "local_response", by="trace"),
     # ---- what kernels share
-    Mutation("pack.cuh", "j >= begin && j < end ? p[j]", "j >= begin && j <= end ? p[j]", "dropout or local_response"),
-    Mutation("pack.cuh", "if (j >= begin && j < end) p[j]", "if (j >= begin && j <= end) p[j]", "dropout"),
+    Mutation("pack.cuh", "j >= begin && j < end ? p[j]", "j >= begin && j <= end ? p[j]", _PLANS, by="asan"),
+    Mutation("pack.cuh", "if (j >= begin && j < end) p[j]", "if (j >= begin && j <= end) p[j]", _PLANS),
+    Mutation("pack.cuh", "if (aligned && begin == 0 && end == n)", "if (true)", _PLANS),
+    Mutation("reduce.cuh", "distance < lanes; distance *= 2", "distance < lanes / 2; distance *= 2", _PLANS),
+    Mutation("reduce.cuh", "m2 = sum_of_squares - sum * d", "m2 = sum_of_squares", "mean_far and batch_norm"),
+    Mutation("activation.cuh", "bits |= static_cast<unsigned>(!(z[j] <= 0)) << j;",
+             "bits |= static_cast<unsigned>(z[j] > 1e-3f) << j;", f"{_BATCH}-residual-relu"),
+    Mutation("activation.cuh", "multiply_add(z[j], pdf, normal_cdf(z[j]))", "normal_cdf(z[j])", f"{_BATCH}-gelu"),
+    # ---- batch, group and instance normalisation
+    Mutation("slice_norm.cuh", "  __syncthreads();  // readers of the last totals are done\n", "", _PLANS, by="trace"),
+    Mutation("slice_norm.cuh", "  __syncthreads();\n  const int apart", "  const int apart", _PLANS),
+    Mutation("slice_norm.cuh", "    totals[i] = sum;\n  }\n  __syncthreads();", "    totals[i] = sum;\n  }", _PLANS),
+    Mutation("slice_norm.cuh", "warp_sum(v, lanes);", "warp_sum(v);", f"float64 and {_BATCH}"),
+    Mutation("slice_norm.cuh", "    moments(walk, [&](int g, const Moments& m) { mine[g] = m; });\n    cluster_sync();",
+             "    moments(walk, [&](int g, const Moments& m) { mine[g] = m; });\n    __syncthreads();", _PLANS),
+    Mutation("slice_norm.cuh", "  cluster_sync();  // no block leaves while another reads its shared memory\n", "",
+             _PLANS, by="asan"),
+    Mutation("slice_norm.cuh", "  cluster_sync();  // no block leaves while another reads its shared memory\n", "",
+             _PLANS, by="asan", nth=1),
+    Mutation("slice_norm.cuh", "slice += a.plan.clusters, parity ^= 1", "slice += a.plan.clusters", _PLANS, by="trace"),
+    Mutation("slice_norm.cuh", "    __syncthreads();  // the last slice's readers of the table are done\n", "", _PLANS,
+             by="trace"),
+    Mutation("slice_norm.cuh", "coefficient[kSlope][c], coefficient[kOffset][c])",
+             "coefficient[kOffset][c], coefficient[kSlope][c])", _PLANS),
+    Mutation("slice_norm.cuh", "const unsigned block = gridDim.x - 1 - blockIdx.x;",
+             "const unsigned block = gridDim.x - blockIdx.x;", _PLANS),
+    Mutation("slice_norm.cuh", "if (i >= groups) return;", "if (i > groups) return;", _PLANS, by="asan"),
+    Mutation("slice_norm.cuh", "  __syncthreads();\n  if (warp != 0 || c >= C) return;",
+             "  if (warp != 0 || c >= C) return;", _PLANS),
+    Mutation("slice_norm.cuh", "n < samples && c < C", "n < samples", _PLANS, by="asan"),
+    Mutation("slice_norm.cuh", "from & ~int64_t{7}", "from", _PLANS, by="asan"),
+    Mutation("slice_norm.cuh", "(bits & inside) <<", "bits <<", f"{_BATCH}-residual-relu"),
+    Mutation("slice_norm.cuh", "(bits & kAny) && walk.lane % lanes == 0", "bits & kAny", f"{_BATCH}-residual-relu",
+             by="trace"),
+    Mutation("slice_norm.cuh", "m.biased_variance(), rank == 0)", "m.biased_variance(), true)", _PLANS, by="trace"),
+    Mutation("slice_norm.cuh", "1.0 / sqrt(variance + a.eps)", "1.0 / sqrt(variance)", _PLANS),
+    Mutation("slice_norm.cuh", "clip(1 / (s.rstd * sigma), 1 / a.r_max", "clip(1 / (s.rstd * sigma), a.d_max",
+             "batch_renorm"),
+    Mutation("slice_norm.cuh", "z[j] += r[j];", "z[j] -= r[j];", f"{_BATCH}-residual"),
+    Mutation("slice_norm.cuh", "r ? r[c] * all.dz_xhat + d[c] * all.dz", "r ? r[c] * all.dz_xhat", "batch_renorm"),
+    Mutation("batch_norm.cu", "unbiased = count / (count - 1)", "unbiased = 1", "batch_norm-statistics"),
+    Mutation("batch_norm.cu", "  __syncthreads();\n  if (*nonfinite) return;", "  if (*nonfinite) return;",
+             "batch_norm-skipped or batch_norm-statistics", by="trace"),
+    Mutation("batch_norm.cu", "is_aligned(a.x, a.residual, a.y)", "is_aligned(a.x, a.y)",
+             "misaligned and batch", by="asan"),
+    Mutation("batch_norm.cu", "is_aligned(a.x, a.dy, a.residual, a.dx, a.dresidual)",
+             "is_aligned(a.x, a.dy, a.residual, a.dx)", "misaligned and batch", by="asan"),
+    Mutation("batch_norm.cu", "take<double>(a.shape.C)", "take<double>(1)", "batch_norm-statistics"),
+    # ---- layer and RMS normalisation
+    Mutation("layer_norm.cu", "slot = turn % 2 * kMostSums", "slot = 0", "layer_norm", by="trace"),
+    Mutation("layer_norm.cu", "      __syncthreads();\n#pragma unroll", "#pragma unroll", "layer_norm"),
+    Mutation("layer_norm.cu", "lane < warps ?", "lane <= warps ?", "layer_norm"),
+    Mutation("layer_norm.cu", "      cluster_sync();\n#pragma", "      __syncthreads();\n#pragma", "layer_norm"),
+    Mutation("layer_norm.cu", "if (cluster_size() > 1) cluster_sync();", "", "layer_norm", by="asan"),
+    Mutation("layer_norm.cu", "lane == 0 && column < N) row", "lane == 0 && column <= N) row", "layer_norm-residual"),
+    Mutation("layer_norm.cu", "m2 -= deviations[0] * shift;", "", "mean_far and layer_norm"),
+    Mutation("layer_norm.cu", "if (row >= a.M) return;", "if (row > a.M) return;", "layer_norm", by="asan"),
+    Mutation("layer_norm.cu", "if (!is_inside(k) || row >= a.M) continue;", "if (!is_inside(k)) continue;",
+             "layer_norm", by="asan"),
+    Mutation("layer_norm.cu", "    __syncthreads();\n    for (int64_t column = threadIdx.x; column < a.N;",
+             "    for (int64_t column = threadIdx.x; column < a.N;", "layer_norm"),
+    Mutation("layer_norm.cu", "multiply_add(xhat[j], mean_g_xhat, mean_g)) * rstd", "multiply_add(xhat[j], mean_g, "
+             "mean_g_xhat)) * rstd", "layer_norm"),
+    Mutation("layer_norm.cu", "sums[threadIdx.x] = sum;\n  __syncthreads();", "sums[threadIdx.x] = sum;", "layer_norm"),
 )
 # fmt: on
 
@@ -110,7 +174,7 @@ def try_mutation(mutation: Mutation, every_mode: bool = False) -> Outcome:
         shutil.copytree(SOURCES, csrc, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
         try:
             mutation.apply(csrc)
-            for mode in MODES:
+            for mode in sorted(MODES, key=lambda mode: mode != mutation.by):
                 if _caught(mutation, mode, csrc):
                     caught.append(mode)
                     if not every_mode:
