@@ -3,6 +3,7 @@
 #   make test     all tests
 #   make lint     ruff and clang-format
 #   make bench    benchmarks against torch.nn
+#   make mutate   bugs planted in the CUDA kernels, which the emulator must catch: an hour
 # and for NVIDIA GPUs, with a CUDA toolkit:
 #   make cuda-check          without a GPU: all CUDA kernels compile and none spills; the build passes the CPU's tests
 #   make gpu-check OUT=DIR   with a GPU: tests, compute-sanitizer and benchmarks on it, tables in DIR
@@ -22,7 +23,7 @@ CUDA_TREE := build/cuda
 CUDA_CHECKED := 8.0 9.0 10.0 12.0
 NVCC := $(shell command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc)
 
-.PHONY: ladder test lint format bench build cuda-check gpu-check clean
+.PHONY: ladder test lint format bench mutate build cuda-check gpu-check clean
 .DEFAULT_GOAL := build
 
 # torch first and by its exact version: an open range would pull the CUDA build, gigabytes of it.
@@ -50,6 +51,9 @@ test: build
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+mutate: build
+	cd tests && ../$(BIN)/python -m cuda_on_cpu.mutate $(ARGS)
 
 $(CUDA_VENV)/.ready: Makefile
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from cuda_on_cpu import driver, toys
+from cuda_on_cpu import driver, mutate, toys
 from cuda_on_cpu.driver import LANDINGS, ORDERS, KernelError
 
 # Reported in every mode.
@@ -102,3 +102,16 @@ def test_cost() -> None:
     for cost in (scalar.reads["x"], scalar.writes["y"]):  # four times the requests, each touching all sectors
         assert cost == driver.Cost(4 * toys.COUNT, 4 * ideal, requests=toys.COUNT // 32, ideal_sectors=ideal)
     assert conflicts.shared_turns == 32 * conflicts.ideal_shared_turns
+
+
+@pytest.mark.parametrize("mutation", mutate.SAMPLE, ids=str)
+def test_a_planted_bug_is_caught(mutation: mutate.Mutation) -> None:
+    """A few of those that make mutate plants."""
+    outcome = mutate.try_mutation(mutation)
+    assert outcome.caught, outcome.problem
+
+
+def test_every_mutation_has_its_place() -> None:
+    for mutation in mutate.MUTATIONS:
+        text = (mutate.SOURCES / "cuda" / mutation.file).read_text()
+        assert text.count(mutation.old) > mutation.nth, str(mutation)

@@ -57,7 +57,7 @@ MUTATIONS = (
     Mutation("dropout.cu", "drawn >> (k * kPack + j) & 1", "drawn >> (k * kPack + j + 1) & 1", "dropout"),
     Mutation("dropout.cu", "if (phase + count > kElementsPerPhilox) keep", "if (false) keep", "dropout2d"),
     Mutation("dropout.cu", "in_tile / kElementsPerPhilox)", "in_tile / kElementsPerPhilox ^ 1)", "dropout"),
-    Mutation("dropout.cu", "row < rows && c < call.C ?", "row <= rows && c < call.C ?", "dropout"),
+    Mutation("dropout.cu", "row < rows && c < call.C ?", "row <= rows && c < call.C ?", "dropout", by="asan"),
     Mutation("dropout.cu", "whole_packs && is_aligned(a.x, a.y)", "whole_packs && is_aligned(a.x)", "dropout"),
     Mutation("dropout.cu", "if (s < call.S) call.apply", "call.apply", "dropout2d"),
     # ---- local response normalisation
@@ -139,6 +139,11 @@ MUTATIONS = (
     Mutation("layer_norm.cu", "sums[threadIdx.x] = sum;\n  __syncthreads();", "sums[threadIdx.x] = sum;", "layer_norm"),
 )
 # fmt: on
+
+# Quick ones for the normal tests, one a mode.
+SAMPLE = [m for m in MUTATIONS if m.old in (
+    "in_tile / kElementsPerPhilox)", "(bits & kAny) && walk.lane % lanes == 0", "row < rows && c < call.C ?",
+)]  # fmt: skip
 
 
 @dataclass(frozen=True)
