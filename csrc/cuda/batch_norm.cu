@@ -95,6 +95,7 @@ SliceBackward arguments(const BatchNormBackward& a, Workspace& workspace) {
   s.param_dtype = a.param_dtype;
   s.activation = a.activation;
   s.constant_statistics = !a.training;
+  s.reads_x = true;
   s.x = a.x;
   s.dy = a.dy;
   s.residual = a.residual;

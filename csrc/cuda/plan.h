@@ -43,9 +43,13 @@ inline PlanOverride& plan_override() {
   return given;
 }
 
-constexpr int kBatch = 4;         // windows that a thread has in flight
-constexpr int kMaxThreads = 512;  // a block
+constexpr int kBatch = 4;  // windows of a thread in a piece
 constexpr int kMaxCluster = 16;
+
+// The most threads a block, for a kernel with so many columns of coefficients and sums a thread: its registers decide.
+constexpr int max_threads(int columns, bool backward) {
+  return columns == 1 ? 448 : backward && columns > 4 ? 256 : 512;
+}
 
 // Slices lie in memory as runs of contiguous elements:
 //
@@ -173,10 +177,10 @@ inline void set_pieces(SlicePlan& p) {
   p.pieces = static_cast<int>(p.per_run > 0 ? p.runs * p.per_run : ceil_div(p.runs, kBatch));
 }
 
-// As many as have a piece to work on.
+// As many as have a piece to work on. Teams of strips divide a block whatever their size: a power of two.
 inline void set_threads(SlicePlan& p, int most) {
   const int64_t busy = int64_t{p.pieces_per_block()} * p.team;
-  p.threads = std::max({32, p.team, power_of_two_from(std::min<int64_t>(most, busy))});
+  p.threads = std::max({32, p.team, std::min(most, power_of_two_from(std::min<int64_t>(most, busy)))});
 }
 
 inline void set_shared(SlicePlan& p, const PlanInput& in) {
@@ -196,7 +200,9 @@ inline void set_shared(SlicePlan& p, const PlanInput& in) {
   p.shared.groups = take(p.groups() * 32);
   p.shared.sums = take(in.backward ? p.entries * 16 : 0);
   p.shared.runs = take(in.backward && p.by_run() ? p.pieces_per_block() * (p.per_run ? 1 : kBatch) * 2 * acc : 0);
-  p.shared.buffer = p.resident ? int64_t{p.pieces_per_block()} * p.piece_windows() * p.window * in.element : 0;
+  // Split: forward's first pieces, which are needed twice.
+  const int64_t kept = p.resident ? p.pieces_per_block() : in.backward || in.split_only ? 0 : p.threads / p.team;
+  p.shared.buffer = kept * p.piece_windows() * p.window * in.element;
   p.shared.buffer = ceil_div(p.shared.buffer, 16) * 16;
   p.shared.buffers = take(p.stages * in.arrays * p.shared.buffer);
   p.shared.all = at;
@@ -216,8 +222,9 @@ inline bool try_resident(SlicePlan& p, const PlanInput& in, int64_t strip_bytes,
   p.parts = 1;
   set_slices(p, in, p.strips ? strip_width(p, in, strip_bytes) : 0);
   set_pieces(p);
-  if (p.team > kMaxThreads || (cluster > 1 && p.pieces < cluster)) return false;
-  set_threads(p, kMaxThreads);
+  const int most = p.strips && p.window == 1 ? 256 : max_threads(p.strips ? p.window : 1, in.backward);
+  if (p.team > most || (cluster > 1 && p.pieces < cluster)) return false;
+  set_threads(p, most);
   set_shared(p, in);
   return p.shared.all <= in.shared;
 }

@@ -38,8 +38,7 @@ struct Statistics {
 // A thread's window: elements i + begin .. i + end - 1, none if begin >= end.
 struct Place {
   int64_t i;
-  int begin, end;
-  int64_t run;
+  short begin, end;
 
   __device__ bool any() const { return begin < end; }
 };
@@ -53,7 +52,8 @@ class Walk {
     const int64_t index = slice % p.inner;
     start_ = sample * p.sample_stride + index * p.slice_stride;
     channel = index * p.entries;
-    length_ = p.strips ? min(p.run_length, p.C - channel) : p.run_length;
+    channels = static_cast<int>(min(static_cast<int64_t>(p.entries), p.C - channel));
+    length_ = p.strips ? channels : p.run_length;
     row_ = sample * p.mask_row_sample + index * p.mask_row_slice;
     lane = static_cast<int>(threadIdx.x) % p.team;
     team = static_cast<int>(threadIdx.x) / p.team;
@@ -63,29 +63,34 @@ class Walk {
     last = min(p.pieces, first + each);
   }
 
-  __device__ Place place(int piece, int u) const {
-    int64_t run, window = 0;
-    int inside = lane;  // of the piece's windows of this run
-    if (p.per_run > 0) {
-      run = piece / p.per_run;
-      window = static_cast<int64_t>(piece % p.per_run) * p.span;
-      inside += u * p.team;
-    } else {
-      run = static_cast<int64_t>(piece) * kBatch + u;
-    }
-    const int64_t from = start_ + run * p.run_stride;
+  // The run of the thread's window u in the pieces k .. k + teams - 1, p.runs or more if there is none. A team takes a
+  // piece of a long run, or every so many of their short ones, so that runs that are neighbours in memory go to
+  // neighbouring teams.
+  __device__ int64_t run(int k, int u) const {
+    if (p.per_run > 0) return k + team < last ? (k + team) / p.per_run : p.runs;
+    const int64_t run = static_cast<int64_t>(k) * kBatch + u * teams + team;
+    return run < static_cast<int64_t>(last) * kBatch ? run : p.runs;
+  }
+
+  __device__ Place place(int k, int u) const {
+    const int64_t from = start_ + run(k, u) * p.run_stride;
+    const int inside = lane + (p.per_run > 0 ? u * p.team : 0);  // of the piece's windows of this run
+    const int64_t window = p.per_run > 0 ? static_cast<int64_t>((k + team) % p.per_run) * p.span : 0;
     // Windows of planes are the tensor's, so that they are aligned wherever the plane begins.
     const int64_t i = (p.strips ? from : from & ~int64_t{7}) + (window + inside) * kN;
-    Place at{i, 0, 0, run};
-    if (piece >= last || run >= p.runs || inside >= p.span) return at;
-    at.begin = static_cast<int>(max(int64_t{0}, min(int64_t{kN}, from - i)));
-    at.end = static_cast<int>(max(int64_t{0}, min(int64_t{kN}, from + length_ - i)));
-    return at;
+    if (run(k, u) >= p.runs || inside >= p.span) return {i, 0, 0};
+    return {i, static_cast<short>(max(int64_t{0}, min(int64_t{kN}, from - i))),
+            static_cast<short>(max(int64_t{0}, min(int64_t{kN}, from + length_ - i)))};
+  }
+
+  // Which of the block's stretches of `span` windows it is in: short runs, or pieces of long ones.
+  __device__ int stretch(int k, int u) const {
+    return p.per_run > 0 ? k - first + team : (k - first) * kBatch + u * teams + team;
   }
 
   // Where the window is in the block's buffer, in elements.
-  __device__ int slot(int piece, int u) const {
-    return ((piece - first) * p.piece_windows() + u * (p.per_run > 0 ? p.team : p.span) + lane) * kN;
+  __device__ int slot(int k, int u) const {
+    return (stretch(k, u) * p.span + lane + (p.per_run > 0 ? u * p.team : 0)) * kN;
   }
 
   // The row of the table that the run's coefficients are in: with strips, the row of the window's first element.
@@ -95,8 +100,8 @@ class Walk {
   }
 
   // The byte of the mask that the window's bits belong to, and the first of them.
-  __device__ int64_t mask_byte(const Place& at) const {
-    const int64_t row = row_ + at.run * p.mask_row_run;
+  __device__ int64_t mask_byte(const Place& at, int64_t run) const {
+    const int64_t row = row_ + run * p.mask_row_run;
     if (p.strips) return row * ((p.C + 7) / 8) + (channel + lane * kN) / 8;
     return at.i / 8 + row;
   }
@@ -106,11 +111,12 @@ class Walk {
 
   const SlicePlan& p;
   int64_t sample, channel;  // the slice's first
+  int channels;             // that there are: the last strip may lack some
   int first, last;          // the block's pieces
   int lane, team, teams;
 
-  // Of the slice's first group in the arrays of statistics; `group` channels have the same.
-  __device__ int64_t statistic(int64_t group) const { return sample * (p.C / group) + channel / group; }
+  // Where the statistics of channel c are, which D channels share.
+  __device__ int64_t statistic(int64_t c, int64_t D) const { return sample * (p.C / D) + c / D; }
 
  private:
   int64_t start_, length_, row_;
@@ -186,14 +192,34 @@ __device__ inline void for_groups(int groups, int members, const F& f) {
 // Stores the window's bits, shifted to their place: windows of an octet that lie in several lanes meet in its first. By
 // all threads of the warp.
 template <int kN>
-__device__ inline void store_mask(uint8_t* mask, const Walk<kN>& walk, const Place& at, unsigned bits) {
+__device__ inline void store_mask(uint8_t* mask, const Walk<kN>& walk, const Place& at, int64_t run, unsigned bits) {
   constexpr unsigned kAny = 1u << 8;
   unsigned inside = 0;
   if (at.any()) inside = (1u << at.end) - (1u << at.begin);
   bits = (bits & inside) << walk.mask_bit(at) | (at.any() ? kAny : 0u);
   const int lanes = min(8 / kN, walk.p.team);
   for (int distance = 1; distance < lanes; distance *= 2) bits |= __shfl_xor_sync(kAllLanes, bits, distance);
-  if ((bits & kAny) && walk.lane % lanes == 0) mask[walk.mask_byte(at)] = static_cast<uint8_t>(bits);
+  if ((bits & kAny) && walk.lane % lanes == 0) mask[walk.mask_byte(at, run)] = static_cast<uint8_t>(bits);
+}
+
+// Calls use(place, what load(place, k, u) gave, k, u) for the thread's windows up to piece `last`, kFlight of them
+// loaded before the first is used. By all threads: use may exchange values in a warp.
+template <int kFlight, int kN, typename Load, typename Use>
+__device__ inline void for_windows(const Walk<kN>& walk, int last, const Load& load, const Use& use) {
+  for (int k = walk.first; k < last; k += walk.teams) {
+#pragma unroll 1
+    for (int u = 0; u < kBatch; u += kFlight) {
+      Place at[kFlight];
+      decltype(load(at[0], k, u)) loaded[kFlight];
+#pragma unroll
+      for (int v = 0; v < kFlight; ++v) {
+        at[v] = walk.place(k, u + v);
+        loaded[v] = load(at[v], k, u + v);
+      }
+#pragma unroll
+      for (int v = 0; v < kFlight; ++v) use(at[v], loaded[v], k, u + v);
+    }
+  }
 }
 
 // ---- forward
@@ -245,6 +271,16 @@ __device__ inline bool out_of_range(double shift, double sum, double sum_of_squa
   return !isfinite(sum_of_squares) || (sum_of_squares < 1e-30 && (sum != 0 || shift != 0));
 }
 
+// A channel's mean, rstd or the like for each of a window's elements, or one for all of them (kC = 1).
+template <typename acc_t, int kC>
+struct Affine {
+  acc_t mean[kC], scale[kC], shift[kC];
+
+  __device__ acc_t operator()(acc_t x, int j) const {
+    return multiply_add(x - mean[j % kC], scale[j % kC], shift[j % kC]);
+  }
+};
+
 template <typename T, int kN, int kC>
 class Forward {
  public:
@@ -260,82 +296,34 @@ class Forward {
         y(static_cast<T*>(args.y)),
         buffer(reinterpret_cast<T*>(shared.buffers)) {}
 
-  __device__ Window window(const Walk<kN>& walk, const Place& at, int piece, int u) const {
-    if (!p.resident) return load_window<kN>(x, at, p.numel);
-    return at.any() ? Window::load(buffer + walk.slot(piece, u)) : load_part<kN>(x, 0, 0, false);
-  }
-
   // Moments of each group of the slice's elements in this block: store(group, moments) by one thread each, and again if
-  // the first were not exact.
+  // the first were not exact. Resident: the block's elements go to the buffer on the way.
   template <typename Store>
   __device__ void moments(const Walk<kN>& walk, const Store& store) {
-    SMEM_ARRAY(unsigned, again, 1);
-    if (threadIdx.x == 0) *again = 0;
+    SMEM_ARRAY(unsigned, inexact, 1);
+    if (threadIdx.x == 0) *inexact = 0;
     const int members = p.strips ? p.group : 1, groups = p.strips ? p.groups() : 1;
-    {
-      constexpr int n = kC + 1;
-      acc_t sum[n] = {};
-      const int last = p.resident ? walk.last : min(walk.last, walk.first + walk.teams);
-      for (int k = walk.first; k < last; k += walk.teams) {
-        Place at[kBatch];
-        Window loaded[kBatch];
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          at[u] = walk.place(k + walk.team, u);
-          loaded[u] = load_window<kN>(x, at[u], p.numel);
-        }
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (!at[u].any()) continue;
-          if (p.resident) loaded[u].store(buffer + walk.slot(k + walk.team, u));
-          acc_t v[kN];
-          loaded[u].unpack(v);
-#pragma unroll
-          for (int j = 0; j < kN; ++j)
-            if (j >= at[u].begin && j < at[u].end) sum[j % kC] += v[j];
-          sum[kC] += static_cast<acc_t>(kC > 1 ? 1 : at[u].end - at[u].begin);
-        }
-      }
-      column_sums(p, sum, shared.partial, shared.totals);
-      for_groups(groups, members, [&](int g, int lane, int lanes) {
-        double v[2] = {0, 0};
-        for (int c = g * members + lane; g >= 0 && c < (g + 1) * members; c += lanes) {
-          v[0] += shared.totals[c / kC * n + c % kC];
-          v[1] += shared.totals[c / kC * n + kC];
-        }
-        warp_sum(v, 1, lanes);
-        for (int c = g * members + lane; g >= 0 && c < (g + 1) * members; c += lanes)
-          shared.shift[c] = static_cast<acc_t>(v[0] / v[1]);
-      });
-      __syncthreads();
-    }
+    find_shift(walk, groups, members);
+
     constexpr int n = 2 * kC + 1;
     acc_t sum[n] = {}, shift[kC];
 #pragma unroll
-    for (int j = 0; j < kC; ++j) shift[j] = column_value(walk, shared.shift, j);
-    for (int k = walk.first; k < walk.last; k += walk.teams) {
-      Place at[kBatch];
-      Window loaded[kBatch];
+    for (int j = 0; j < kC; ++j) shift[j] = shared.shift[p.strips ? min(walk.lane * kN + j, p.entries - 1) : 0];
+    for_windows<kFlight>(
+        walk, walk.last, [&](const Place& at, int k, int u) { return window(walk, at, k, u, kept(walk)); },
+        [&](const Place& at, const Window& loaded, int, int) {
+          if (!at.any()) return;
+          acc_t v[kN];
+          loaded.unpack(v);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        at[u] = walk.place(k + walk.team, u);
-        loaded[u] = window(walk, at[u], k + walk.team, u);
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (!at[u].any()) continue;
-        acc_t v[kN];
-        loaded[u].unpack(v);
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-          if (j < at[u].begin || j >= at[u].end) continue;
-          const acc_t d = v[j] - shift[j % kC];
-          sum[j % kC] += d;
-          sum[kC + j % kC] = multiply_add(d, d, sum[kC + j % kC]);
-        }
-        sum[2 * kC] += static_cast<acc_t>(kC > 1 ? 1 : at[u].end - at[u].begin);
-      }
-    }
+          for (int j = 0; j < kN; ++j) {
+            if (kC == 1 && (j < at.begin || j >= at.end)) continue;
+            const acc_t d = v[j] - shift[j % kC];
+            sum[j % kC] += d;
+            sum[kC + j % kC] = multiply_add(d, d, sum[kC + j % kC]);
+          }
+          sum[2 * kC] += static_cast<acc_t>(kC > 1 ? 1 : at.end - at.begin);
+        });
     column_sums(p, sum, shared.partial, shared.totals);
     for_groups(groups, members, [&](int g, int lane, int lanes) {
       double v[3] = {0, 0, 0};
@@ -347,42 +335,11 @@ class Forward {
       warp_sum(v, 1, lanes);
       if (g < 0 || lane != 0) return;
       const double from = static_cast<double>(shared.shift[g * members]);
-      if (!std::is_same_v<acc_t, double> && v[2] > 0 && out_of_range(from, v[0], v[1])) atomicOr(again, 1u);
+      if (!std::is_same_v<acc_t, double> && v[2] > 0 && out_of_range(from, v[0], v[1])) atomicOr(inexact, 1u);
       store(g, v[2] > 0 ? shifted_moments(v[2], from, v[0], v[1]) : Moments{});
     });
     __syncthreads();
-    if (*again) exact_moments(walk, groups, members, store);
-  }
-
-  // The same in double, a group at a time: for numbers whose squares float32 does not hold.
-  template <typename Store>
-  __device__ void exact_moments(const Walk<kN>& walk, int groups, int members, const Store& store) {
-    SMEM_ARRAY(double, scratch, 2 * kMaxWarps);
-    for (int g = 0; g < groups; ++g) {
-      double total[2], count = 0, mean = 0;
-      for (int sweep = 0; sweep < 2; ++sweep) {
-        double sum[2] = {0, 0};
-        for (int k = walk.first; k < walk.last; k += walk.teams) {
-          for (int u = 0; u < kBatch; ++u) {
-            const Place at = walk.place(k + walk.team, u);
-            acc_t v[kN];
-            window(walk, at, k + walk.team, u).unpack(v);
-            for (int j = 0; j < kN; ++j) {
-              if (j < at.begin || j >= at.end || (p.strips && (walk.lane * kN + j) / members != g)) continue;
-              const double d = static_cast<double>(v[j]) - mean;
-              sum[0] += sweep == 0 ? 1 : d * d;
-              sum[1] += d;
-            }
-          }
-        }
-        block_sum(sum, total, scratch);
-        if (sweep == 0) {
-          count = total[0];
-          mean = total[1] / count;
-        }
-      }
-      if (threadIdx.x == 0 && count > 0) store(g, shifted_moments(count, mean, total[1], total[0]));
-    }
+    if (*inexact) exact_moments(walk, groups, members, store);
   }
 
   // Statistics of the slice's groups, merged over the cluster, to shared.statistics and to a.mean and a.rstd.
@@ -391,32 +348,32 @@ class Forward {
     moments(walk, [&](int g, const Moments& m) { mine[g] = m; });
     cluster_sync();
     for (int g = static_cast<int>(threadIdx.x); g < p.groups(); g += static_cast<int>(blockDim.x)) {
-      if (walk.channel + g * p.group >= p.C) continue;
+      if (g * p.group >= walk.channels) continue;
       const Moments m = merge_moments(p.cluster, [&](int k) { return *map_shared_rank(mine + g, k); });
-      shared.statistics[g] = keep_statistics(a, walk.statistic(a.D) + g, m.mean, m.biased_variance(), rank == 0);
+      const int64_t i = walk.statistic(walk.channel, a.D) + g;
+      const Statistics s = keep_statistics(a, i, m.mean, m.biased_variance(), rank == 0);
+      shared.statistics[g] = s;
     }
     __syncthreads();
   }
 
-  // One row of coefficients a channel of the slice.
-  __device__ void table(const Walk<kN>& walk, unsigned rank) {
-    for (int e = static_cast<int>(threadIdx.x); e < p.entries; e += static_cast<int>(blockDim.x)) {
-      const int64_t c = walk.channel + e;
-      if (c >= p.C) continue;
-      const int64_t statistic = walk.sample * (p.C / a.D) + c / a.D;
+  // The coefficients of each channel of the slice. Block 0 of those that share the slice keeps what backward needs.
+  __device__ void table(const Walk<kN>& walk, bool keep) {
+    for (int e = static_cast<int>(threadIdx.x); e < walk.channels; e += static_cast<int>(blockDim.x)) {
+      const int64_t c = walk.channel + e, i = walk.statistic(c, a.D);
       Statistics s;
       if (a.use_running) {
         s = keep_statistics(a, c, read(a.running_mean, a.stats_dtype, c, 0.0),
-                            read(a.running_var, a.stats_dtype, c, 1.0), rank == 0);
+                            read(a.running_var, a.stats_dtype, c, 1.0), keep);
       } else {
-        s = p.resident ? shared.statistics[e / p.group] : Statistics{a.mean[statistic], a.rstd[statistic]};
+        s = p.resident ? shared.statistics[e / p.group] : Statistics{a.mean[i], a.rstd[i]};
       }
       double weight = read(a.weight, a.param_dtype, c, 1.0), bias = read(a.bias, a.param_dtype, c, 0.0);
       if (a.r) {
         const Correction by = correction(a, c, s);
         bias += weight * by.d;
         weight *= by.r;
-        if (rank == 0) {
+        if (keep) {
           a.r[c] = by.r;
           a.d[c] = by.d;
         }
@@ -431,53 +388,121 @@ class Forward {
 
   // y = activation((x - mean) * scale + shift + residual)
   __device__ void normalize(const Walk<kN>& walk) {
-    acc_t mean[kC], scale[kC], shift[kC];
-    load_coefficients(walk, 0, mean, scale, shift);
-    for (int k = walk.first; k < walk.last; k += walk.teams) {
-      Place at[kBatch];
-      Window loaded[kBatch], added[kBatch];
+    struct Loaded {
+      Window x, residual;
+    };
+    Affine<acc_t, kC> affine;
+    load_coefficients(walk, 0, affine);
+    for_windows<kFlight>(
+        walk, walk.last,
+        [&](const Place& at, int k, int u) {
+          Loaded w;
+          w.x = window(walk, at, k, u, p.resident ? walk.last : 0);
+          if (residual) w.residual = load_window<kN>(residual, at, p.numel);
+          return w;
+        },
+        [&](const Place& at, const Loaded& w, int k, int u) {
+          if (p.by_run() && at.any()) load_coefficients(walk, walk.run(k, u), affine);
+          acc_t z[kN];
+          w.x.unpack(z);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        at[u] = walk.place(k + walk.team, u);
-        loaded[u] = window(walk, at[u], k + walk.team, u);
-        if (residual) added[u] = load_window<kN>(residual, at[u], p.numel);
-      }
+          for (int j = 0; j < kN; ++j) z[j] = affine(z[j], j);
+          if (residual) {
+            acc_t r[kN];
+            w.residual.unpack(r);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (p.by_run() && at[u].any()) load_coefficients(walk, at[u].run, mean, scale, shift);
-        acc_t z[kN];
-        loaded[u].unpack(z);
-#pragma unroll
-        for (int j = 0; j < kN; ++j) z[j] = multiply_add(z[j] - mean[j % kC], scale[j % kC], shift[j % kC]);
-        if (residual) {
-          acc_t r[kN];
-          added[u].unpack(r);
-#pragma unroll
-          for (int j = 0; j < kN; ++j) z[j] += r[j];
-        }
-        if (a.mask) store_mask(a.mask, walk, at[u], positive_bits(z));
-        activate(a.activation, z);
-        if (at[u].any()) store_part(Window::pack(z), y + at[u].i, at[u].begin, at[u].end);
-      }
-    }
+            for (int j = 0; j < kN; ++j) z[j] += r[j];
+          }
+          if (a.mask) store_mask(a.mask, walk, at, walk.run(k, u), positive_bits(z));
+          activate(a.activation, z);
+          if (at.any()) store_part(Window::pack(z), y + at.i, at.begin, at.end);
+        });
   }
 
  private:
-  // Of the column that the thread's element j is in.
-  __device__ acc_t column_value(const Walk<kN>& walk, const acc_t* values, int j) const {
-    if (!p.strips) return values[0];
-    return walk.lane < p.span ? values[walk.lane * kN + j] : acc_t(0);
+  static constexpr int kFlight = kC > 4 ? 2 : kBatch;
+
+  // Pieces that find_shift() leaves in the buffer: all of the block's, or each team's first.
+  __device__ int kept(const Walk<kN>& walk) const {
+    return p.resident ? walk.last : min(walk.last, walk.first + walk.teams);
   }
 
-  __device__ void load_coefficients(const Walk<kN>& walk, int64_t run, acc_t (&mean)[kC], acc_t (&scale)[kC],
-                                    acc_t (&shift)[kC]) const {
+  // From the buffer if piece k is one of those before `kept`.
+  __device__ Window window(const Walk<kN>& walk, const Place& at, int k, int u, int kept) const {
+    if (k >= kept) return load_window<kN>(x, at, p.numel);
+    return at.any() ? Window::load(buffer + walk.slot(k, u)) : load_part<kN>(x, 0, 0, false);
+  }
+
+  // The shift of each group: a number near its mean.
+  __device__ void find_shift(const Walk<kN>& walk, int groups, int members) {
+    constexpr int n = kC + 1;
+    acc_t sum[n] = {};
+    for_windows<kFlight>(
+        walk, kept(walk), [&](const Place& at, int, int) { return load_window<kN>(x, at, p.numel); },
+        [&](const Place& at, const Window& loaded, int k, int u) {
+          if (!at.any()) return;
+          loaded.store(buffer + walk.slot(k, u));
+          acc_t v[kN];
+          loaded.unpack(v);
+#pragma unroll
+          for (int j = 0; j < kN; ++j)
+            if (kC > 1 || (j >= at.begin && j < at.end)) sum[j % kC] += v[j];
+          sum[kC] += static_cast<acc_t>(kC > 1 ? 1 : at.end - at.begin);
+        });
+    column_sums(p, sum, shared.partial, shared.totals);
+    for_groups(groups, members, [&](int g, int lane, int lanes) {
+      double v[2] = {0, 0};
+      for (int c = g * members + lane; g >= 0 && c < (g + 1) * members; c += lanes) {
+        v[0] += shared.totals[c / kC * n + c % kC];
+        v[1] += shared.totals[c / kC * n + kC];
+      }
+      warp_sum(v, 1, lanes);
+      for (int c = g * members + lane; g >= 0 && c < (g + 1) * members; c += lanes)
+        shared.shift[c] = static_cast<acc_t>(v[0] / v[1]);
+    });
+    __syncthreads();
+  }
+
+  // moments() in double, a group at a time: for numbers whose squares float32 does not hold.
+  template <typename Store>
+  __device__ void exact_moments(const Walk<kN>& walk, int groups, int members, const Store& store) {
+    SMEM_ARRAY(double, scratch, 2 * kMaxWarps);
+    for (int g = 0; g < groups; ++g) {
+      double total[2], count = 0, mean = 0;
+      for (int sweep = 0; sweep < 2; ++sweep) {
+        double sum[2] = {0, 0};
+        for_windows<1>(
+            walk, walk.last, [&](const Place& at, int k, int u) { return window(walk, at, k, u, kept(walk)); },
+            [&](const Place& at, const Window& loaded, int, int) {
+              acc_t v[kN];
+              loaded.unpack(v);
+#pragma unroll
+              for (int j = 0; j < kN; ++j) {
+                const bool of_group = !p.strips || (walk.lane * kN + j) / members == g;
+                if (j < at.begin || j >= at.end || !of_group) continue;
+                const double d = static_cast<double>(v[j]) - mean;
+                sum[0] += sweep == 0 ? 1 : d * d;
+                sum[1] += d;
+              }
+            });
+        block_sum(sum, total, scratch);
+        if (sweep == 0) {
+          count = total[0];
+          mean = total[1] / count;
+        }
+      }
+      if (threadIdx.x == 0 && count > 0) store(g, shifted_moments(count, mean, total[1], total[0]));
+    }
+  }
+
+  __device__ void load_coefficients(const Walk<kN>& walk, int64_t run, Affine<acc_t, kC>& affine) const {
     const int entry = walk.entry(run);
 #pragma unroll
     for (int j = 0; j < kC; ++j) {
-      const bool is_there = entry + j < p.entries;
-      mean[j] = is_there ? shared.table[entry + j] : acc_t(0);
-      scale[j] = is_there ? shared.table[p.entries + entry + j] : acc_t(0);
-      shift[j] = is_there ? shared.table[2 * p.entries + entry + j] : acc_t(0);
+      const bool is_there = entry + j < walk.channels;
+      affine.mean[j] = is_there ? shared.table[entry + j] : acc_t(0);
+      affine.scale[j] = is_there ? shared.table[p.entries + entry + j] : acc_t(0);
+      affine.shift[j] = is_there ? shared.table[2 * p.entries + entry + j] : acc_t(0);
     }
   }
 
@@ -488,35 +513,36 @@ class Forward {
   T *y, *buffer;
 };
 
+// Which sweeps a launch makes. Resident: both.
+enum class Sweep { kBoth, kReduce, kNormalize };
+
+// Resident: a cluster a slice at a time. Else a block a part of a slice, the last ones first where it normalises.
 template <typename T, int kN, int kC>
-__global__ void __launch_bounds__(kMaxThreads) resident_forward(const __grid_constant__ SliceForward a) {
+__global__ void __launch_bounds__(max_threads(kC, false))
+    slice_forward(const __grid_constant__ SliceForward a, const __grid_constant__ Sweep sweep) {
+  const SlicePlan& p = a.plan;
   Forward<T, kN, kC> kernel(a);
-  const unsigned rank = cluster_rank();
-  int parity = 0;
-  for (int64_t slice = blockIdx.x / a.plan.cluster; slice < a.plan.slices; slice += a.plan.clusters, parity ^= 1) {
-    const Walk<kN> walk(a.plan, slice, static_cast<int>(rank));
-    kernel.statistics(walk, rank, parity);
-    kernel.table(walk, rank);
-    kernel.normalize(walk);
+  if (sweep == Sweep::kBoth) {
+    const unsigned rank = cluster_rank();
+    int parity = 0;
+    for (int64_t slice = blockIdx.x / p.cluster; slice < p.slices; slice += p.clusters, parity ^= 1) {
+      const Walk<kN> walk(p, slice, static_cast<int>(rank));
+      kernel.statistics(walk, rank, parity);
+      kernel.table(walk, rank == 0);
+      kernel.normalize(walk);
+    }
+    cluster_sync();  // no block leaves while another reads its shared memory
+  } else {
+    const unsigned block = sweep == Sweep::kReduce ? blockIdx.x : gridDim.x - 1 - blockIdx.x, part = block % p.parts;
+    const Walk<kN> walk(p, block / p.parts, static_cast<int>(part));
+    if (sweep == Sweep::kReduce) {
+      Moments* partial = a.partial + block * static_cast<int64_t>(p.entries);
+      kernel.moments(walk, [&](int g, const Moments& m) { partial[g] = m; });
+    } else {
+      kernel.table(walk, part == 0);
+      kernel.normalize(walk);
+    }
   }
-  cluster_sync();  // no block leaves while another reads its shared memory
-}
-
-template <typename T, int kN, int kC>
-__global__ void __launch_bounds__(kMaxThreads) split_moments(const __grid_constant__ SliceForward a) {
-  Forward<T, kN, kC> kernel(a);
-  const Walk<kN> walk(a.plan, blockIdx.x / a.plan.parts, static_cast<int>(blockIdx.x % a.plan.parts));
-  Moments* partial = a.partial + blockIdx.x * static_cast<int64_t>(a.plan.entries);
-  kernel.moments(walk, [&](int g, const Moments& m) { partial[g] = m; });
-}
-
-template <typename T, int kN, int kC>
-__global__ void __launch_bounds__(kMaxThreads) split_normalize(const __grid_constant__ SliceForward a) {
-  Forward<T, kN, kC> kernel(a);
-  const unsigned block = gridDim.x - 1 - blockIdx.x, part = block % a.plan.parts;
-  const Walk<kN> walk(a.plan, block / a.plan.parts, static_cast<int>(part));
-  kernel.table(walk, part);
-  kernel.normalize(walk);
 }
 
 // Where block `part` of those that share channel c of sample n left what it knows of the channel.
@@ -545,6 +571,7 @@ struct SliceBackward {
   Dtype param_dtype;
   Activation activation;
   bool constant_statistics;  // that do not depend on x: dx = dz * scale
+  bool reads_x;              // in the sweep that makes dx, or any
   const void *x, *dy, *residual, *weight, *bias;
   const double *mean, *rstd;  // by group
   const double *r, *d;        // by channel, or null
@@ -573,13 +600,13 @@ class Backward {
         dx(static_cast<T*>(args.dx)),
         dresidual(static_cast<T*>(args.dresidual)),
         buffer_x(reinterpret_cast<T*>(shared.buffers)),
-        buffer_dy(reinterpret_cast<T*>(shared.buffers + args.plan.shared.buffer)) {}
+        buffer_dy(reinterpret_cast<T*>(shared.buffers + args.plan.shared.buffer)),
+        needs_x(args.reads_x) {}
 
   // The coefficients that are known before the sums.
   __device__ void table(const Walk<kN>& walk) {
-    for (int e = static_cast<int>(threadIdx.x); e < p.entries; e += static_cast<int>(blockDim.x)) {
+    for (int e = static_cast<int>(threadIdx.x); e < walk.channels; e += static_cast<int>(blockDim.x)) {
       const int64_t c = walk.channel + e;
-      if (c >= p.C) continue;
       const Statistics s = statistics(walk, c);
       double bias = read(a.bias, a.param_dtype, c, 0.0);
       if (a.r) bias += read(a.weight, a.param_dtype, c, 1.0) * a.d[c];
@@ -598,9 +625,8 @@ class Backward {
   // Those that come from the sums of g = dz * weight.
   template <typename GroupSums>
   __device__ void table_of_sums(const Walk<kN>& walk, const GroupSums& sums) {
-    for (int e = static_cast<int>(threadIdx.x); e < p.entries; e += static_cast<int>(blockDim.x)) {
+    for (int e = static_cast<int>(threadIdx.x); e < walk.channels; e += static_cast<int>(blockDim.x)) {
       const int64_t c = walk.channel + e;
-      if (c >= p.C) continue;
       const Statistics s = statistics(walk, c);
       const Sums g = a.constant_statistics ? Sums{0, 0} : sums(e, c);
       const GroupGradient<acc_t> gradient(a.count, s.mean, s.rstd, g.dz, g.dz_xhat);
@@ -610,60 +636,53 @@ class Backward {
     __syncthreads();
   }
 
-  // The sums of each channel of the slice over the block's elements: store(entry, sums) by one thread each.
+  // The sums of each channel of the slice over the block's elements: store(entry, sums) by one thread each. Resident:
+  // the block's elements go to the buffers on the way.
   template <typename Store>
   __device__ void sums(const Walk<kN>& walk, const Store& store) {
     constexpr int n = 2 * kC;
-    acc_t sum[n] = {}, coefficient[kSums][kC];
-    load_coefficients(walk, 0, coefficient);
-    for (int k = walk.first; k < walk.last; k += walk.teams) {
-      const int piece = k + walk.team;
-      Place at[kBatch];
-      Window of_x[kBatch], of_dy[kBatch];
+    acc_t sum[n] = {};
+    Coefficients c;
+    load_affine(walk, 0, c);
+    load_standardize(walk, 0, c);
+    for_windows<kFlight>(
+        walk, walk.last, [&](const Place& at, int, int) { return load(at); },
+        [&](const Place& at, const Loaded& w, int k, int u) {
+          if (at.any()) {
+            if (p.resident) {
+              w.x.store(buffer_x + walk.slot(k, u));
+              w.dy.store(buffer_dy + walk.slot(k, u));
+            }
+            if (p.by_run()) {
+              load_affine(walk, walk.run(k, u), c);
+              load_standardize(walk, walk.run(k, u), c);
+            }
+            acc_t v[kN], dz[kN];
+            w.x.unpack(v);
+            w.dy.unpack(dz);
+            activation_gradient(walk, at, walk.run(k, u), v, dz, c.affine);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        at[u] = walk.place(piece, u);
-        of_x[u] = load_window<kN>(x, at[u], p.numel);
-        of_dy[u] = load_window<kN>(dy, at[u], p.numel);
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (at[u].any()) {
-          if (p.resident) {
-            of_x[u].store(buffer_x + walk.slot(piece, u));
-            of_dy[u].store(buffer_dy + walk.slot(piece, u));
+            for (int j = 0; j < kN; ++j) {
+              if (kC == 1 && (j < at.begin || j >= at.end)) continue;
+              const acc_t xhat = multiply_add(v[j] - c.affine.mean[j % kC], c.rstd[j % kC], c.rest[j % kC]);
+              sum[j % kC] += dz[j];
+              sum[kC + j % kC] = multiply_add(dz[j], xhat, sum[kC + j % kC]);
+            }
           }
-          if (p.by_run()) load_coefficients(walk, at[u].run, coefficient);
-          acc_t v[kN], dz[kN];
-          of_x[u].unpack(v);
-          of_dy[u].unpack(dz);
-          activation_gradient(walk, at[u], v, dz, coefficient);
+          if (p.by_run() && (p.per_run == 0 || u == kBatch - 1)) {
+            keep_run(walk, k, u, sum);
 #pragma unroll
-          for (int j = 0; j < kN; ++j) {
-            if (j < at[u].begin || j >= at[u].end) continue;
-            const int c = j % kC;
-            const acc_t xhat = multiply_add(v[j] - coefficient[kMean][c], coefficient[kRstd][c], coefficient[kRest][c]);
-            sum[c] += dz[j];
-            sum[kC + c] = multiply_add(dz[j], xhat, sum[kC + c]);
+            for (int i = 0; i < n; ++i) sum[i] = 0;
           }
-        }
-        if (p.by_run() && (p.per_run == 0 || u == kBatch - 1)) {
-          keep_run(walk, piece, u, sum);
-#pragma unroll
-          for (int i = 0; i < n; ++i) sum[i] = 0;
-        }
-      }
-    }
+        });
     if (p.by_run()) {
       __syncthreads();
-      for (int e = static_cast<int>(threadIdx.x); e < p.entries; e += static_cast<int>(blockDim.x))
-        store(e, sum_of_run(walk, e));
     } else {
       column_sums(p, sum, shared.partial, shared.totals);
-      for (int e = static_cast<int>(threadIdx.x); e < p.entries; e += static_cast<int>(blockDim.x)) {
-        const double* totals = shared.totals + e / kC * n + e % kC;
-        store(e, Sums{totals[0], totals[kC]});
-      }
+    }
+    for (int e = static_cast<int>(threadIdx.x); e < walk.channels; e += static_cast<int>(blockDim.x)) {
+      const double* totals = shared.totals + e / kC * n + e % kC;
+      store(e, p.by_run() ? sum_of_run(walk, e) : Sums{totals[0], totals[kC]});
     }
   }
 
@@ -672,7 +691,7 @@ class Backward {
     Sums* mine = reinterpret_cast<Sums*>(shared.exchange) + parity * p.entries;
     sums(walk, [&](int e, const Sums& s) { mine[e] = s; });
     cluster_sync();
-    for (int e = static_cast<int>(threadIdx.x); e < p.entries; e += static_cast<int>(blockDim.x)) {
+    for (int e = static_cast<int>(threadIdx.x); e < walk.channels; e += static_cast<int>(blockDim.x)) {
       const int64_t c = walk.channel + e;
       Sums all{0, 0};
       for (int k = 0; k < p.cluster; ++k) {
@@ -680,7 +699,6 @@ class Backward {
         all.dz += part.dz;
         all.dz_xhat += part.dz_xhat;
       }
-      if (c >= p.C) continue;
       shared.sums[e] = {weight(c) * all.dz, weight(c) * all.dz_xhat};
       if (rank == 0) a.channel_sums[walk.sample * p.C + c] = all;
     }
@@ -688,7 +706,7 @@ class Backward {
     const int members = p.entries / p.groups();
     for_groups(p.groups(), members, [&](int g, int lane, int lanes) {
       double v[2] = {0, 0};
-      for (int e = g * members + lane; g >= 0 && e < (g + 1) * members && walk.channel + e < p.C; e += lanes) {
+      for (int e = g * members + lane; g >= 0 && e < min((g + 1) * members, walk.channels); e += lanes) {
         v[0] += shared.sums[e].dz;
         v[1] += shared.sums[e].dz_xhat;
       }
@@ -701,83 +719,97 @@ class Backward {
 
   // dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
   __device__ void elements(const Walk<kN>& walk) {
-    acc_t coefficient[kAll][kC];
-    load_coefficients(walk, 0, coefficient);
-    const bool needs_x = !a.constant_statistics || (a.activation != Activation::kNone && a.mask == nullptr);
-    for (int k = walk.first; k < walk.last; k += walk.teams) {
-      const int piece = k + walk.team;
-      Place at[kBatch];
-      Window of_x[kBatch], of_dy[kBatch];
+    Coefficients c;
+    load_affine(walk, 0, c);
+    load_gradient(walk, 0, c);
+    for_windows<kFlight>(
+        walk, walk.last,
+        [&](const Place& at, int k, int u) {
+          if (!p.resident) return load(at);
+          Loaded w;
+          if (at.any()) w = {Window::load(buffer_x + walk.slot(k, u)), Window::load(buffer_dy + walk.slot(k, u))};
+          return w;
+        },
+        [&](const Place& at, const Loaded& w, int k, int u) {
+          if (!at.any()) return;
+          if (p.by_run()) {
+            load_affine(walk, walk.run(k, u), c);
+            load_gradient(walk, walk.run(k, u), c);
+          }
+          acc_t v[kN], dz[kN];
+          w.x.unpack(v);
+          w.dy.unpack(dz);
+          activation_gradient(walk, at, walk.run(k, u), v, dz, c.affine);
+          if (dresidual) store_part(Window::pack(dz), dresidual + at.i, at.begin, at.end);
+          if (dx == nullptr) return;
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        at[u] = walk.place(piece, u);
-        if (p.resident) {
-          if (!at[u].any()) continue;
-          of_x[u] = Window::load(buffer_x + walk.slot(piece, u));
-          of_dy[u] = Window::load(buffer_dy + walk.slot(piece, u));
-        } else {
-          if (needs_x) of_x[u] = load_window<kN>(x, at[u], p.numel);
-          of_dy[u] = load_window<kN>(dy, at[u], p.numel);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (!at[u].any()) continue;
-        if (p.by_run()) load_coefficients(walk, at[u].run, coefficient);
-        acc_t v[kN], dz[kN];
-        of_x[u].unpack(v);
-        of_dy[u].unpack(dz);
-        activation_gradient(walk, at[u], v, dz, coefficient);
-        if (dresidual) store_part(Window::pack(dz), dresidual + at[u].i, at[u].begin, at[u].end);
-        if (dx == nullptr) continue;
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-          const int c = j % kC;
-          dz[j] *= coefficient[kScale][c];
-          if (!a.constant_statistics)
-            dz[j] -= multiply_add(v[j] - coefficient[kMean][c], coefficient[kSlope][c], coefficient[kOffset][c]);
-        }
-        store_part(Window::pack(dz), dx + at[u].i, at[u].begin, at[u].end);
-      }
-    }
+          for (int j = 0; j < kN; ++j) {
+            dz[j] *= c.affine.scale[j % kC];
+            if (!a.constant_statistics)
+              dz[j] -= multiply_add(v[j] - c.affine.mean[j % kC], c.slope[j % kC], c.offset[j % kC]);
+          }
+          store_part(Window::pack(dz), dx + at.i, at.begin, at.end);
+        });
   }
 
  private:
-  // Columns of the table; the sums need the first kSums.
-  enum { kMean, kScale, kShift, kRstd, kRest, kSums, kSlope = kSums, kOffset, kAll };
-  static_assert(kAll == kBackwardColumns);
+  static constexpr int kFlight = kN > 4 || kC > 1 ? 2 : kBatch;
+  // Columns of the table.
+  enum { kMean, kScale, kShift, kRstd, kRest, kSlope, kOffset, kColumns };
+  static_assert(kColumns == kBackwardColumns);
+
+  struct Loaded {
+    Window x, dy;
+  };
+  struct Coefficients {
+    Affine<acc_t, kC> affine;
+    acc_t rstd[kC], rest[kC];     // xhat = (x - mean) * rstd + rest
+    acc_t slope[kC], offset[kC];  // see elements()
+  };
+
+  __device__ Loaded load(const Place& at) const {
+    Loaded w;
+    if (needs_x) w.x = load_window<kN>(x, at, p.numel);
+    w.dy = load_window<kN>(dy, at, p.numel);
+    return w;
+  }
 
   __device__ Statistics statistics(const Walk<kN>& walk, int64_t c) const {
-    const int64_t i = walk.sample * (p.C / a.D) + c / a.D;
+    const int64_t i = walk.statistic(c, a.D);
     return {a.mean[i], a.rstd[i]};
   }
 
   // What xhat is multiplied by.
   __device__ double weight(int64_t c) const { return read(a.weight, a.param_dtype, c, 1.0) * (a.r ? a.r[c] : 1.0); }
 
-  template <int n>
-  __device__ void load_coefficients(const Walk<kN>& walk, int64_t run, acc_t (&coefficient)[n][kC]) const {
+  __device__ void load_column(const Walk<kN>& walk, int64_t run, int column, acc_t (&to)[kC]) const {
     const int entry = walk.entry(run);
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-#pragma unroll
-      for (int j = 0; j < kC; ++j)
-        coefficient[i][j] = entry + j < p.entries ? shared.table[i * p.entries + entry + j] : acc_t(0);
-    }
+    for (int j = 0; j < kC; ++j)
+      to[j] = entry + j < walk.channels ? shared.table[column * p.entries + entry + j] : acc_t(0);
+  }
+  __device__ void load_affine(const Walk<kN>& walk, int64_t run, Coefficients& c) const {
+    load_column(walk, run, kMean, c.affine.mean);
+    load_column(walk, run, kScale, c.affine.scale);
+    load_column(walk, run, kShift, c.affine.shift);
+  }
+  __device__ void load_standardize(const Walk<kN>& walk, int64_t run, Coefficients& c) const {
+    load_column(walk, run, kRstd, c.rstd);
+    load_column(walk, run, kRest, c.rest);
+  }
+  __device__ void load_gradient(const Walk<kN>& walk, int64_t run, Coefficients& c) const {
+    load_column(walk, run, kSlope, c.slope);
+    load_column(walk, run, kOffset, c.offset);
   }
 
   // dz becomes dy * activation'(z), z as forward had it or its sign from the mask.
-  template <int n>
-  __device__ void activation_gradient(const Walk<kN>& walk, const Place& at, const acc_t (&v)[kN], acc_t (&dz)[kN],
-                                      const acc_t (&coefficient)[n][kC]) const {
+  __device__ void activation_gradient(const Walk<kN>& walk, const Place& at, int64_t run, const acc_t (&v)[kN],
+                                      acc_t (&dz)[kN], const Affine<acc_t, kC>& affine) const {
     if (a.activation == Activation::kNone) return;
-    if (a.mask) return activate_backward(a.activation, dz, a.mask[walk.mask_byte(at)] >> walk.mask_bit(at));
+    if (a.mask) return activate_backward(a.activation, dz, a.mask[walk.mask_byte(at, run)] >> walk.mask_bit(at));
     acc_t z[kN];
 #pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const int c = j % kC;
-      z[j] = multiply_add(v[j] - coefficient[kMean][c], coefficient[kScale][c], coefficient[kShift][c]);
-    }
+    for (int j = 0; j < kN; ++j) z[j] = affine(v[j], j);
     if (residual) {
       acc_t r[kN];
       load_window<kN>(residual, at, p.numel).unpack(r);
@@ -789,21 +821,21 @@ class Backward {
 
   // A team's sums of a run, or of its piece of a long one.
   template <int n>
-  __device__ void keep_run(const Walk<kN>& walk, int piece, int u, const acc_t (&sum)[n]) const {
+  __device__ void keep_run(const Walk<kN>& walk, int k, int u, const acc_t (&sum)[n]) const {
     acc_t v[2] = {sum[0], sum[kC]};
     warp_sum(v, 1, p.team);
-    if (walk.lane != 0 || piece >= walk.last) return;
-    acc_t* to = shared.runs + 2 * ((piece - walk.first) * (p.per_run > 0 ? 1 : kBatch) + (p.per_run > 0 ? 0 : u));
+    if (walk.lane != 0 || walk.run(k, u) >= p.runs) return;
+    acc_t* to = shared.runs + 2 * walk.stretch(k, u);
     to[0] = v[0];
     to[1] = v[1];
   }
 
   __device__ Sums sum_of_run(const Walk<kN>& walk, int run) const {
-    const int here = p.per_run > 0 ? 1 : kBatch, pieces = max(1, p.per_run);
+    const int here = p.per_run > 0 ? 1 : kBatch, stretches = max(1, p.per_run);
+    const int begin = max(run * stretches, walk.first * here), end = min((run + 1) * stretches, walk.last * here);
     Sums all{0, 0};
-    for (int piece = run / here * pieces; piece < (run / here + 1) * pieces; ++piece) {
-      if (piece < walk.first || piece >= walk.last) continue;
-      const acc_t* from = shared.runs + 2 * ((piece - walk.first) * here + run % here);
+    for (int i = begin; i < end; ++i) {
+      const acc_t* from = shared.runs + 2 * (i - walk.first * here);
       all.dz += static_cast<double>(from[0]);
       all.dz_xhat += static_cast<double>(from[1]);
     }
@@ -815,40 +847,38 @@ class Backward {
   const Shared<T> shared;
   const T *x, *dy, *residual;
   T *dx, *dresidual, *buffer_x, *buffer_dy;
+  const bool needs_x;
 };
 
+// As slice_forward().
 template <typename T, int kN, int kC>
-__global__ void __launch_bounds__(kMaxThreads) resident_backward(const __grid_constant__ SliceBackward a) {
+__global__ void __launch_bounds__(max_threads(kC, true))
+    slice_backward(const __grid_constant__ SliceBackward a, const __grid_constant__ Sweep sweep) {
+  const SlicePlan& p = a.plan;
   Backward<T, kN, kC> kernel(a);
-  const unsigned rank = cluster_rank();
-  int parity = 0;
-  for (int64_t slice = blockIdx.x / a.plan.cluster; slice < a.plan.slices; slice += a.plan.clusters, parity ^= 1) {
-    const Walk<kN> walk(a.plan, slice, static_cast<int>(rank));
-    __syncthreads();  // the last slice's readers of the table are done
+  if (sweep == Sweep::kBoth) {
+    const unsigned rank = cluster_rank();
+    int parity = 0;
+    for (int64_t slice = blockIdx.x / p.cluster; slice < p.slices; slice += p.clusters, parity ^= 1) {
+      const Walk<kN> walk(p, slice, static_cast<int>(rank));
+      __syncthreads();  // the last slice's readers of the table are done
+      kernel.table(walk);
+      kernel.merge(walk, rank, parity);
+      if (a.dx || a.dresidual) kernel.elements(walk);
+    }
+    cluster_sync();  // no block leaves while another reads its shared memory
+  } else {
+    const unsigned block = sweep == Sweep::kReduce ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const Walk<kN> walk(p, block / p.parts, static_cast<int>(block % p.parts));
     kernel.table(walk);
-    kernel.merge(walk, rank, parity);
-    if (a.dx || a.dresidual) kernel.elements(walk);
+    if (sweep == Sweep::kReduce) {
+      Sums* partial = a.partial + block * static_cast<int64_t>(p.entries);
+      kernel.sums(walk, [&](int e, const Sums& s) { partial[e] = s; });
+    } else {
+      kernel.table_of_sums(walk, [&](int, int64_t c) { return a.group_sums[walk.statistic(c, a.D)]; });
+      kernel.elements(walk);
+    }
   }
-  cluster_sync();  // no block leaves while another reads its shared memory
-}
-
-template <typename T, int kN, int kC>
-__global__ void __launch_bounds__(kMaxThreads) split_sums(const __grid_constant__ SliceBackward a) {
-  Backward<T, kN, kC> kernel(a);
-  const Walk<kN> walk(a.plan, blockIdx.x / a.plan.parts, static_cast<int>(blockIdx.x % a.plan.parts));
-  kernel.table(walk);
-  Sums* partial = a.partial + blockIdx.x * static_cast<int64_t>(a.plan.entries);
-  kernel.sums(walk, [&](int e, const Sums& s) { partial[e] = s; });
-}
-
-template <typename T, int kN, int kC>
-__global__ void __launch_bounds__(kMaxThreads) split_elements(const __grid_constant__ SliceBackward a) {
-  Backward<T, kN, kC> kernel(a);
-  const unsigned block = gridDim.x - 1 - blockIdx.x;
-  const Walk<kN> walk(a.plan, block / a.plan.parts, static_cast<int>(block % a.plan.parts));
-  kernel.table(walk);
-  kernel.table_of_sums(walk, [&](int, int64_t c) { return a.group_sums[walk.sample * (a.plan.C / a.D) + c / a.D]; });
-  kernel.elements(walk);
 }
 
 // A warp a group: adds the parts of each of its channels, and the channels with their weights.
@@ -965,13 +995,13 @@ SlicePlan plan_for_device(PlanInput in, Dtype dtype, const Kernel& kernel) {
 
 inline SlicePlan plan_forward(const PlanInput& in, Dtype dtype) {
   return plan_for_device(in, dtype, [](auto type, auto window, auto columns) {
-    return resident_forward<typename decltype(type)::type, decltype(window)::value, decltype(columns)::value>;
+    return slice_forward<typename decltype(type)::type, decltype(window)::value, decltype(columns)::value>;
   });
 }
 
 inline SlicePlan plan_backward(const PlanInput& in, Dtype dtype) {
   return plan_for_device(in, dtype, [](auto type, auto window, auto columns) {
-    return resident_backward<typename decltype(type)::type, decltype(window)::value, decltype(columns)::value>;
+    return slice_backward<typename decltype(type)::type, decltype(window)::value, decltype(columns)::value>;
   });
 }
 
@@ -982,12 +1012,13 @@ inline void run_forward(const char* op, Dtype dtype, const SliceForward& a, bool
   visit_kernel(dtype, p, [&](auto type, auto window, auto columns) {
     using T = typename decltype(type)::type;
     constexpr int kN = decltype(window)::value, kC = decltype(columns)::value;
-    if (p.resident) return launch(op, resident_forward<T, kN, kC>, resident_grid(p), stream, a);
+    const auto kernel = slice_forward<T, kN, kC>;
+    if (p.resident) return launch(op, kernel, resident_grid(p), stream, a, Sweep::kBoth);
     if (own) {
-      launch(op, split_moments<T, kN, kC>, split_grid(p), stream, a);
+      launch(op, kernel, split_grid(p), stream, a, Sweep::kReduce);
       launch(op, merge_statistics, merge_grid(groups), stream, a, groups);
     }
-    launch(op, split_normalize<T, kN, kC>, split_grid(p), stream, a);
+    launch(op, kernel, split_grid(p), stream, a, Sweep::kNormalize);
   });
 }
 
@@ -1007,12 +1038,16 @@ inline void run_backward(const char* op, Dtype dtype, const SliceBackward& a, bo
   visit_kernel(dtype, p, [&](auto type, auto window, auto columns) {
     using T = typename decltype(type)::type;
     constexpr int kN = decltype(window)::value, kC = decltype(columns)::value;
-    if (p.resident) return launch(op, resident_backward<T, kN, kC>, resident_grid(p), stream, a);
+    const auto kernel = slice_backward<T, kN, kC>;
+    if (p.resident) return launch(op, kernel, resident_grid(p), stream, a, Sweep::kBoth);
     if (sums) {
-      launch(op, split_sums<T, kN, kC>, split_grid(p), stream, a);
+      launch(op, kernel, split_grid(p), stream, a, Sweep::kReduce);
       launch(op, merge_sums, merge_grid(groups), stream, a, groups);
     }
-    if (a.dx || a.dresidual) launch(op, split_elements<T, kN, kC>, split_grid(p), stream, a);
+    if (!a.dx && !a.dresidual) return;
+    SliceBackward elements = a;
+    elements.reads_x = !a.constant_statistics || (a.activation != Activation::kNone && a.mask == nullptr);
+    launch(op, kernel, split_grid(p), stream, elements, Sweep::kNormalize);
   });
 }
 

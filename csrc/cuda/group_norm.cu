@@ -1,0 +1,110 @@
+// Group and instance normalisation on CUDA devices: slice_norm.cuh with a group of a sample, or a strip of a sample's
+// groups, a slice.
+#include "../group_norm.h"
+
+#include "slice_norm.cuh"
+
+namespace fastnorm::cuda {
+namespace {
+
+template <typename Args>
+PlanInput plan_input(const Args& a) {
+  PlanInput in{};
+  in.shape = a.shape;
+  in.D = a.shape.C / a.G;
+  in.per_sample = true;
+  return in;
+}
+
+bool wants_sums(const GroupNormBackward& a) { return a.dweight || a.dbias || a.dx; }
+
+SlicePlan plan(const GroupNormForward& a) {
+  PlanInput in = plan_input(a);
+  in.aligned = is_aligned(a.x, a.residual, a.y);
+  in.arrays = 1;
+  return plan_forward(in, a.dtype);
+}
+
+SlicePlan plan(const GroupNormBackward& a) {
+  PlanInput in = plan_input(a);
+  in.aligned = is_aligned(a.x, a.dy, a.residual, a.dx, a.dresidual);
+  in.arrays = 2;
+  in.backward = true;
+  in.split_only = !wants_sums(a);
+  return plan_backward(in, a.dtype);
+}
+
+// What the kernels take, its buffers in the workspace.
+SliceForward arguments(const GroupNormForward& a, Workspace& workspace) {
+  SliceForward s{};
+  s.plan = plan(a);
+  s.param_dtype = a.param_dtype;
+  s.activation = a.activation;
+  s.eps = a.eps;
+  s.x = a.x;
+  s.residual = a.residual;
+  s.weight = a.weight;
+  s.bias = a.bias;
+  s.y = a.y;
+  s.mask = a.mask;
+  s.mean = a.mean;
+  s.rstd = a.rstd;
+  s.variance = a.variance;
+  s.D = a.shape.C / a.G;
+  if (!s.plan.resident) s.partial = workspace.take<Moments>(s.plan.partials());
+  return s;
+}
+
+SliceBackward arguments(const GroupNormBackward& a, Workspace& workspace) {
+  SliceBackward s{};
+  s.plan = plan(a);
+  s.param_dtype = a.param_dtype;
+  s.activation = a.activation;
+  s.reads_x = true;
+  s.x = a.x;
+  s.dy = a.dy;
+  s.residual = a.residual;
+  s.weight = a.weight;
+  s.bias = a.bias;
+  s.mean = a.mean;
+  s.rstd = a.rstd;
+  s.mask = a.mask;
+  s.dx = a.dx;
+  s.dresidual = a.dresidual;
+  s.D = a.shape.C / a.G;
+  s.count = static_cast<double>(s.D * a.shape.S);
+  s.channel_sums = workspace.take<Sums>(a.shape.N * a.shape.C);
+  s.group_sums = workspace.take<Sums>(a.shape.N * a.G);
+  if (!s.plan.resident) s.partial = workspace.take<Sums>(s.plan.partials());
+  return s;
+}
+
+template <typename Args>
+int64_t workspace_bytes(const Args& a) {
+  Workspace workspace(nullptr);
+  if (a.shape.numel() > 0) arguments(a, workspace);
+  return workspace.bytes();
+}
+
+}  // namespace
+
+int64_t group_norm_forward_workspace(const GroupNormForward& a) { return workspace_bytes(a); }
+int64_t group_norm_backward_workspace(const GroupNormBackward& a) { return workspace_bytes(a); }
+
+void group_norm_forward(const GroupNormForward& a, const Queue& queue) {
+  if (a.shape.numel() == 0) return;
+  Workspace workspace(queue.workspace);
+  run_forward("group_norm", a.dtype, arguments(a, workspace), true, a.shape.N * a.G,
+              static_cast<cudaStream_t>(queue.stream));
+}
+
+void group_norm_backward(const GroupNormBackward& a, const Queue& queue) {
+  if (a.shape.numel() == 0) return;
+  const auto stream = static_cast<cudaStream_t>(queue.stream);
+  Workspace workspace(queue.workspace);
+  const SliceBackward s = arguments(a, workspace);
+  run_backward("group_norm", a.dtype, s, wants_sums(a), a.shape.N * a.G, stream);
+  run_parameter_gradients("group_norm", s, a.shape.N, a.dweight, a.dbias, stream);
+}
+
+}  // namespace fastnorm::cuda
