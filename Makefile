@@ -68,8 +68,10 @@ CUDA_UNTESTED := isa ladder cuda_on_cpu cuda_emulator cuda_traffic
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: needs a CUDA toolkit, but there is no nvcc"; exit 1; }
 	$(MAKE) $(CUDA_VENV)/.ready
-	rm -rf $(CUDA_TREE)/*/ && mkdir -p $(CUDA_TREE)
-	tar -cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md csrc fastnorm tests examples | tar -xf - -C $(CUDA_TREE)
+	mkdir -p $(CUDA_TREE)
+	rm -rf $(addprefix $(CUDA_TREE)/,csrc fastnorm tests examples build/*/cuda)
+	tar -cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md csrc fastnorm tests examples | \
+		tar -xf - -C $(CUDA_TREE)
 	cd $(CUDA_TREE) && { NVCC_APPEND_FLAGS=-Xptxas=-v TORCH_CUDA_ARCH_LIST="$(CUDA_CHECKED)" \
 		$(CUDA_BIN)/python setup.py build_ext --inplace > log.txt 2>&1 || { cat log.txt; exit 1; }; }
 	$(CUDA_BIN)/python tests/cuda_check.py $(CUDA_TREE)/log.txt
@@ -92,4 +94,4 @@ format: $(VENV)/.ready
 
 clean:
 	rm -rf build dist fastnorm.egg-info fastnorm/_C*.so runs .pytest_cache .ruff_cache .benchmarks .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
