@@ -53,7 +53,7 @@ bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 mutate: build
-	cd tests && ../$(BIN)/python -m cuda_on_cpu.mutate $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m cuda_on_cpu.mutate $(ARGS)
 
 $(CUDA_VENV)/.ready: Makefile
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)

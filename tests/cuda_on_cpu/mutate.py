@@ -1,6 +1,6 @@
 """Plants bugs in the CUDA kernels, one at a time, and reports which of the emulator's modes catches each.
 
-    python -m cuda_on_cpu.mutate [-k TEXT] [--every-mode]    from tests/; make mutate runs it all
+    PYTHONPATH=tests python -m cuda_on_cpu.mutate [-k TEXT] [--every-mode]    or make mutate, for all
 
 A mutation changes a copy of csrc/, never the sources. One that no mode catches is a hole in the tests, and an exit
 status of 1; so is one whose text is no longer in its file, or that does not compile.
