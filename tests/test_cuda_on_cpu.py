@@ -75,7 +75,7 @@ _sanitized: list[subprocess.Popen[str]] = []
 def _the_other_processor_has_work(request: pytest.FixtureRequest) -> None:
     """The compilers, and the tests under sanitizers, run beside the tests here."""
     if any(item.name == "test_under_sanitizers" for item in request.session.items) and MODES != ("asan",):
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys", __file__]
         environment = {**driver.asan_environment(), SANITIZED: "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         _sanitized.append(subprocess.Popen(command, env=environment, text=True, **pipes))

@@ -55,7 +55,6 @@ _PLANS = "every_plan and batch_norm-train"
 MUTATIONS = (
     # ---- dropout
     Mutation("dropout.cu", "drawn >> (k * kPack + j) & 1", "drawn >> (k * kPack + j + 1) & 1", "dropout"),
-    Mutation("dropout.cu", "if (phase + count > kElementsPerPhilox) keep", "if (false) keep", "dropout2d"),
     Mutation("dropout.cu", "in_tile / kElementsPerPhilox)", "in_tile / kElementsPerPhilox ^ 1)", "dropout"),
     Mutation("dropout.cu", "row < rows && c < call.C ?", "row <= rows && c < call.C ?", "dropout", by="asan"),
     Mutation("dropout.cu", "whole_packs && is_aligned(a.x, a.y)", "whole_packs && is_aligned(a.x)", "dropout"),
@@ -160,8 +159,10 @@ def _caught(mutation: Mutation, mode: str, csrc: Path) -> bool:
     # The traffic is counted in mode trace, under names that do not say so.
     files = ["tests/test_cuda_on_cpu.py", *(["tests/test_cuda_traffic.py"] if mode == "trace" else [])]
     chosen = f"({mutation.tests}) and ({mode}{' or traffic' if mode == 'trace' else ''}) and not sanitizers"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", chosen]
-    done = subprocess.run([*command, *files], cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--capture=sys"]
+    done = subprocess.run(
+        [*command, "-k", chosen, *files], cwd=TESTS.parent, env=environment, capture_output=True, text=True
+    )
     if "BuildError" in done.stdout:
         raise RuntimeError("does not compile: " + "".join(re.findall(r"^E .*error: .*\n", done.stdout, re.M)[:1]))
     tested = re.search(r"\d+ (passed|failed)", done.stdout)
