@@ -6,7 +6,7 @@
 //            of the three, from the second-level cache.
 // backward   3 passes: x and dy are read once into registers, dx is written. Teams take rows a stride apart; a thread
 //            has the same columns in each, and keeps their dweight and dbias. What the blocks kept, [parts, N], a small
-//            second kernel adds up in float64 and in order. The next row is on its way while this one is reduced.
+//            second kernel adds up in float64 and in order. The next row's dy is on its way while this one is reduced.
 //            Rows too long for that: dx by one kernel that reads them twice, dweight and dbias by another that owns
 //            columns and walks down a part of the rows.
 //
@@ -334,25 +334,21 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const __gri
   const auto is_inside = [&](int k) { return first + k * step < N; };
 
   acc_t dweight[kPacks][kPack] = {}, dbias[kPacks][kPack] = {};
-  P next_x[kPacks], next_dy[kPacks];
-  const auto load_row = [&](int64_t row) {
-    const T *const x = a.x + row * N + first, *const dy = a.dy + row * N + first;
+  P x[kPacks], dy[kPacks];
+  const auto load_row = [&](const T* from, int64_t row, P(&to)[kPacks]) {
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      if (!is_inside(k) || row >= a.M) continue;
-      next_x[k] = P::load_streaming(x + k * step);
-      next_dy[k] = P::load_streaming(dy + k * step);
-    }
+    for (int k = 0; k < kPacks; ++k)
+      if (is_inside(k) && row < a.M) to[k] = P::load_streaming(from + row * N + first + k * step);
   };
-  load_row(part * teams + team.index);
+  load_row(a.x, part * teams + team.index, x);
+  load_row(a.dy, part * teams + team.index, dy);
 
   int turn = 0;
-  for (int64_t begin = part * teams; begin < a.M; begin += a.parts * teams) {
-    const int64_t row = begin + team.index;
+  // all teams of the block as long as the first has a row: they meet at barriers
+  for (int64_t row = part * teams + team.index; a.M > row - team.index; row += a.parts * teams) {
     const bool is_row = row < a.M;
     SliceStandardize<acc_t> s(0, 0);
     if (is_row) s = a.statistics(row);
-    P x[kPacks];
     acc_t g[kPacks][kPack], sums[2] = {0, 0};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
@@ -360,9 +356,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const __gri
       const int column = first + k * step;
       acc_t weight[kPack], xhat[kPack];
       load_parameters<T>(a.weight, a.float_parameters, column, acc_t(1), weight);
-      x[k] = next_x[k];
       x[k].unpack(xhat);
-      next_dy[k].unpack(g[k]);
+      dy[k].unpack(g[k]);
       a.differentiate(row, column, s, weight, xhat, g[k]);
       if (a.dresidual) P::pack(g[k]).store_streaming(a.dresidual + row * N + column);
 #pragma unroll
@@ -374,20 +369,22 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const __gri
         sums[1] = multiply_add(g[k][j], xhat[j], sums[1]);
       }
     }
-    load_row(row + a.parts * teams);
-    if (a.dx == nullptr) continue;
-    double total[2];
-    team.sum(sums, total, turn++);
-    const acc_t mean_g = a.subtract_mean ? static_cast<acc_t>(total[0] * a.reciprocal) : acc_t(0);
-    const acc_t mean_g_xhat = static_cast<acc_t>(total[1] * a.reciprocal);
+    load_row(a.dy, row + a.parts * teams, dy);
+    if (a.dx) {
+      double total[2];
+      team.sum(sums, total, turn++);
+      const acc_t mean_g = a.subtract_mean ? static_cast<acc_t>(total[0] * a.reciprocal) : acc_t(0);
+      const acc_t mean_g_xhat = static_cast<acc_t>(total[1] * a.reciprocal);
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      if (!is_row || !is_inside(k)) continue;
-      acc_t xhat[kPack];
-      x[k].unpack(xhat);
-      standardize(s, xhat);
-      a.store_dx(row * N + first + k * step, g[k], xhat, mean_g, mean_g_xhat, s.rstd);
+      for (int k = 0; k < kPacks; ++k) {
+        if (!is_row || !is_inside(k)) continue;
+        acc_t xhat[kPack];
+        x[k].unpack(xhat);
+        standardize(s, xhat);
+        a.store_dx(row * N + first + k * step, g[k], xhat, mean_g, mean_g_xhat, s.rstd);
+      }
     }
+    load_row(a.x, row + a.parts * teams, x);
   }
 
   // The block's teams are added up in shared memory, dweight, then dbias.
@@ -532,11 +529,11 @@ Plan plan(int64_t M, int64_t n, int most, int widest) {
     return p;
   }
   const auto threads = [&] { return threads_for(ceil_divide(n, p.cluster), most); };
-  constexpr int kLargestCluster = 16;
+  constexpr int kLargestCluster = 8;  // that every device with clusters has
   if (device().has_clusters()) {
     while (p.cluster < kLargestCluster && threads() > widest) p.cluster *= 2;
     // Few rows: more multiprocessors for each, while a block keeps four warps.
-    while (p.cluster < kLargestCluster / 2 && 2 * M * p.cluster <= device().multiprocessors && threads() >= 8 * kWarp)
+    while (p.cluster < kLargestCluster && 2 * M * p.cluster <= device().multiprocessors && threads() >= 8 * kWarp)
       p.cluster *= 2;
   }
   p.team = threads();

@@ -205,7 +205,7 @@ struct Call {
   Plan plan;
 };
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 256;
 
 // kPack lanes at a time, or, if that is 1, elements one by one, staged so that memory is read and written by 16 bytes
 // where the tile lies in one piece.

@@ -128,13 +128,25 @@ MUTATIONS = (
     Mutation("layer_norm.cu", "lane == 0 && column < N) row", "lane == 0 && column <= N) row", "layer_norm-residual"),
     Mutation("layer_norm.cu", "m2 -= deviations[0] * shift;", "", "mean_far and layer_norm"),
     Mutation("layer_norm.cu", "if (row >= a.M) return;", "if (row > a.M) return;", "layer_norm", by="asan"),
-    Mutation("layer_norm.cu", "if (!is_inside(k) || row >= a.M) continue;", "if (!is_inside(k)) continue;",
+    Mutation("layer_norm.cu", "if (is_inside(k) && row < a.M) to[k]", "if (is_inside(k)) to[k]",
              "layer_norm", by="asan"),
     Mutation("layer_norm.cu", "    __syncthreads();\n    for (int64_t column = threadIdx.x; column < a.N;",
              "    for (int64_t column = threadIdx.x; column < a.N;", "layer_norm"),
     Mutation("layer_norm.cu", "multiply_add(xhat[j], mean_g_xhat, mean_g)) * rstd", "multiply_add(xhat[j], mean_g, "
              "mean_g_xhat)) * rstd", "layer_norm"),
     Mutation("layer_norm.cu", "sums[threadIdx.x] = sum;\n  __syncthreads();", "sums[threadIdx.x] = sum;", "layer_norm"),
+    Mutation("layer_norm.cu", "bits <<= lane * kPack;", "", "layer_norm-residual-relu"),
+    Mutation("layer_norm.cu", "row[column / 8]) >> column % 8", "row[column / 8])", "layer_norm-residual-relu"),
+    # ---- weight and spectral normalisation
+    Mutation("weight_norm.cu", "      __syncthreads();\n      double of_column", "      double of_column",
+             "weight_norm"),
+    Mutation("weight_norm.cu", "if (!is_exact<T>(total[0])) add(0.0, false);", "", "scaled and weight_norm"),
+    Mutation("weight_norm.cu", "part * a.N / a.parts, end = (part + 1)", "part * a.N / a.parts, end = part",
+             "every_path and weight_norm"),
+    Mutation("weight_norm.cu", "min(lane / S * S + k, kWarp - 1)", "min(lane / S * S, kWarp - 1)", "weight_norm"),
+    Mutation("spectral_norm.cu", "const acc_t by = u[i];", "const acc_t by = u[i - begin];", "power"),
+    Mutation("spectral_norm.cu", "if (++c == a.C) {", "if (++c > a.C) {", "spectral_norm"),
+    Mutation("spectral_norm.cu", "part < parts; ++part) value", "part < parts - 1; ++part) value", "power"),
 )
 # fmt: on
 
