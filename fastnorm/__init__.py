@@ -4,6 +4,7 @@ from fastnorm import autograd, functional, parametrizations
 from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from fastnorm.build import build_info
+from fastnorm.compile import enable_under_compile
 from fastnorm.convert import ConversionReport, conversion_report, convert, revert
 from fastnorm.dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from fastnorm.fallback import FallbackWarning, set_fallback
@@ -48,6 +49,7 @@ __all__ = [
     "build_info",
     "conversion_report",
     "convert",
+    "enable_under_compile",
     "fold_batch_norm",
     "functional",
     "fuse",

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C
+from fastnorm import _C, compile
 from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
-from fastnorm.fallback import call_torch, uncovered_transform
+from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
 
 # running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, skip_nonfinite_stats, renorm
 # (r_max and d_max of batch_renorm, or None): what no gradient goes to, as one argument, for each argument of an
@@ -181,7 +181,8 @@ def batch_norm_or_renorm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
 ) -> Tensor:
     """The kernel through :class:`BatchNormFunction`, or past it where no gradient is due, or torch's op."""
-    reason = uncovered_transform("batch_norm" if setting[-1] is None else "batch_renorm")
+    op = "batch_norm" if setting[-1] is None else "batch_renorm"
+    reason = uncovered_transform(op)
     if reason is None:
         try:
             if torch.is_grad_enabled() and (
@@ -194,6 +195,8 @@ def batch_norm_or_renorm(
             return _C.batch_norm_forward(input, weight, bias, residual, *setting, False)[0]
         except NotImplementedError as uncovered:
             reason = str(uncovered)
+    elif reason is TRACED:
+        return traced_call(op, _traced_batch_norm, _torch_batch_norm, input, weight, bias, residual, *setting)
     return call_torch(reason, _torch_batch_norm, input, weight, bias, residual, *setting)
 
 
@@ -215,17 +218,20 @@ def _torch_batch_norm(
     check_activation("batch_norm" if renorm is None else "batch_renorm", activation)
     if training and renorm is not None:
         weight, bias = _renormalized(input, weight, bias, running_mean, running_var, eps, *renorm)
-    statistics = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
-    before = [t.clone() for t in statistics] if training and skip_nonfinite_stats else []
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    tracked = (running_mean, running_var, num_batches_tracked)
+    on_trial = training and skip_nonfinite_stats
+    # torch's backward keeps the running statistics it was given: they must not be written after it
+    mean, var, batches = compile.clones(tracked) if on_trial else tracked
+    if training and batches is not None:
+        batches.add_(1)
         if momentum is None:
-            momentum = 1.0 / float(num_batches_tracked)
-    z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
-    if before:
-        finite = torch.stack([t.isfinite().all() for t in statistics]).all()
-        for t, old in zip(statistics, before, strict=True):
-            t.copy_(torch.where(finite, t, old))
+            momentum = 1.0 / float(batches)
+    z = F.batch_norm(input, mean, var, weight, bias, training, momentum or 0.0, eps)
+    if on_trial and mean is not None and var is not None:
+        finite = mean.isfinite().all() & var.isfinite().all()
+        for t, new in zip(tracked, (mean, var, batches), strict=True):
+            if t is not None and new is not None:
+                t.copy_(torch.where(finite, new, t))
     return add_and_activate(z, residual, activation)
 
 
@@ -252,6 +258,120 @@ def _renormalized(
     r, d = r.to(like.dtype), d.to(like.dtype)
     scale, shift = (r, d) if weight is None else (weight * r, weight * d)
     return scale, shift if bias is None else bias + shift
+
+
+# ---- as ops of the dispatcher
+
+
+def _traced_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    *setting: Any,
+) -> Tensor:
+    _, _, activation, _, renorm = setting
+    check_activation("batch_norm" if renorm is None else "batch_renorm", activation)
+    tracked = (running_mean, running_var, num_batches_tracked)
+    keep_mask = compile.is_differentiated(input, weight, bias, residual)
+    y, _, _, *new = _forward_op(input, weight, bias, residual, *tracked, training, *setting, keep_mask)
+    if training:
+        compile.write_back(tracked, new)
+    return y
+
+
+def _kernel(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    tracked = [running_mean, running_var, num_batches_tracked]
+    new = compile.clones(tracked) if training else [None] * 3
+    used = new if training else tracked
+    return compile.defined((*_C.batch_norm_forward(input, weight, bias, residual, *used, training, *rest), *new), input)
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    skip_nonfinite_stats: bool,
+    renorm: list[float] | None,
+    keep_mask: bool,
+) -> tuple[Tensor, ...]:
+    r_max, d_max = renorm or (1.0, 0.0)
+    corrects = training and (r_max > 1 or d_max > 0)
+    statistics = input.new_empty((4 if corrects else 2, input.size(1)), dtype=torch.float64)
+    mask = None
+    if compile.keeps_mask(keep_mask, residual, activation) and input.numel() > 0:
+        mask = input.new_empty(_mask_bytes(input), dtype=torch.uint8)
+    new = compile.clones([running_mean, running_var, num_batches_tracked]) if training else [None] * 3
+    return compile.defined((compile.empty_in_layout(input), statistics, mask, *new), input)
+
+
+def _mask_bytes(input: Tensor) -> int:
+    """Of mask_rows in csrc/batch_norm.h."""
+    if input.is_cuda:
+        return compile.cuda_mask_bytes(input)
+    N, C, S = input.size(0), input.size(1), compile.spatial_size(input)
+    last = compile.is_channels_last(input)
+    if not last and S >= 16:
+        return N * C * ((S + 7) // 8)
+    rows, width = (N * S, C) if last else (N, C * S)
+    fold = compile.folded(width, rows)
+    return (rows + fold - 1) // fold * ((fold * width + 7) // 8)
+
+
+def _fake_backward(
+    dy: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return compile.fake_gradients(input, weight, bias, rest[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, training, _, _, activation, _, _, _ = inputs
+    compile.keep_for_backward(ctx, inputs, output, activation)
+    ctx.setting = training, activation
+
+
+def _op_gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *compile.norm_gradients(ctx, dy, _backward_op, *ctx.setting), *[None] * 10
+
+
+_forward_op = compile.register(
+    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, "
+    "Tensor? running_var, Tensor? num_batches_tracked, bool training, float? momentum, float eps, str? activation, "
+    "bool skip_nonfinite_stats, float[]? renorm, bool keep_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _kernel,
+    _fake,
+    _op_gradient,
+    _setup_context,
+)
+_backward_op = compile.register(
+    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "Tensor mask, Tensor statistics, bool training, str? activation, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    compile.backward_kernel(_C.batch_norm_backward),
+    _fake_backward,
+)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C
-from fastnorm.fallback import apply_of, call_torch, uncovered_transform
+from fastnorm import _C, compile
+from fastnorm.fallback import TRACED, apply_of, call_torch, traced_call, uncovered_transform
 
 
 class DropoutFunction(torch.autograd.Function):
@@ -87,11 +87,12 @@ def _dropout(
     if not training or p == 0.0:
         return input
     differentiated = input.requires_grad and torch.is_grad_enabled()
-    if inplace and differentiated and (input.is_leaf or (input._is_view() and input._base.is_leaf)):
-        raise RuntimeError(
-            f"{op}: inplace=True on a leaf tensor that requires grad, or a view of one, whose value the graph needs"
-        )
     reason = uncovered_transform(op)
+    if inplace and differentiated and reason is not TRACED:  # a trace ends in copy_, which has the same check
+        if input.is_leaf or (input._is_view() and input._base.is_leaf):
+            raise RuntimeError(
+                f"{op}: inplace=True on a leaf tensor that requires grad, or a view of one, whose value the graph needs"
+            )
     if reason is None:
         try:
             state = _C.dropout_state(generator, input)
@@ -102,7 +103,74 @@ def _dropout(
             return function(input, p, state, channel_dims, inplace)
         except NotImplementedError as uncovered:
             reason = f"{op}: {str(uncovered).partition(': ')[2]}"
+    elif reason is TRACED:
+        if generator is not None:
+            raise NotImplementedError(f"{op}: generator must be None under torch.compile and torch.export")
+        traced = _traced_alpha_dropout if alpha else _traced_dropout
+        return traced_call(
+            op, traced, lambda *args: torch_op(*args[:2], training, inplace), input, p, channel_dims, inplace
+        )
     return call_torch(reason, torch_op, input, p, training, inplace)
+
+
+# ---- as ops of the dispatcher
+
+
+def _traced_dropout(input: Tensor, p: float, channel_dims: int, inplace: bool) -> Tensor:
+    y = _dropout_op(input, p, _traced_state(input), channel_dims)
+    return input.copy_(y) if inplace else y
+
+
+def _traced_alpha_dropout(input: Tensor, p: float, channel_dims: int, inplace: bool) -> Tensor:
+    y = _alpha_dropout_op(input, p, _traced_state(input), channel_dims)
+    return input.copy_(y) if inplace else y
+
+
+def _traced_state(input: Tensor) -> Tensor:
+    """Seed and offset of one mask, by an op of torch's own: of others with equal arguments a compiler makes one call,
+    so that two layers would share a mask, even of those tagged as random."""
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=input.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.p, state, ctx.channel_dims = inputs
+    ctx.save_for_backward(state)
+
+
+def _dropout_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _dropout_op(dy, ctx.p, *ctx.saved_tensors, ctx.channel_dims), None, None, None
+
+
+def _alpha_dropout_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _alpha_dropout_backward_op(dy, ctx.p, *ctx.saved_tensors, ctx.channel_dims), None, None, None
+
+
+def _fake(input: Tensor, p: float, state: Tensor, channel_dims: int) -> Tensor:
+    return compile.empty_in_layout(input)
+
+
+_SCHEMA = "float p, Tensor state, int channel_dims) -> Tensor"
+_dropout_op = compile.register(
+    f"dropout(Tensor input, {_SCHEMA}",
+    lambda *args: _C.dropout(*args, False),
+    _fake,
+    _dropout_gradient,
+    _setup_context,
+)
+_alpha_dropout_op = compile.register(
+    f"alpha_dropout(Tensor input, {_SCHEMA}",
+    lambda *args: _C.alpha_dropout(*args, False),
+    _fake,
+    _alpha_dropout_gradient,
+    _setup_context,
+)
+_alpha_dropout_backward_op = compile.register(
+    f"alpha_dropout_backward(Tensor grad_output, {_SCHEMA}",
+    _C.alpha_dropout_backward,
+    _fake,
+    _alpha_dropout_gradient,
+    _setup_context,
+)
 
 
 def dropout(

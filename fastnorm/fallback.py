@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+
+from fastnorm.compile import traced_by_mode, uncovered_input, uses_ops
+
+# The "reason" of a call that a compiler looks on: see traced_call.
+TRACED: Final = "traced"
 
 Mode = Literal["warn", "error", "silent"]
 
@@ -42,12 +49,25 @@ def set_fallback(mode: Mode) -> None:
 
 
 def uncovered_transform(op: str) -> str | None:
-    """The transform around this call that kernels cannot see through, in words, or None."""
+    """The transform around this call that kernels cannot see through, in words; TRACED for a compiler's; or None."""
     if forward_ad._current_level >= 0:
         return f"{op}: no kernel for forward-mode automatic differentiation"
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return f"{op}: no kernel inside a torch.func transform"
+    if is_dynamo_compiling() or (_len_torch_dispatch_stack() and traced_by_mode()):
+        return TRACED
     return None
+
+
+def traced_call(
+    op: str, registered: Callable[..., torch.Tensor], torch_op: Callable[..., torch.Tensor], *args: Any
+) -> torch.Tensor:
+    """A call that a compiler looks on, of which args[0] is the input: registered(*args), or torch_op(*args) where
+    :func:`fastnorm.enable_under_compile` or the input ask for torch's own op."""
+    if uses_ops(args[0]):
+        return registered(*args)
+    reason = uncovered_input(args[0])
+    return torch_op(*args) if reason is None else call_torch(f"{op}: {reason}", torch_op, *args)
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C
+from fastnorm import _C, compile
 from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
-from fastnorm.fallback import call_torch, uncovered_transform
+from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
 
 # num_groups, eps, activation: what no gradient goes to, as one argument, for each argument of an autograd function
 # costs time.
@@ -158,6 +158,8 @@ def _group_norm(
             return _C.group_norm_forward(input, weight, bias, residual, *setting, False)[0]
         except NotImplementedError as uncovered:
             reason = str(uncovered)
+    elif reason is TRACED:
+        return traced_call("group_norm", _traced_group_norm, _torch_group_norm, input, weight, bias, residual, *setting)
     return call_torch(reason, _torch_group_norm, input, weight, bias, residual, *setting)
 
 
@@ -172,6 +174,85 @@ def _torch_group_norm(
 ) -> Tensor:
     check_activation("group_norm", activation)
     return add_and_activate(F.group_norm(input, num_groups, weight, bias, eps), residual, activation)
+
+
+# ---- as ops of the dispatcher
+
+
+def _traced_group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *setting: Any
+) -> Tensor:
+    check_activation("group_norm", setting[2])
+    keep_mask = compile.is_differentiated(input, weight, bias, residual)
+    return _forward_op(input, weight, bias, residual, *setting, keep_mask)[0]
+
+
+def fake_groups(
+    input: Tensor, residual: Tensor | None, num_groups: int, activation: str | None, keep_mask: bool
+) -> tuple[Tensor | None, ...]:
+    """y, statistics and mask of group or instance normalisation."""
+    statistics = input.new_empty((2, input.size(0), num_groups), dtype=torch.float64)
+    mask = None
+    if compile.keeps_mask(keep_mask, residual, activation) and input.numel() > 0:
+        mask = input.new_empty(_mask_bytes(input), dtype=torch.uint8)
+    return compile.empty_in_layout(input), statistics, mask
+
+
+def _mask_bytes(input: Tensor) -> int:
+    """Of group_mask_rows in csrc/group_norm.h."""
+    if input.is_cuda:
+        return compile.cuda_mask_bytes(input)
+    N, C, S = input.size(0), input.size(1), compile.spatial_size(input)
+    if compile.is_channels_last(input):
+        fold = compile.folded(C, S)
+        return N * ((S + fold - 1) // fold) * ((fold * C + 7) // 8)
+    return N * ((C * S + 7) // 8) if S < 16 else N * C * ((S + 7) // 8)
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str | None,
+    keep_mask: bool,
+) -> tuple[Tensor, ...]:
+    return compile.defined(fake_groups(input, residual, num_groups, activation, keep_mask), input)
+
+
+def _fake_backward(
+    dy: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return compile.fake_gradients(input, weight, bias, rest[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, num_groups, _, activation, _ = inputs
+    compile.keep_for_backward(ctx, inputs, output, activation)
+    ctx.setting = num_groups, activation
+
+
+def _op_gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *compile.norm_gradients(ctx, dy, backward_op, *ctx.setting), *[None] * 4
+
+
+_forward_op = compile.register(
+    "group_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, SymInt num_groups, float eps, "
+    "str? activation, bool keep_mask) -> (Tensor, Tensor, Tensor)",
+    compile.forward_kernel(_C.group_norm_forward),
+    _fake,
+    _op_gradient,
+    _setup_context,
+)
+backward_op = compile.register(
+    "group_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "Tensor mask, Tensor statistics, SymInt num_groups, str? activation, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    compile.backward_kernel(_C.group_norm_backward),
+    _fake_backward,
+)
 
 
 class GroupNorm(nn.GroupNorm):

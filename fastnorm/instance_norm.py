@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C
+from fastnorm import _C, compile
 from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.batch_norm import batch_norm
-from fastnorm.fallback import call_torch, uncovered_transform
-from fastnorm.group_norm import GroupNormFunction
+from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
+from fastnorm.group_norm import GroupNormFunction, backward_op, fake_groups
 
 # running_mean, running_var, momentum, eps, activation: what no gradient goes to.
 _Setting = tuple[Tensor | None, Tensor | None, float, float, str | None]
@@ -105,6 +105,10 @@ def _instance_norm(
             return _C.instance_norm_forward(input, weight, bias, residual, *setting, False)[0]
         except NotImplementedError as uncovered:
             reason = str(uncovered)
+    elif reason is TRACED:
+        return traced_call(
+            "instance_norm", _traced_instance_norm, _torch_instance_norm, input, weight, bias, residual, *setting
+        )
     return call_torch(reason, _torch_instance_norm, input, weight, bias, residual, *setting)
 
 
@@ -145,6 +149,75 @@ def _torch_instance_norm(
     check_activation("instance_norm", activation)
     z = F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
     return add_and_activate(z, residual, activation)
+
+
+# ---- as an op of the dispatcher
+
+
+def _traced_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *setting: Any,
+) -> Tensor:
+    check_activation("instance_norm", setting[2])
+    keep_mask = compile.is_differentiated(input, weight, bias, residual)
+    y, _, _, *new = _forward_op(input, weight, bias, residual, running_mean, running_var, *setting, keep_mask)
+    compile.write_back((running_mean, running_var), new)
+    return y
+
+
+def _kernel(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    new = compile.clones((running_mean, running_var))
+    return compile.defined((*_C.instance_norm_forward(input, weight, bias, residual, *new, *rest), *new), input)
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    keep_mask: bool,
+) -> tuple[Tensor, ...]:
+    results = fake_groups(input, residual, input.size(1), activation, keep_mask)
+    return compile.defined((*results, *compile.clones((running_mean, running_var))), input)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, activation, _ = inputs
+    compile.keep_for_backward(ctx, inputs, output, activation)
+    ctx.setting = inputs[0].size(1), activation
+
+
+def _op_gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *compile.norm_gradients(ctx, dy, backward_op, *ctx.setting), *[None] * 6
+
+
+_forward_op = compile.register(
+    "instance_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, "
+    "Tensor? running_var, float momentum, float eps, str? activation, bool keep_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _kernel,
+    _fake,
+    _op_gradient,
+    _setup_context,
+)
 
 
 class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):

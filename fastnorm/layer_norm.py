@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C
+from fastnorm import _C, compile
 from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
-from fastnorm.fallback import call_torch, uncovered_transform
+from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
 
 # normalized_shape, eps, activation, subtract_mean: what no gradient goes to, as one argument
 _Setting = tuple[list[int], float, str | None, bool]
@@ -175,6 +175,8 @@ def _norm(
         except NotImplementedError as uncovered:
             reason = str(uncovered)
     check_activation(op, setting[2])
+    if reason is TRACED:
+        return traced_call(op, _traced_norm, _torch_norm, input, weight, bias, residual, *setting)
     return call_torch(reason, _torch_norm, input, weight, bias, residual, *setting)
 
 
@@ -193,6 +195,77 @@ def _torch_norm(
     else:
         z = F.rms_norm(input, normalized_shape, weight, eps)
     return add_and_activate(z, residual, activation)
+
+
+# ---- as ops of the dispatcher
+
+
+def _traced_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *setting: Any
+) -> Tensor:
+    *_, subtract_mean = setting
+    if not subtract_mean and weight is not None and weight.dtype != input.dtype:
+        if weight.dtype != torch.float32 or input.dtype == torch.float64:
+            reason = f"rms_norm: no kernel for a weight of type {weight.dtype} with an input of type {input.dtype}"
+            return call_torch(reason, _torch_norm, input, weight, bias, residual, *setting)
+    keep = compile.is_differentiated(input, weight, bias, residual)
+    return _forward_op(input, weight, bias, residual, *setting, keep)[0]
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    normalized_shape: list[int],
+    eps: float,
+    activation: str | None,
+    subtract_mean: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    y = compile.empty_contiguous(input)
+    if not keep:
+        return compile.defined([y, None, None], input)
+    rows = math.prod(input.shape[: input.dim() - len(normalized_shape)])
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    statistics = input.new_empty((3 if subtract_mean else 1, rows), dtype=dtype)
+    mask = None
+    if compile.keeps_mask(keep, residual, activation):
+        mask = input.new_empty((rows, (math.prod(normalized_shape) + 7) // 8), dtype=torch.uint8)
+    return compile.defined([y, statistics, mask], input)
+
+
+def _fake_backward(
+    dy: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return compile.fake_gradients(input, weight, bias, rest[-1], compile.empty_contiguous)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, normalized_shape, _, activation, subtract_mean, _ = inputs
+    compile.keep_for_backward(ctx, inputs, output, activation)
+    ctx.setting = normalized_shape, activation, subtract_mean
+
+
+def _op_gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *compile.norm_gradients(ctx, dy, _backward_op, *ctx.setting), *[None] * 5
+
+
+_forward_op = compile.register(
+    "layer_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, SymInt[] normalized_shape, float eps, "
+    "str? activation, bool subtract_mean, bool keep) -> (Tensor, Tensor, Tensor)",
+    compile.forward_kernel(_C.layer_norm_forward),
+    _fake,
+    _op_gradient,
+    _setup_context,
+)
+_backward_op = compile.register(
+    "layer_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "Tensor mask, Tensor statistics, SymInt[] normalized_shape, str? activation, bool subtract_mean, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    compile.backward_kernel(_C.layer_norm_backward),
+    _fake_backward,
+)
 
 
 class LayerNorm(nn.LayerNorm):

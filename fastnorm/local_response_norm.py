@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C
+from fastnorm import _C, compile
 from fastnorm.double_backward import double_backward
-from fastnorm.fallback import call_torch, uncovered_transform
+from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
 
 Region = Literal["inter", "intra"]
 Convention = Literal["torch", "paper"]
@@ -125,6 +125,10 @@ def local_response_norm(
             return _C.local_response_norm_forward(input, size, alpha, beta, k, region, convention)
         except NotImplementedError as uncovered:
             reason = str(uncovered)
+    elif reason is TRACED:
+        _check_names("local_response_norm", region, convention)
+        setting = (size, alpha, beta, k, region, convention)
+        return traced_call("local_response_norm", _forward_op, _torch_local_response_norm, input, *setting)
     return call_torch(reason, _torch_local_response_norm, input, size, alpha, beta, k, region, convention)
 
 
@@ -150,6 +154,33 @@ def _check_names(op: str, region: str, convention: str) -> None:
         raise ValueError(f"{op}: region must be 'inter' or 'intra', got {region!r}")
     if convention not in ("torch", "paper"):
         raise ValueError(f"{op}: convention must be 'torch' or 'paper', got {convention!r}")
+
+
+# ---- as ops of the dispatcher
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, *ctx.setting = inputs
+    ctx.save_for_backward(input)
+
+
+def _op_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward_op(dy, *ctx.saved_tensors, *ctx.setting), *[None] * 6
+
+
+_SCHEMA = "int size, float alpha, float beta, float k, str region, str convention) -> Tensor"
+_forward_op = compile.register(
+    f"local_response_norm(Tensor input, {_SCHEMA}",
+    _C.local_response_norm_forward,
+    lambda input, *_: compile.empty_in_layout(input),
+    _op_gradient,
+    _setup_context,
+)
+_backward_op = compile.register(
+    f"local_response_norm_backward(Tensor grad_output, Tensor input, {_SCHEMA}",
+    _C.local_response_norm_backward,
+    lambda dy, input, *_: compile.empty_in_layout(input),
+)
 
 
 class LocalResponseNorm(nn.LocalResponseNorm):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize
 
-from fastnorm import _C
+from fastnorm import _C, compile
 from fastnorm.double_backward import double_backward
-from fastnorm.fallback import call_torch, uncovered_transform
+from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
 
 __all__ = ["spectral_norm", "weight_norm"]
 
@@ -34,6 +34,8 @@ class _WeightNorm(torch_parametrizations._WeightNorm):
                 return _C.weight_norm(weight_v, weight_g, self.dim)
             except NotImplementedError as uncovered:
                 reason = str(uncovered)
+        elif reason is TRACED:  # a weight is small: what a compiler makes of torch's ops is as good as a kernel
+            return _torch_weight_norm(weight_g, weight_v, self.dim)
         return call_torch(reason, _torch_weight_norm, weight_g, weight_v, self.dim)
 
 
@@ -137,7 +139,58 @@ class _SpectralNorm(torch_parametrizations._SpectralNorm):
                 return _C.spectral_norm_forward(*args)[0]
             except NotImplementedError as uncovered:
                 reason = str(uncovered)
+        elif reason is TRACED:
+            return traced_call("spectral_norm", self._traced, super().forward, weight)
         return call_torch(reason, super().forward, weight)
+
+    def _traced(self, weight: Tensor) -> Tensor:
+        iterations = self.n_power_iterations if self.training else 0
+        y, _, _, _, *new = _spectral_norm_op(weight, self._u, self._v, iterations, self.dim, self.eps)
+        if iterations > 0:
+            compile.write_back((self._u, self._v), new)
+        return y
+
+
+def _kernel(weight: Tensor, u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    new = compile.clones((u, v))
+    return *_C.spectral_norm_forward(weight, *new, *rest), *new
+
+
+def _fake(weight: Tensor, u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    kept = [t.new_empty(t.shape, dtype=wide) for t in (u, v)]
+    sigma = weight.new_empty(1, dtype=torch.float64)
+    return compile.empty_in_layout(weight), *kept, sigma, *compile.clones((u, v))
+
+
+def _fake_backward(dy: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> Tensor:
+    return compile.empty_in_layout(weight) if dim in (0, -weight.dim()) else compile.empty_contiguous(weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    weight, _, _, _, ctx.dim, _ = inputs
+    ctx.save_for_backward(weight, *output[1:4])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _op_gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return _spectral_norm_backward_op(dy, *ctx.saved_tensors, ctx.dim), *[None] * 5
+
+
+_spectral_norm_op = compile.register(
+    "spectral_norm(Tensor weight, Tensor u, Tensor v, int iterations, int dim, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _kernel,
+    _fake,
+    _op_gradient,
+    _setup_context,
+)
+_spectral_norm_backward_op = compile.register(
+    "spectral_norm_backward(Tensor grad_output, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim) -> Tensor",
+    _C.spectral_norm_backward,
+    _fake_backward,
+)
 
 
 def spectral_norm(
