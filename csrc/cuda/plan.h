@@ -25,7 +25,8 @@ struct PlanInput {
   bool aligned;     // all tensors start at a multiple of 16 bytes
   int arrays;       // tensors to keep on chip: x, or x and dy
   bool backward;
-  bool split_only;  // statistics are given
+  bool split_only;   // statistics are given
+  bool bulk_copies;  // the device has them
   int multiprocessors;
   int64_t shared;  // bytes a block may have
   int largest_cluster;
@@ -46,10 +47,10 @@ inline PlanOverride& plan_override() {
 constexpr int kBatch = 4;  // windows of a thread in a piece
 constexpr int kMaxCluster = 16;
 
-// The most threads a block, for a kernel with so many columns of coefficients and sums a thread: its registers decide.
-constexpr int max_threads(int columns, bool backward) {
-  return columns == 1 ? 448 : backward && columns > 4 ? 256 : 512;
-}
+// The most threads a block, for a kernel with so many columns of coefficients and sums a thread. Registers decide: two
+// blocks must fit a multiprocessor, so that one computes while the other waits for memory.
+constexpr int kBlocks = 2;
+constexpr int max_threads(int columns, bool backward) { return backward && columns > 4 ? 128 : 256; }
 
 // Slices lie in memory as runs of contiguous elements:
 //
@@ -63,6 +64,7 @@ struct SlicePlan {
   bool resident;
   int window;  // elements an access
   int threads, cluster;
+  bool bulk;         // resident planes of long runs: copied by bulk copies, which need no threads
   int stages;        // buffers: 2 where the next slice is copied while this one is normalised
   int parts;         // blocks that reduce a slice, if split
   int64_t clusters;  // that are started, each for a slice at a time, if resident
@@ -222,20 +224,21 @@ inline bool try_resident(SlicePlan& p, const PlanInput& in, int64_t strip_bytes,
   p.parts = 1;
   set_slices(p, in, p.strips ? strip_width(p, in, strip_bytes) : 0);
   set_pieces(p);
-  const int most = p.strips && p.window == 1 ? 256 : max_threads(p.strips ? p.window : 1, in.backward);
+  const int most = max_threads(p.strips ? p.window : 1, in.backward);
   if (p.team > most || (cluster > 1 && p.pieces < cluster)) return false;
   set_threads(p, most);
   set_shared(p, in);
   return p.shared.all <= in.shared;
 }
 
-// The smallest cluster that holds a slice, of at most eight blocks if there is a choice (larger ones fit few places);
-// but as many blocks as keep all multiprocessors busy, two of them on each if they can share it.
+// The smallest cluster that holds a slice in half of its multiprocessors' shared memory and gives each of the device's
+// two blocks; of at most eight blocks if there is a choice, for larger ones fit few places.
 inline bool plan_resident(SlicePlan& p, const PlanInput& in) {
   const PlanOverride& forced = plan_override();
   const auto allowed = [&](int cluster) {
     return cluster <= in.largest_cluster && (forced.cluster == 0 || forced.cluster == cluster);
   };
+  const auto each = [&] { return std::min<int64_t>(kBlocks, in.shared / p.shared.all); };  // a multiprocessor
   for (const int64_t strip_bytes : {128, 64, 32}) {
     SlicePlan best = p;
     bool found = false;
@@ -243,13 +246,19 @@ inline bool plan_resident(SlicePlan& p, const PlanInput& in) {
       if (!allowed(cluster) || (cluster > 8 && found) || !try_resident(p, in, strip_bytes, cluster)) continue;
       best = p;
       found = true;
-      const int64_t blocks = p.slices * cluster, each = std::min<int64_t>(2048 / p.threads, in.shared / p.shared.all);
-      if (blocks >= in.multiprocessors * std::min<int64_t>(each, 2)) break;
+      if (each() == kBlocks && p.slices * cluster >= kBlocks * in.multiprocessors) break;
     }
+    p = best;
     if (found) {
-      p = best;
-      const int64_t each = std::min<int64_t>(2048 / p.threads, in.shared / p.shared.all);
-      p.clusters = std::min(p.slices, std::max<int64_t>(1, each * in.multiprocessors / p.cluster));
+      p.clusters = std::min(p.slices, std::max<int64_t>(1, each() * in.multiprocessors / p.cluster));
+      p.bulk = in.bulk_copies && p.per_run > 0 && p.window > 1;
+      if (p.bulk && (p.slices > p.clusters || forced.stages == 2) && forced.stages != 1) {
+        const int64_t before = each();
+        p.stages = 2;
+        set_shared(p, in);
+        if (p.shared.all > in.shared || each() < before) p.stages = 1;
+        set_shared(p, in);
+      }
       return true;
     }
     if (!p.strips) break;
@@ -260,7 +269,7 @@ inline bool plan_resident(SlicePlan& p, const PlanInput& in) {
 // Enough blocks to fill the device several times over, none with less than two pieces a team or more elements than a
 // float32 counts exactly.
 inline void plan_split(SlicePlan& p, const PlanInput& in) {
-  constexpr int kThreads = 256, kWaves = 8;
+  constexpr int kWaves = 8;
   constexpr int64_t kMostElements = 1 << 22;
   p.resident = false;
   p.cluster = p.stages = 1;
@@ -268,12 +277,13 @@ inline void plan_split(SlicePlan& p, const PlanInput& in) {
   p.parts = 1;
   set_slices(p, in, p.strips ? strip_width(p, in, 128) : 0);
   set_pieces(p);
-  const int64_t teams = std::max(1, kThreads / p.team);
+  const int threads = max_threads(p.strips ? p.window : 1, in.backward);
+  const int64_t teams = std::max(1, threads / p.team);
   const int64_t wanted = ceil_div(int64_t{kWaves} * in.multiprocessors, p.slices), most = ceil_div(p.pieces, 2 * teams);
   const int64_t fewest = ceil_div(p.runs * p.run_length, kMostElements);
   p.parts = static_cast<int>(std::min<int64_t>(p.pieces, std::max({fewest, std::min(wanted, most), int64_t{1}})));
   p.parts = static_cast<int>(ceil_div(p.pieces, p.pieces_per_block()));  // none empty
-  set_threads(p, kThreads);
+  set_threads(p, threads);
   set_shared(p, in);
 }
 

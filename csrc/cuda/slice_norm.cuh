@@ -83,6 +83,14 @@ class Walk {
             static_cast<short>(max(int64_t{0}, min(int64_t{kN}, from + length_ - i)))};
   }
 
+  // The elements of a piece of a long run, in whole windows that are all in the tensor: begin .. end - 1.
+  __device__ void piece_range(int piece, int64_t* begin, int64_t* end) const {
+    const int64_t from = start_ + piece / p.per_run * p.run_stride, first = from & ~int64_t{7};
+    *begin = first + static_cast<int64_t>(piece % p.per_run) * p.span * kN;
+    const int64_t last = first + (from + length_ - first + kN - 1) / kN * kN;
+    *end = max(*begin, min(min(last, p.numel / kN * kN), *begin + p.span * kN));
+  }
+
   // Which of the block's stretches of `span` windows it is in: short runs, or pieces of long ones.
   __device__ int stretch(int k, int u) const {
     return p.per_run > 0 ? k - first + team : (k - first) * kBatch + u * teams + team;
@@ -151,6 +159,32 @@ template <int kN, typename T>
 __device__ inline Pack<T, kN> load_window(const T* x, const Place& at, int64_t numel) {
   if (!at.any()) return load_part<kN>(x, 0, 0, false);
   return load_part<kN>(x + at.i, at.begin, at.end, at.i + kN <= numel);
+}
+
+// Starts the bulk copies of the block's pieces of n tensors to its buffers, `apart` elements from one to the next. By
+// all threads, after what read the buffers before and a __syncthreads(); `full` tells when they have landed.
+template <int n, int kN, typename T>
+__device__ inline void start_copies(const Walk<kN>& walk, const T* const (&tensors)[n], T* buffers, int64_t apart,
+                                    Barrier& full) {
+  if (threadIdx.x >= kWarp) return;
+  const int lane = static_cast<int>(threadIdx.x);
+  int64_t begin, end;
+  unsigned bytes[1] = {0};
+  for (int piece = walk.first + lane; piece < walk.last; piece += kWarp) {
+    walk.piece_range(piece, &begin, &end);
+    bytes[0] += static_cast<unsigned>(end - begin) * static_cast<unsigned>(n * sizeof(T));
+  }
+  warp_sum(bytes);
+  if (lane == 0) full.expect(bytes[0]);
+  __syncwarp();
+  for (int piece = walk.first + lane; piece < walk.last; piece += kWarp) {
+    walk.piece_range(piece, &begin, &end);
+    if (begin == end) continue;
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      bulk_copy(buffers + i * apart + (piece - walk.first) * walk.p.span * kN, tensors[i] + begin,
+                static_cast<uint32_t>((end - begin) * sizeof(T)), full);
+  }
 }
 
 // Sums of n numbers a thread over the block's threads of each column (plan.h): totals[column * n + k]. Then all threads
@@ -222,6 +256,40 @@ __device__ inline void for_windows(const Walk<kN>& walk, int last, const Load& l
   }
 }
 
+// Calls work(walk, rank in the cluster, parity) for each slice of the cluster, its bulk copies landed, if there are any,
+// and those of the next under way, if there is a second buffer. The parity changes from slice to slice.
+template <typename Kernel, typename Work>
+__device__ inline void for_slices(Kernel& kernel, const SlicePlan& p, const Work& work) {
+  using ThisWalk = Walk<Kernel::kElements>;
+  SMEM_ARRAY(Barrier, full, 2);
+  const unsigned rank = cluster_rank();
+  const auto copy = [&](int64_t slice, int stage) {
+    if (slice < p.slices) kernel.start_copies(ThisWalk(p, slice, static_cast<int>(rank)), stage, full[stage]);
+  };
+  int64_t slice = blockIdx.x / p.cluster;
+  if (p.bulk) {
+    if (threadIdx.x == 0) {
+      full[0].init();
+      full[1].init();
+    }
+    __syncthreads();
+    copy(slice, 0);
+  }
+  for (int turn = 0; slice < p.slices; slice += p.clusters, ++turn) {
+    const int stage = turn % p.stages;
+    kernel.use_stage(stage);
+    if (p.bulk) {
+      if (p.stages == 2) copy(slice + p.clusters, 1 - stage);
+      full[stage].wait(turn / p.stages % 2);
+    }
+    work(ThisWalk(p, slice, static_cast<int>(rank)), rank, turn % 2);
+    fence_before_bulk_copy();
+    __syncthreads();  // the readers of shared memory are done
+    if (p.bulk && p.stages == 1) copy(slice + p.clusters, 0);
+  }
+  cluster_sync();  // no block leaves while another reads its shared memory
+}
+
 // ---- forward
 
 struct SliceForward {
@@ -286,6 +354,7 @@ class Forward {
  public:
   using acc_t = acc_type<T>;
   using Window = Pack<T, kN>;
+  static constexpr int kElements = kN;
 
   __device__ explicit Forward(const SliceForward& args)
       : a(args),
@@ -295,6 +364,14 @@ class Forward {
         residual(static_cast<const T*>(args.residual)),
         y(static_cast<T*>(args.y)),
         buffer(reinterpret_cast<T*>(shared.buffers)) {}
+
+  // Which of the buffers the slice is in, or will be.
+  __device__ void use_stage(int stage) { buffer = stage_buffer(stage); }
+
+  __device__ void start_copies(const Walk<kN>& walk, int stage, Barrier& full) {
+    const T* const tensors[1] = {x};
+    cuda::start_copies(walk, tensors, stage_buffer(stage), 0, full);
+  }
 
   // Moments of each group of the slice's elements in this block: store(group, moments) by one thread each, and again if
   // the first were not exact. Resident: the block's elements go to the buffer on the way.
@@ -422,14 +499,16 @@ class Forward {
  private:
   static constexpr int kFlight = kC > 4 ? 2 : kBatch;
 
-  // Pieces that find_shift() leaves in the buffer: all of the block's, or each team's first.
+  __device__ T* stage_buffer(int stage) const { return reinterpret_cast<T*>(shared.buffers + stage * p.shared.buffer); }
+
+  // The end of the pieces that are in the buffer after find_shift(): all of the block's, or each team's first.
   __device__ int kept(const Walk<kN>& walk) const {
     return p.resident ? walk.last : min(walk.last, walk.first + walk.teams);
   }
 
   // From the buffer if piece k is one of those before `kept`.
   __device__ Window window(const Walk<kN>& walk, const Place& at, int k, int u, int kept) const {
-    if (k >= kept) return load_window<kN>(x, at, p.numel);
+    if (k >= kept || (p.bulk && at.i + kN > p.numel)) return load_window<kN>(x, at, p.numel);
     return at.any() ? Window::load(buffer + walk.slot(k, u)) : load_part<kN>(x, 0, 0, false);
   }
 
@@ -438,10 +517,11 @@ class Forward {
     constexpr int n = kC + 1;
     acc_t sum[n] = {};
     for_windows<kFlight>(
-        walk, kept(walk), [&](const Place& at, int, int) { return load_window<kN>(x, at, p.numel); },
+        walk, kept(walk),
+        [&](const Place& at, int k, int u) { return window(walk, at, k, u, p.bulk ? walk.last : 0); },
         [&](const Place& at, const Window& loaded, int k, int u) {
           if (!at.any()) return;
-          loaded.store(buffer + walk.slot(k, u));
+          if (!p.bulk) loaded.store(buffer + walk.slot(k, u));
           acc_t v[kN];
           loaded.unpack(v);
 #pragma unroll
@@ -518,20 +598,16 @@ enum class Sweep { kBoth, kReduce, kNormalize };
 
 // Resident: a cluster a slice at a time. Else a block a part of a slice, the last ones first where it normalises.
 template <typename T, int kN, int kC>
-__global__ void __launch_bounds__(max_threads(kC, false))
+__global__ void __launch_bounds__(max_threads(kC, false), kBlocks)
     slice_forward(const __grid_constant__ SliceForward a, const __grid_constant__ Sweep sweep) {
   const SlicePlan& p = a.plan;
   Forward<T, kN, kC> kernel(a);
   if (sweep == Sweep::kBoth) {
-    const unsigned rank = cluster_rank();
-    int parity = 0;
-    for (int64_t slice = blockIdx.x / p.cluster; slice < p.slices; slice += p.clusters, parity ^= 1) {
-      const Walk<kN> walk(p, slice, static_cast<int>(rank));
+    for_slices(kernel, p, [&](const Walk<kN>& walk, unsigned rank, int parity) {
       kernel.statistics(walk, rank, parity);
       kernel.table(walk, rank == 0);
       kernel.normalize(walk);
-    }
-    cluster_sync();  // no block leaves while another reads its shared memory
+    });
   } else {
     const unsigned block = sweep == Sweep::kReduce ? blockIdx.x : gridDim.x - 1 - blockIdx.x, part = block % p.parts;
     const Walk<kN> walk(p, block / p.parts, static_cast<int>(part));
@@ -589,6 +665,7 @@ class Backward {
  public:
   using acc_t = acc_type<T>;
   using Window = Pack<T, kN>;
+  static constexpr int kElements = kN;
 
   __device__ explicit Backward(const SliceBackward& args)
       : a(args),
@@ -599,9 +676,17 @@ class Backward {
         residual(static_cast<const T*>(args.residual)),
         dx(static_cast<T*>(args.dx)),
         dresidual(static_cast<T*>(args.dresidual)),
-        buffer_x(reinterpret_cast<T*>(shared.buffers)),
-        buffer_dy(reinterpret_cast<T*>(shared.buffers + args.plan.shared.buffer)),
+        buffer(reinterpret_cast<T*>(shared.buffers)),
+        apart(args.plan.shared.buffer / static_cast<int64_t>(sizeof(T))),
         needs_x(args.reads_x) {}
+
+  // Which of the buffers the slice is in, or will be.
+  __device__ void use_stage(int stage) { buffer = reinterpret_cast<T*>(shared.buffers) + 2 * stage * apart; }
+
+  __device__ void start_copies(const Walk<kN>& walk, int stage, Barrier& full) {
+    const T* const tensors[2] = {x, dy};
+    cuda::start_copies(walk, tensors, reinterpret_cast<T*>(shared.buffers) + 2 * stage * apart, apart, full);
+  }
 
   // The coefficients that are known before the sums.
   __device__ void table(const Walk<kN>& walk) {
@@ -646,12 +731,13 @@ class Backward {
     load_affine(walk, 0, c);
     load_standardize(walk, 0, c);
     for_windows<kFlight>(
-        walk, walk.last, [&](const Place& at, int, int) { return load(at); },
+        walk, walk.last,
+        [&](const Place& at, int k, int u) { return p.bulk ? load_resident(walk, at, k, u) : load(at); },
         [&](const Place& at, const Loaded& w, int k, int u) {
           if (at.any()) {
-            if (p.resident) {
-              w.x.store(buffer_x + walk.slot(k, u));
-              w.dy.store(buffer_dy + walk.slot(k, u));
+            if (p.resident && !p.bulk) {
+              w.x.store(buffer + walk.slot(k, u));
+              w.dy.store(buffer + apart + walk.slot(k, u));
             }
             if (p.by_run()) {
               load_affine(walk, walk.run(k, u), c);
@@ -724,12 +810,7 @@ class Backward {
     load_gradient(walk, 0, c);
     for_windows<kFlight>(
         walk, walk.last,
-        [&](const Place& at, int k, int u) {
-          if (!p.resident) return load(at);
-          Loaded w;
-          if (at.any()) w = {Window::load(buffer_x + walk.slot(k, u)), Window::load(buffer_dy + walk.slot(k, u))};
-          return w;
-        },
+        [&](const Place& at, int k, int u) { return p.resident ? load_resident(walk, at, k, u) : load(at); },
         [&](const Place& at, const Loaded& w, int k, int u) {
           if (!at.any()) return;
           if (p.by_run()) {
@@ -753,7 +834,7 @@ class Backward {
   }
 
  private:
-  static constexpr int kFlight = kN > 4 || kC > 1 ? 2 : kBatch;
+  static constexpr int kFlight = 2;
   // Columns of the table.
   enum { kMean, kScale, kShift, kRstd, kRest, kSlope, kOffset, kColumns };
   static_assert(kColumns == kBackwardColumns);
@@ -772,6 +853,11 @@ class Backward {
     if (needs_x) w.x = load_window<kN>(x, at, p.numel);
     w.dy = load_window<kN>(dy, at, p.numel);
     return w;
+  }
+
+  __device__ Loaded load_resident(const Walk<kN>& walk, const Place& at, int k, int u) const {
+    if (!at.any() || (p.bulk && at.i + kN > p.numel)) return load(at);
+    return {Window::load(buffer + walk.slot(k, u)), Window::load(buffer + apart + walk.slot(k, u))};
   }
 
   __device__ Statistics statistics(const Walk<kN>& walk, int64_t c) const {
@@ -846,27 +932,24 @@ class Backward {
   const SlicePlan& p;
   const Shared<T> shared;
   const T *x, *dy, *residual;
-  T *dx, *dresidual, *buffer_x, *buffer_dy;
+  T *dx, *dresidual;
+  T* buffer;            // of x, and of dy so many elements
+  const int64_t apart;  // further
   const bool needs_x;
 };
 
 // As slice_forward().
 template <typename T, int kN, int kC>
-__global__ void __launch_bounds__(max_threads(kC, true))
+__global__ void __launch_bounds__(max_threads(kC, true), kBlocks)
     slice_backward(const __grid_constant__ SliceBackward a, const __grid_constant__ Sweep sweep) {
   const SlicePlan& p = a.plan;
   Backward<T, kN, kC> kernel(a);
   if (sweep == Sweep::kBoth) {
-    const unsigned rank = cluster_rank();
-    int parity = 0;
-    for (int64_t slice = blockIdx.x / p.cluster; slice < p.slices; slice += p.clusters, parity ^= 1) {
-      const Walk<kN> walk(p, slice, static_cast<int>(rank));
-      __syncthreads();  // the last slice's readers of the table are done
+    for_slices(kernel, p, [&](const Walk<kN>& walk, unsigned rank, int parity) {
       kernel.table(walk);
       kernel.merge(walk, rank, parity);
       if (a.dx || a.dresidual) kernel.elements(walk);
-    }
-    cluster_sync();  // no block leaves while another reads its shared memory
+    });
   } else {
     const unsigned block = sweep == Sweep::kReduce ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const Walk<kN> walk(p, block / p.parts, static_cast<int>(block % p.parts));
@@ -985,6 +1068,7 @@ SlicePlan plan_for_device(PlanInput in, Dtype dtype, const Kernel& kernel) {
   in.multiprocessors = d.multiprocessors;
   in.shared = static_cast<int64_t>(d.shared_per_block);
   in.largest_cluster = d.has_clusters() ? kMaxCluster : 1;
+  in.bulk_copies = d.has_clusters();  // both came with compute capability 9.0
   SlicePlan p = plan_slices(in);
   if (!p.resident || p.cluster <= kPortable) return p;
   visit_kernel(dtype, p, [&](auto type, auto window, auto columns) {
