@@ -380,7 +380,8 @@ def test_every_plan(case: Case, plan: str, mode: str) -> None:
     ):
         if not is_chosen(mode, f"{case}{plan}{i}"):
             continue
-        with driver.settings(mode=mode, plan=PLANS[plan], **varied(i)) as reports, native.installed():
+        device = {"multiprocessors": 1} if "stages" in PLANS[plan] else {}  # so that a cluster has several slices
+        with driver.settings(mode=mode, plan=PLANS[plan], **device, **varied(i)) as reports, native.installed():
             compare(case, case.inputs(shape, FLOATS[1 + i % 3]), layout)
         clusters = {launch.cluster for report in reports for launch in report.launches}
         if PLANS[plan].get("resident") == 0:

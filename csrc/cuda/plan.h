@@ -50,7 +50,9 @@ constexpr int kMaxCluster = 16;
 // The most threads a block, for a kernel with so many columns of coefficients and sums a thread. Registers decide: two
 // blocks must fit a multiprocessor, so that one computes while the other waits for memory.
 constexpr int kBlocks = 2;
-constexpr int max_threads(int columns, bool backward) { return backward && columns > 4 ? 128 : 256; }
+constexpr int max_threads(int columns, bool backward) {
+  return backward ? (columns > 4 ? 128 : 192) : (columns > 4 ? 192 : 256);
+}
 
 // Slices lie in memory as runs of contiguous elements:
 //
@@ -90,7 +92,7 @@ struct SlicePlan {
     int64_t totals;    // [columns][numbers] double: done
     int64_t shift;     // [entries] of arithmetic's type
     int64_t exchange;  // [2] moments of the groups or sums of the entries: what the cluster's other blocks read
-    int64_t groups;    // [groups] of two pairs of double
+    int64_t groups;    // [groups] pairs of double
     int64_t sums;      // [entries] pairs of double
     int64_t runs;      // [runs of a block's pieces] pairs of arithmetic's type
     int64_t buffers;   // [stages][arrays][buffer]
@@ -179,10 +181,13 @@ inline void set_pieces(SlicePlan& p) {
   p.pieces = static_cast<int>(p.per_run > 0 ? p.runs * p.per_run : ceil_div(p.runs, kBatch));
 }
 
-// As many as have a piece to work on. Teams of strips divide a block whatever their size: a power of two.
+// As many as have a piece to work on, in whole warps and teams.
 inline void set_threads(SlicePlan& p, int most) {
   const int64_t busy = int64_t{p.pieces_per_block()} * p.team;
-  p.threads = std::max({32, p.team, std::min(most, power_of_two_from(std::min<int64_t>(most, busy)))});
+  const int unit = std::max(32, p.team);
+  p.threads =
+      std::max(1, static_cast<int>(std::min<int64_t>(most, power_of_two_from(std::min<int64_t>(most, busy))) / unit)) *
+      unit;
 }
 
 inline void set_shared(SlicePlan& p, const PlanInput& in) {
@@ -199,7 +204,7 @@ inline void set_shared(SlicePlan& p, const PlanInput& in) {
   p.shared.totals = take(p.columns() * numbers * 8);
   p.shared.shift = take(p.entries * acc);
   p.shared.exchange = take(2 * (in.backward ? p.entries * 16 : p.groups() * 24));
-  p.shared.groups = take(p.groups() * 32);
+  p.shared.groups = take(p.groups() * 16);
   p.shared.sums = take(in.backward ? p.entries * 16 : 0);
   p.shared.runs = take(in.backward && p.by_run() ? p.pieces_per_block() * (p.per_run ? 1 : kBatch) * 2 * acc : 0);
   // Split: forward's first pieces, which are needed twice.

@@ -130,29 +130,34 @@ class Walk {
   int64_t start_, length_, row_;
 };
 
+// The block's shared memory (plan.h). Places are found anew each time: kept, they would take a third of the registers.
 template <typename T>
-struct Shared {
+class Shared {
+ public:
   using acc_t = acc_type<T>;
-  acc_t *table, *partial, *shift, *runs;
-  double* totals;
-  unsigned char* exchange;
-  Statistics* statistics;
-  Sums *group_sums, *sums;
-  unsigned char* buffers;
 
-  __device__ explicit Shared(const SlicePlan& p) {
-    unsigned char* at = dynamic_shared<unsigned char>();
-    table = reinterpret_cast<acc_t*>(at + p.shared.table);
-    partial = reinterpret_cast<acc_t*>(at + p.shared.partial);
-    totals = reinterpret_cast<double*>(at + p.shared.totals);
-    shift = reinterpret_cast<acc_t*>(at + p.shared.shift);
-    exchange = at + p.shared.exchange;
-    statistics = reinterpret_cast<Statistics*>(at + p.shared.groups);
-    group_sums = reinterpret_cast<Sums*>(statistics + p.groups());
-    sums = reinterpret_cast<Sums*>(at + p.shared.sums);
-    runs = reinterpret_cast<acc_t*>(at + p.shared.runs);
-    buffers = at + p.shared.buffers;
+  __device__ explicit Shared(const SlicePlan& plan) : p(plan) {}
+  __device__ acc_t* table() const { return at<acc_t>(p.shared.table); }
+  __device__ acc_t* partial() const { return at<acc_t>(p.shared.partial); }
+  __device__ double* totals() const { return at<double>(p.shared.totals); }
+  __device__ acc_t* shift() const { return at<acc_t>(p.shared.shift); }
+  template <typename V>
+  __device__ V* exchange() const {
+    return at<V>(p.shared.exchange);
   }
+  __device__ Statistics* statistics() const { return at<Statistics>(p.shared.groups); }
+  __device__ Sums* group_sums() const { return at<Sums>(p.shared.groups); }
+  __device__ Sums* sums() const { return at<Sums>(p.shared.sums); }
+  __device__ acc_t* runs() const { return at<acc_t>(p.shared.runs); }
+  __device__ T* buffer(int i) const { return at<T>(p.shared.buffers + i * p.shared.buffer); }
+
+ private:
+  template <typename V>
+  __device__ static V* at(int64_t byte) {
+    return reinterpret_cast<V*>(dynamic_shared<unsigned char>() + byte);
+  }
+
+  const SlicePlan& p;
 };
 
 template <int kN, typename T>
@@ -356,21 +361,14 @@ class Forward {
   using Window = Pack<T, kN>;
   static constexpr int kElements = kN;
 
-  __device__ explicit Forward(const SliceForward& args)
-      : a(args),
-        p(args.plan),
-        shared(args.plan),
-        x(static_cast<const T*>(args.x)),
-        residual(static_cast<const T*>(args.residual)),
-        y(static_cast<T*>(args.y)),
-        buffer(reinterpret_cast<T*>(shared.buffers)) {}
+  __device__ explicit Forward(const SliceForward& args) : a(args), p(args.plan), shared(args.plan) {}
 
   // Which of the buffers the slice is in, or will be.
-  __device__ void use_stage(int stage) { buffer = stage_buffer(stage); }
+  __device__ void use_stage(int stage) { stage_ = stage; }
 
-  __device__ void start_copies(const Walk<kN>& walk, int stage, Barrier& full) {
-    const T* const tensors[1] = {x};
-    cuda::start_copies(walk, tensors, stage_buffer(stage), 0, full);
+  __device__ void start_copies(const Walk<kN>& walk, int stage, Barrier& full) const {
+    const T* const tensors[1] = {x()};
+    cuda::start_copies(walk, tensors, shared.buffer(stage), 0, full);
   }
 
   // Moments of each group of the slice's elements in this block: store(group, moments) by one thread each, and again if
@@ -385,7 +383,7 @@ class Forward {
     constexpr int n = 2 * kC + 1;
     acc_t sum[n] = {}, shift[kC];
 #pragma unroll
-    for (int j = 0; j < kC; ++j) shift[j] = shared.shift[p.strips ? min(walk.lane * kN + j, p.entries - 1) : 0];
+    for (int j = 0; j < kC; ++j) shift[j] = shared.shift()[p.strips ? min(walk.lane * kN + j, p.entries - 1) : 0];
     for_windows<kFlight>(
         walk, walk.last, [&](const Place& at, int k, int u) { return window(walk, at, k, u, kept(walk)); },
         [&](const Place& at, const Window& loaded, int, int) {
@@ -401,17 +399,17 @@ class Forward {
           }
           sum[2 * kC] += static_cast<acc_t>(kC > 1 ? 1 : at.end - at.begin);
         });
-    column_sums(p, sum, shared.partial, shared.totals);
+    column_sums(p, sum, shared.partial(), shared.totals());
     for_groups(groups, members, [&](int g, int lane, int lanes) {
       double v[3] = {0, 0, 0};
       for (int c = g * members + lane; g >= 0 && c < (g + 1) * members; c += lanes) {
-        v[0] += shared.totals[c / kC * n + c % kC];
-        v[1] += shared.totals[c / kC * n + kC + c % kC];
-        v[2] += shared.totals[c / kC * n + 2 * kC];
+        v[0] += shared.totals()[c / kC * n + c % kC];
+        v[1] += shared.totals()[c / kC * n + kC + c % kC];
+        v[2] += shared.totals()[c / kC * n + 2 * kC];
       }
       warp_sum(v, 1, lanes);
       if (g < 0 || lane != 0) return;
-      const double from = static_cast<double>(shared.shift[g * members]);
+      const double from = static_cast<double>(shared.shift()[g * members]);
       if (!std::is_same_v<acc_t, double> && v[2] > 0 && out_of_range(from, v[0], v[1])) atomicOr(inexact, 1u);
       store(g, v[2] > 0 ? shifted_moments(v[2], from, v[0], v[1]) : Moments{});
     });
@@ -419,9 +417,9 @@ class Forward {
     if (*inexact) exact_moments(walk, groups, members, store);
   }
 
-  // Statistics of the slice's groups, merged over the cluster, to shared.statistics and to a.mean and a.rstd.
+  // Statistics of the slice's groups, merged over the cluster, to shared.statistics() and to a.mean and a.rstd.
   __device__ void statistics(const Walk<kN>& walk, unsigned rank, int parity) {
-    Moments* mine = reinterpret_cast<Moments*>(shared.exchange) + parity * p.groups();
+    Moments* mine = shared.template exchange<Moments>() + parity * p.groups();
     moments(walk, [&](int g, const Moments& m) { mine[g] = m; });
     cluster_sync();
     for (int g = static_cast<int>(threadIdx.x); g < p.groups(); g += static_cast<int>(blockDim.x)) {
@@ -429,7 +427,7 @@ class Forward {
       const Moments m = merge_moments(p.cluster, [&](int k) { return *map_shared_rank(mine + g, k); });
       const int64_t i = walk.statistic(walk.channel, a.D) + g;
       const Statistics s = keep_statistics(a, i, m.mean, m.biased_variance(), rank == 0);
-      shared.statistics[g] = s;
+      shared.statistics()[g] = s;
     }
     __syncthreads();
   }
@@ -443,7 +441,7 @@ class Forward {
         s = keep_statistics(a, c, read(a.running_mean, a.stats_dtype, c, 0.0),
                             read(a.running_var, a.stats_dtype, c, 1.0), keep);
       } else {
-        s = p.resident ? shared.statistics[e / p.group] : Statistics{a.mean[i], a.rstd[i]};
+        s = p.resident ? shared.statistics()[e / p.group] : Statistics{a.mean[i], a.rstd[i]};
       }
       double weight = read(a.weight, a.param_dtype, c, 1.0), bias = read(a.bias, a.param_dtype, c, 0.0);
       if (a.r) {
@@ -456,9 +454,9 @@ class Forward {
         }
       }
       const SliceAffine<acc_t> affine(s.mean, s.rstd, weight, bias);
-      shared.table[e] = affine.mean;
-      shared.table[p.entries + e] = affine.scale;
-      shared.table[2 * p.entries + e] = affine.shift;
+      shared.table()[e] = affine.mean;
+      shared.table()[p.entries + e] = affine.scale;
+      shared.table()[2 * p.entries + e] = affine.shift;
     }
     __syncthreads();
   }
@@ -475,7 +473,7 @@ class Forward {
         [&](const Place& at, int k, int u) {
           Loaded w;
           w.x = window(walk, at, k, u, p.resident ? walk.last : 0);
-          if (residual) w.residual = load_window<kN>(residual, at, p.numel);
+          if (a.residual) w.residual = load_window<kN>(residual(), at, p.numel);
           return w;
         },
         [&](const Place& at, const Loaded& w, int k, int u) {
@@ -484,7 +482,7 @@ class Forward {
           w.x.unpack(z);
 #pragma unroll
           for (int j = 0; j < kN; ++j) z[j] = affine(z[j], j);
-          if (residual) {
+          if (a.residual) {
             acc_t r[kN];
             w.residual.unpack(r);
 #pragma unroll
@@ -492,14 +490,15 @@ class Forward {
           }
           if (a.mask) store_mask(a.mask, walk, at, walk.run(k, u), positive_bits(z));
           activate(a.activation, z);
-          if (at.any()) store_part(Window::pack(z), y + at.i, at.begin, at.end);
+          if (at.any()) store_part(Window::pack(z), static_cast<T*>(a.y) + at.i, at.begin, at.end);
         });
   }
 
  private:
-  static constexpr int kFlight = kC > 4 ? 2 : kBatch;
+  static constexpr int kFlight = kN > 4 ? 2 : kBatch;
 
-  __device__ T* stage_buffer(int stage) const { return reinterpret_cast<T*>(shared.buffers + stage * p.shared.buffer); }
+  __device__ const T* x() const { return static_cast<const T*>(a.x); }
+  __device__ const T* residual() const { return static_cast<const T*>(a.residual); }
 
   // The end of the pieces that are in the buffer after find_shift(): all of the block's, or each team's first.
   __device__ int kept(const Walk<kN>& walk) const {
@@ -508,8 +507,8 @@ class Forward {
 
   // From the buffer if piece k is one of those before `kept`.
   __device__ Window window(const Walk<kN>& walk, const Place& at, int k, int u, int kept) const {
-    if (k >= kept || (p.bulk && at.i + kN > p.numel)) return load_window<kN>(x, at, p.numel);
-    return at.any() ? Window::load(buffer + walk.slot(k, u)) : load_part<kN>(x, 0, 0, false);
+    if (k >= kept || (p.bulk && at.i + kN > p.numel)) return load_window<kN>(x(), at, p.numel);
+    return at.any() ? Window::load(shared.buffer(stage_) + walk.slot(k, u)) : load_part<kN>(x(), 0, 0, false);
   }
 
   // The shift of each group: a number near its mean.
@@ -517,11 +516,10 @@ class Forward {
     constexpr int n = kC + 1;
     acc_t sum[n] = {};
     for_windows<kFlight>(
-        walk, kept(walk),
-        [&](const Place& at, int k, int u) { return window(walk, at, k, u, p.bulk ? walk.last : 0); },
+        walk, kept(walk), [&](const Place& at, int k, int u) { return window(walk, at, k, u, p.bulk ? walk.last : 0); },
         [&](const Place& at, const Window& loaded, int k, int u) {
           if (!at.any()) return;
-          if (!p.bulk) loaded.store(buffer + walk.slot(k, u));
+          if (!p.bulk) loaded.store(shared.buffer(stage_) + walk.slot(k, u));
           acc_t v[kN];
           loaded.unpack(v);
 #pragma unroll
@@ -529,16 +527,16 @@ class Forward {
             if (kC > 1 || (j >= at.begin && j < at.end)) sum[j % kC] += v[j];
           sum[kC] += static_cast<acc_t>(kC > 1 ? 1 : at.end - at.begin);
         });
-    column_sums(p, sum, shared.partial, shared.totals);
+    column_sums(p, sum, shared.partial(), shared.totals());
     for_groups(groups, members, [&](int g, int lane, int lanes) {
       double v[2] = {0, 0};
       for (int c = g * members + lane; g >= 0 && c < (g + 1) * members; c += lanes) {
-        v[0] += shared.totals[c / kC * n + c % kC];
-        v[1] += shared.totals[c / kC * n + kC];
+        v[0] += shared.totals()[c / kC * n + c % kC];
+        v[1] += shared.totals()[c / kC * n + kC];
       }
       warp_sum(v, 1, lanes);
       for (int c = g * members + lane; g >= 0 && c < (g + 1) * members; c += lanes)
-        shared.shift[c] = static_cast<acc_t>(v[0] / v[1]);
+        shared.shift()[c] = static_cast<acc_t>(v[0] / v[1]);
     });
     __syncthreads();
   }
@@ -580,17 +578,16 @@ class Forward {
 #pragma unroll
     for (int j = 0; j < kC; ++j) {
       const bool is_there = entry + j < walk.channels;
-      affine.mean[j] = is_there ? shared.table[entry + j] : acc_t(0);
-      affine.scale[j] = is_there ? shared.table[p.entries + entry + j] : acc_t(0);
-      affine.shift[j] = is_there ? shared.table[2 * p.entries + entry + j] : acc_t(0);
+      affine.mean[j] = is_there ? shared.table()[entry + j] : acc_t(0);
+      affine.scale[j] = is_there ? shared.table()[p.entries + entry + j] : acc_t(0);
+      affine.shift[j] = is_there ? shared.table()[2 * p.entries + entry + j] : acc_t(0);
     }
   }
 
   const SliceForward& a;
   const SlicePlan& p;
   const Shared<T> shared;
-  const T *x, *residual;
-  T *y, *buffer;
+  int stage_ = 0;
 };
 
 // Which sweeps a launch makes. Resident: both.
@@ -667,25 +664,15 @@ class Backward {
   using Window = Pack<T, kN>;
   static constexpr int kElements = kN;
 
-  __device__ explicit Backward(const SliceBackward& args)
-      : a(args),
-        p(args.plan),
-        shared(args.plan),
-        x(static_cast<const T*>(args.x)),
-        dy(static_cast<const T*>(args.dy)),
-        residual(static_cast<const T*>(args.residual)),
-        dx(static_cast<T*>(args.dx)),
-        dresidual(static_cast<T*>(args.dresidual)),
-        buffer(reinterpret_cast<T*>(shared.buffers)),
-        apart(args.plan.shared.buffer / static_cast<int64_t>(sizeof(T))),
-        needs_x(args.reads_x) {}
+  __device__ explicit Backward(const SliceBackward& args) : a(args), p(args.plan), shared(args.plan) {}
 
   // Which of the buffers the slice is in, or will be.
-  __device__ void use_stage(int stage) { buffer = reinterpret_cast<T*>(shared.buffers) + 2 * stage * apart; }
+  __device__ void use_stage(int stage) { stage_ = stage; }
 
-  __device__ void start_copies(const Walk<kN>& walk, int stage, Barrier& full) {
-    const T* const tensors[2] = {x, dy};
-    cuda::start_copies(walk, tensors, reinterpret_cast<T*>(shared.buffers) + 2 * stage * apart, apart, full);
+  __device__ void start_copies(const Walk<kN>& walk, int stage, Barrier& full) const {
+    const T* const tensors[2] = {x(), dy()};
+    const int64_t apart = p.shared.buffer / static_cast<int64_t>(sizeof(T));
+    cuda::start_copies(walk, tensors, shared.buffer(2 * stage), apart, full);
   }
 
   // The coefficients that are known before the sums.
@@ -697,7 +684,7 @@ class Backward {
       if (a.r) bias += read(a.weight, a.param_dtype, c, 1.0) * a.d[c];
       const SliceAffine<acc_t> affine(s.mean, s.rstd, weight(c), bias);
       const SliceStandardize<acc_t> standardize(s.mean, s.rstd);
-      acc_t* row = shared.table + e;
+      acc_t* row = shared.table() + e;
       row[kMean * p.entries] = affine.mean;
       row[kScale * p.entries] = affine.scale;
       row[kShift * p.entries] = affine.shift;
@@ -715,8 +702,8 @@ class Backward {
       const Statistics s = statistics(walk, c);
       const Sums g = a.constant_statistics ? Sums{0, 0} : sums(e, c);
       const GroupGradient<acc_t> gradient(a.count, s.mean, s.rstd, g.dz, g.dz_xhat);
-      shared.table[kSlope * p.entries + e] = gradient.slope;
-      shared.table[kOffset * p.entries + e] = gradient.offset;
+      shared.table()[kSlope * p.entries + e] = gradient.slope;
+      shared.table()[kOffset * p.entries + e] = gradient.offset;
     }
     __syncthreads();
   }
@@ -736,8 +723,8 @@ class Backward {
         [&](const Place& at, const Loaded& w, int k, int u) {
           if (at.any()) {
             if (p.resident && !p.bulk) {
-              w.x.store(buffer + walk.slot(k, u));
-              w.dy.store(buffer + apart + walk.slot(k, u));
+              w.x.store(shared.buffer(2 * stage_) + walk.slot(k, u));
+              w.dy.store(shared.buffer(2 * stage_ + 1) + walk.slot(k, u));
             }
             if (p.by_run()) {
               load_affine(walk, walk.run(k, u), c);
@@ -764,17 +751,17 @@ class Backward {
     if (p.by_run()) {
       __syncthreads();
     } else {
-      column_sums(p, sum, shared.partial, shared.totals);
+      column_sums(p, sum, shared.partial(), shared.totals());
     }
     for (int e = static_cast<int>(threadIdx.x); e < walk.channels; e += static_cast<int>(blockDim.x)) {
-      const double* totals = shared.totals + e / kC * n + e % kC;
+      const double* totals = shared.totals() + e / kC * n + e % kC;
       store(e, p.by_run() ? sum_of_run(walk, e) : Sums{totals[0], totals[kC]});
     }
   }
 
   // Merges the sums over the cluster and adds up those of each group, for table_of_sums().
   __device__ void merge(const Walk<kN>& walk, unsigned rank, int parity) {
-    Sums* mine = reinterpret_cast<Sums*>(shared.exchange) + parity * p.entries;
+    Sums* mine = shared.template exchange<Sums>() + parity * p.entries;
     sums(walk, [&](int e, const Sums& s) { mine[e] = s; });
     cluster_sync();
     for (int e = static_cast<int>(threadIdx.x); e < walk.channels; e += static_cast<int>(blockDim.x)) {
@@ -785,7 +772,7 @@ class Backward {
         all.dz += part.dz;
         all.dz_xhat += part.dz_xhat;
       }
-      shared.sums[e] = {weight(c) * all.dz, weight(c) * all.dz_xhat};
+      shared.sums()[e] = {weight(c) * all.dz, weight(c) * all.dz_xhat};
       if (rank == 0) a.channel_sums[walk.sample * p.C + c] = all;
     }
     __syncthreads();
@@ -793,14 +780,14 @@ class Backward {
     for_groups(p.groups(), members, [&](int g, int lane, int lanes) {
       double v[2] = {0, 0};
       for (int e = g * members + lane; g >= 0 && e < min((g + 1) * members, walk.channels); e += lanes) {
-        v[0] += shared.sums[e].dz;
-        v[1] += shared.sums[e].dz_xhat;
+        v[0] += shared.sums()[e].dz;
+        v[1] += shared.sums()[e].dz_xhat;
       }
       warp_sum(v, 1, lanes);
-      if (g >= 0 && lane == 0) shared.group_sums[g] = {v[0], v[1]};
+      if (g >= 0 && lane == 0) shared.group_sums()[g] = {v[0], v[1]};
     });
     __syncthreads();
-    table_of_sums(walk, [&](int e, int64_t) { return shared.group_sums[e / members]; });
+    table_of_sums(walk, [&](int e, int64_t) { return shared.group_sums()[e / members]; });
   }
 
   // dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
@@ -821,15 +808,15 @@ class Backward {
           w.x.unpack(v);
           w.dy.unpack(dz);
           activation_gradient(walk, at, walk.run(k, u), v, dz, c.affine);
-          if (dresidual) store_part(Window::pack(dz), dresidual + at.i, at.begin, at.end);
-          if (dx == nullptr) return;
+          if (a.dresidual) store_part(Window::pack(dz), static_cast<T*>(a.dresidual) + at.i, at.begin, at.end);
+          if (a.dx == nullptr) return;
 #pragma unroll
           for (int j = 0; j < kN; ++j) {
             dz[j] *= c.affine.scale[j % kC];
             if (!a.constant_statistics)
               dz[j] -= multiply_add(v[j] - c.affine.mean[j % kC], c.slope[j % kC], c.offset[j % kC]);
           }
-          store_part(Window::pack(dz), dx + at.i, at.begin, at.end);
+          store_part(Window::pack(dz), static_cast<T*>(a.dx) + at.i, at.begin, at.end);
         });
   }
 
@@ -838,6 +825,9 @@ class Backward {
   // Columns of the table.
   enum { kMean, kScale, kShift, kRstd, kRest, kSlope, kOffset, kColumns };
   static_assert(kColumns == kBackwardColumns);
+
+  __device__ const T* x() const { return static_cast<const T*>(a.x); }
+  __device__ const T* dy() const { return static_cast<const T*>(a.dy); }
 
   struct Loaded {
     Window x, dy;
@@ -850,14 +840,15 @@ class Backward {
 
   __device__ Loaded load(const Place& at) const {
     Loaded w;
-    if (needs_x) w.x = load_window<kN>(x, at, p.numel);
-    w.dy = load_window<kN>(dy, at, p.numel);
+    if (a.reads_x) w.x = load_window<kN>(x(), at, p.numel);
+    w.dy = load_window<kN>(dy(), at, p.numel);
     return w;
   }
 
   __device__ Loaded load_resident(const Walk<kN>& walk, const Place& at, int k, int u) const {
     if (!at.any() || (p.bulk && at.i + kN > p.numel)) return load(at);
-    return {Window::load(buffer + walk.slot(k, u)), Window::load(buffer + apart + walk.slot(k, u))};
+    return {Window::load(shared.buffer(2 * stage_) + walk.slot(k, u)),
+            Window::load(shared.buffer(2 * stage_ + 1) + walk.slot(k, u))};
   }
 
   __device__ Statistics statistics(const Walk<kN>& walk, int64_t c) const {
@@ -872,7 +863,7 @@ class Backward {
     const int entry = walk.entry(run);
 #pragma unroll
     for (int j = 0; j < kC; ++j)
-      to[j] = entry + j < walk.channels ? shared.table[column * p.entries + entry + j] : acc_t(0);
+      to[j] = entry + j < walk.channels ? shared.table()[column * p.entries + entry + j] : acc_t(0);
   }
   __device__ void load_affine(const Walk<kN>& walk, int64_t run, Coefficients& c) const {
     load_column(walk, run, kMean, c.affine.mean);
@@ -896,9 +887,9 @@ class Backward {
     acc_t z[kN];
 #pragma unroll
     for (int j = 0; j < kN; ++j) z[j] = affine(v[j], j);
-    if (residual) {
+    if (a.residual) {
       acc_t r[kN];
-      load_window<kN>(residual, at, p.numel).unpack(r);
+      load_window<kN>(static_cast<const T*>(a.residual), at, p.numel).unpack(r);
 #pragma unroll
       for (int j = 0; j < kN; ++j) z[j] += r[j];
     }
@@ -911,7 +902,7 @@ class Backward {
     acc_t v[2] = {sum[0], sum[kC]};
     warp_sum(v, 1, p.team);
     if (walk.lane != 0 || walk.run(k, u) >= p.runs) return;
-    acc_t* to = shared.runs + 2 * walk.stretch(k, u);
+    acc_t* to = shared.runs() + 2 * walk.stretch(k, u);
     to[0] = v[0];
     to[1] = v[1];
   }
@@ -921,7 +912,7 @@ class Backward {
     const int begin = max(run * stretches, walk.first * here), end = min((run + 1) * stretches, walk.last * here);
     Sums all{0, 0};
     for (int i = begin; i < end; ++i) {
-      const acc_t* from = shared.runs + 2 * (i - walk.first * here);
+      const acc_t* from = shared.runs() + 2 * (i - walk.first * here);
       all.dz += static_cast<double>(from[0]);
       all.dz_xhat += static_cast<double>(from[1]);
     }
@@ -931,11 +922,7 @@ class Backward {
   const SliceBackward& a;
   const SlicePlan& p;
   const Shared<T> shared;
-  const T *x, *dy, *residual;
-  T *dx, *dresidual;
-  T* buffer;            // of x, and of dy so many elements
-  const int64_t apart;  // further
-  const bool needs_x;
+  int stage_ = 0;
 };
 
 // As slice_forward().
