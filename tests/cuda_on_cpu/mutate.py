@@ -76,7 +76,7 @@ MUTATIONS = (
     Mutation("pack.cuh", "if (j >= begin && j < end) p[j]", "if (j >= begin && j <= end) p[j]", _PLANS),
     Mutation("pack.cuh", "if (aligned && begin == 0 && end == n)", "if (true)", _PLANS),
     Mutation("reduce.cuh", "distance < lanes; distance *= 2", "distance < lanes / 2; distance *= 2", _PLANS),
-    Mutation("reduce.cuh", "m2 = sum_of_squares - sum * d", "m2 = sum_of_squares", "mean_far and batch_norm"),
+    Mutation("reduce.cuh", "m2 = sum_of_squares - sum * d", "m2 = sum_of_squares", "far_above and batch_norm"),
     Mutation("activation.cuh", "bits |= static_cast<unsigned>(!(z[j] <= 0)) << j;",
              "bits |= static_cast<unsigned>(z[j] > 1e-3f) << j;", f"{_BATCH}-residual-relu"),
     Mutation("activation.cuh", "multiply_add(z[j], pdf, normal_cdf(z[j]))", "normal_cdf(z[j])", f"{_BATCH}-gelu"),
@@ -126,7 +126,7 @@ MUTATIONS = (
     Mutation("layer_norm.cu", "      cluster_sync();\n#pragma", "      __syncthreads();\n#pragma", "layer_norm"),
     Mutation("layer_norm.cu", "if (cluster_size() > 1) cluster_sync();", "", "layer_norm", by="asan"),
     Mutation("layer_norm.cu", "lane == 0 && column < N) row", "lane == 0 && column <= N) row", "layer_norm-residual"),
-    Mutation("layer_norm.cu", "m2 -= deviations[0] * shift;", "", "mean_far and layer_norm"),
+    Mutation("layer_norm.cu", "m2 -= deviations[0] * shift;", "", "far_above and layer_norm"),
     Mutation("layer_norm.cu", "if (row >= a.M) return;", "if (row > a.M) return;", "layer_norm", by="asan"),
     Mutation("layer_norm.cu", "if (!is_inside(k) || row >= a.M) continue;", "if (!is_inside(k)) continue;",
              "layer_norm", by="asan"),
@@ -165,7 +165,7 @@ def _caught(mutation: Mutation, mode: str, csrc: Path) -> bool:
     if "BuildError" in done.stdout:
         raise RuntimeError("does not compile: " + "".join(re.findall(r"^E .*error: .*\n", done.stdout, re.M)[:1]))
     tested = re.search(r"\d+ (passed|failed)", done.stdout)
-    died = mode == "asan" and re.search(r"Sanitizer|runtime error", done.stderr)
+    died = done.returncode < 0 or re.search(r"Sanitizer|runtime error", done.stderr)
     if not tested and not died:
         raise RuntimeError(f"no test ran for -k {chosen!r}: {done.stdout[-300:]}")
     return done.returncode != 0
