@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from cuda_on_cpu import driver
@@ -150,14 +151,14 @@ class Outcome:
     problem: str = ""  # why it could not be tried
 
 
-def _caught(mutation: Mutation, mode: str, csrc: Path) -> bool:
+def _caught(tests: str, mode: str, csrc: Path) -> bool:
     environment = driver.asan_environment() if mode == "asan" else dict(os.environ)
     environment |= {"FASTNORM_CUDA_ON_CPU_CSRC": str(csrc), "FASTNORM_CUDA_IN_FULL": "1"}
     if mode == "asan":
         environment["FASTNORM_CUDA_UNDER_SANITIZERS"] = "1"
     # The traffic is counted in mode trace, under names that do not say so.
     files = ["tests/test_cuda_on_cpu.py", *(["tests/test_cuda_traffic.py"] if mode == "trace" else [])]
-    chosen = f"({mutation.tests}) and ({mode}{' or traffic' if mode == 'trace' else ''}) and not sanitizers"
+    chosen = f"({tests}) and ({mode}{' or traffic' if mode == 'trace' else ''}) and not sanitizers"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--capture=sys"]
     done = subprocess.run(
         [*command, "-k", chosen, *files], cwd=TESTS.parent, env=environment, capture_output=True, text=True
@@ -171,6 +172,12 @@ def _caught(mutation: Mutation, mode: str, csrc: Path) -> bool:
     return done.returncode != 0
 
 
+@cache
+def _passes_unchanged(tests: str, mode: str) -> bool:
+    """What fails on the sources as they are catches nothing."""
+    return not _caught(tests, mode, SOURCES)
+
+
 def try_mutation(mutation: Mutation, every_mode: bool = False) -> Outcome:
     """By the first mode that catches it, or by all that do."""
     caught: list[str] = []
@@ -180,7 +187,9 @@ def try_mutation(mutation: Mutation, every_mode: bool = False) -> Outcome:
         try:
             mutation.apply(csrc)
             for mode in sorted(MODES, key=lambda mode: mode != mutation.by):
-                if _caught(mutation, mode, csrc):
+                if _caught(mutation.tests, mode, csrc):
+                    if not _passes_unchanged(mutation.tests, mode):
+                        raise RuntimeError(f"-k {mutation.tests!r} fails in mode {mode} without it")
                     caught.append(mode)
                     if not every_mode:
                         break
