@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,28 +38,34 @@ KERNELS = {
     **dict.fromkeys(("dropout", "alpha_dropout", "drop_path"), "dropout"),
 }
 
-# All of it takes a quarter of an hour; each case and mode alone takes every n-th shape, so that together they have all.
+# All combinations take a quarter of an hour. Unless they are asked for, every n-th runs, in each mode other ones: n is
+# prime, so that it goes through all shapes, types and plans.
 IN_FULL = "FASTNORM_CUDA_IN_FULL" in os.environ
-EVERY = {"random": 3, "trace": 8, "asan": 8}
+EVERY = {"random": 7, "trace": 23, "asan": 23}
 
 
-def is_chosen(mode: str, number: int | str) -> bool:
-    number = zlib.crc32(number.encode()) if isinstance(number, str) else number
-    return IN_FULL or number % EVERY[mode] == 0
+def thinned(*names: str, of: Iterable[tuple[Any, ...]], fold: int = 1) -> pytest.MarkDecorator:
+    """Every n-th of the tuples for each mode, n divided by `fold`; the test gets (mode, *tuple)."""
+    chosen = []
+    for mode in MODES:
+        n = 1 if IN_FULL else max(1, EVERY[mode] // fold)
+        first = ("random", "trace", "asan").index(mode) % n
+        for values in list(of)[first::n]:
+            chosen.append(pytest.param(mode, *values, id="-".join(map(_name, (*values, mode)))))
+    return pytest.mark.parametrize(("mode", *names), chosen)
 
 
-every_mode = pytest.mark.parametrize("mode", MODES)
-every_case = pytest.mark.parametrize("case", list({case.name: case for case in CASES}.values()), ids=str)
-one_case_an_op = pytest.mark.parametrize(
-    "case",
-    [next(case for case in CASES if case.name == name) for name in (
-        "batch_norm-train-residual-relu", "batch_renorm-residual-relu", "group_norm-some-residual-relu",
-        "instance_norm-input-residual-gelu", "layer_norm-residual-relu", "rms_norm-residual-gelu", "dropout-0.5",
-        "alpha_dropout-0.5", "drop_path-0.5", "dropout2d-0.3", "local_response_norm-inter-torch-size5-beta0.75",
-        "local_response_norm-intra-torch-size3-beta0.75", "weight_norm-1", "spectral_norm-1",
-    )],
-    ids=str,
-)  # fmt: skip
+def _name(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+UNIQUE = list({case.name: case for case in CASES}.values())
+ONE_AN_OP = [case for case in UNIQUE if case.name in (
+    "batch_norm-train-residual-relu", "batch_renorm-residual-relu", "group_norm-some-residual-relu",
+    "instance_norm-input-residual-gelu", "layer_norm-residual-relu", "rms_norm-residual-gelu", "dropout-0.5",
+    "alpha_dropout-0.5", "drop_path-0.5", "dropout2d-0.3", "local_response_norm-inter-torch-size5-beta0.75",
+    "local_response_norm-intra-torch-size3-beta0.75", "weight_norm-1", "spectral_norm-1",
+)]  # fmt: skip
 
 
 def require_kernels(of: str) -> None:
@@ -88,77 +94,59 @@ def as_it_is(t: Tensor) -> Tensor:
     return t
 
 
-def varied(i: int) -> dict[str, object]:
-    """Settings that between them have all orders and landings."""
-    return {"order": driver.ORDERS[i % 3], "landing": driver.LANDINGS[i // 3 % 3], "seed": i}
-
-
-@every_mode
-@every_case
-def test_against_float64(case: Case, mode: str) -> None:
-    """Every shape, in a type and a layout each, which the case's name shuffles."""
+def check(case: Case, shape: tuple[int, ...], mode: str, what: str = "", **changes: Any) -> list[driver.Report]:
+    """Against float64, in a type, a layout and an order of threads that the names of all that draw."""
     require_kernels(case.op)
-    shuffle = zlib.crc32(case.name.encode())
-    for i, shape in enumerate(case.shapes, shuffle % 97):
-        if not is_chosen(mode, i):
-            continue
-        layout = channels_last if i // 4 % 2 else as_it_is
-        with driver.settings(mode=mode, **varied(i)), native.installed():
-            compare(case, case.inputs(shape, FLOATS[i % 4]), layout)
+    i = zlib.crc32(f"{case}{shape}{mode}{what}".encode())
+    order = {"order": driver.ORDERS[i % 3], "landing": driver.LANDINGS[i // 3 % 3], "seed": i}
+    with driver.settings(mode=mode, **order, **changes) as reports, native.installed():
+        compare(case, case.inputs(shape, FLOATS[i // 9 % 4]), channels_last if i // 36 % 2 else as_it_is)
+    return reports
 
 
-@every_mode
-@one_case_an_op
-def test_mean_far_above_std(case: Case, mode: str) -> None:
+@thinned("case", "shape", of=[(case, shape) for case in UNIQUE for shape in case.shapes])
+def test_against_float64(mode: str, case: Case, shape: tuple[int, ...]) -> None:
+    check(case, shape, mode)
+
+
+@thinned("case", "shape", of=[(c, shape) for c in ONE_AN_OP if c.subtracts_mean for shape in c.shapes[1:4]], fold=2)
+def test_mean_far_above_std(mode: str, case: Case, shape: tuple[int, ...]) -> None:
     require_kernels(case.op)
-    if not case.subtracts_mean:
-        pytest.skip("nothing is subtracted")
     with driver.settings(mode=mode), native.installed():
-        for shape in case.shapes[1:4]:
-            for layout in (as_it_is, channels_last):
-                compare(case, case.inputs(shape, torch.float32, mean=1e5, std=1.0), layout)
-
-
-def pointers_of(op: str) -> list[str]:
-    return [p.name for c in contracts().values() if c.stem == contracts()[op].stem for p in c.pointers]
-
-
-@every_mode
-@one_case_an_op
-def test_any_pointer_misaligned(case: Case, mode: str) -> None:
-    """Each tensor alone by one element, and all: no bits change where the vectors are cut differently."""
-    require_kernels(case.op)
-    names = sorted(set(pointers_of(KERNELS.get(case.op, f"{case.op}_forward"))))
-    for name in (*names, "all"):
-        if mode != "random" and not is_chosen(mode, f"{name}{case}"):
-            continue
-        off = dict.fromkeys(names, 1) if name == "all" else {name: 1}
-        i = zlib.crc32(name.encode())
-        shapes = [shape for shape in case.shapes if math.prod(shape) >= 1000]  # of whole windows
         for layout in (as_it_is, channels_last):
-            if not IN_FULL and layout is (as_it_is, channels_last)[i // 16 % 2]:
-                continue
-            with driver.settings(mode=mode, misaligned=off, **varied(i)), native.installed():
-                compare(case, case.inputs(shapes[i % len(shapes)], FLOATS[1 + i % 3]), layout)
+            compare(case, case.inputs(shape, torch.float32, mean=1e5, std=1.0), layout)
 
 
-@one_case_an_op
+def pointers_of(case: Case) -> list[str]:
+    stem = contracts()[KERNELS.get(case.op, f"{case.op}_forward")].stem
+    return sorted({p.name for c in contracts().values() if c.stem == stem for p in c.pointers})
+
+
+@thinned("case", "pointer", of=[(case, pointer) for case in ONE_AN_OP for pointer in (*pointers_of(case), "all")])
+def test_misaligned_by_one_element(mode: str, case: Case, pointer: str) -> None:
+    """Each tensor alone, and all; of whole windows."""
+    off = dict.fromkeys(pointers_of(case) if pointer == "all" else [pointer], 1)
+    shapes = [shape for shape in case.shapes if math.prod(shape) >= 1000]
+    for i in range(4 if IN_FULL else 1):
+        shape = shapes[(zlib.crc32(pointer.encode()) + i) % len(shapes)]
+        check(case, shape, mode, pointer, misaligned=off)
+
+
+@pytest.mark.skipif(MODES == ("asan",), reason="the sanitizers add nothing")
+@pytest.mark.parametrize("case", ONE_AN_OP, ids=str)
 def test_same_bits_in_any_order(case: Case) -> None:
-    """Nothing depends on which thread comes first, nor on the number of multiprocessors alone."""
+    """Nothing depends on which thread comes first."""
     require_kernels(case.op)
-    if MODES == ("asan",):
-        pytest.skip("the sanitizers add nothing")
-    for shape in case.shapes[-2:]:
-        tensors = case.inputs(shape, torch.float32)
-        dy = cotangent(tensors[0])
-        results = []
-        for i in range(4):
-            with driver.settings(**varied(i)), native.installed():
-                y, grads = differentiate(case.fastnorm, tensors, dy)
-            results.append([y, *grads])
-        for other in results[1:]:
-            for a, b in zip(results[0], other, strict=True):
-                assert torch.equal(a, b)
+    tensors = case.inputs(case.shapes[-2], torch.float32)
+    dy = cotangent(tensors[0])
+    results = []
+    for order in driver.ORDERS:
+        with driver.settings(order=order, seed=3), native.installed():
+            y, grads = differentiate(case.fastnorm, tensors, dy)
+        results.append([y, *grads])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 # ---- what the table of cases does not have, against the CPU's kernels
@@ -264,9 +252,8 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
 }
 
 
-@every_mode
-@pytest.mark.parametrize("name", OTHERS)
-def test_as_the_cpu(name: str, mode: str) -> None:
+@thinned("name", of=[(name,) for name in OTHERS], fold=5)
+def test_as_the_cpu(mode: str, name: str) -> None:
     op = name.split("-")[0]
     require_kernels(op)
     wanted = OTHERS[name]()
@@ -289,16 +276,9 @@ DEVICES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@one_case_an_op
-@every_mode
-def test_on_every_device(case: Case, device: str, mode: str) -> None:
-    require_kernels(case.op)
-    for i, shape in enumerate(case.shapes[-3:], len(device)):
-        if not is_chosen(mode, f"{case}{device}{i}"):
-            continue
-        with driver.settings(mode=mode, **varied(i), **DEVICES[device]), native.installed():
-            compare(case, case.inputs(shape, FLOATS[1 + i % 3]), channels_last if i % 2 else as_it_is)
+@thinned("case", "device", "shape", of=[(c, d, shape) for c in ONE_AN_OP for d in DEVICES for shape in c.shapes[-3:]])
+def test_on_every_device(mode: str, case: Case, device: str, shape: tuple[int, ...]) -> None:
+    check(case, shape, mode, device, **DEVICES[device])
 
 
 @dataclass(frozen=True)
@@ -334,9 +314,9 @@ PATHS = (
            device={"shared_per_block": 4 << 10}) for last in (False, True)),
     # windows wider than the parts could be
     *(Path("local_response_norm-inter-torch-size1000-beta0.75", (2, 300, 4, 9), last=last,
-           device={"shared_per_block": 2 << 10}, workspace=True) for last in (False, True)),
+           device={"shared_per_block": 2 << 10, "multiprocessors": 1}, workspace=True) for last in (False, True)),
     *(Path("local_response_norm-intra-paper-size100-beta1.3", (2, 4, 30, 20), torch.float16, last=last,
-           device={"shared_per_block": 2 << 10}, workspace=True) for last in (False, True)),
+           device={"shared_per_block": 2 << 10, "multiprocessors": 1}, workspace=True) for last in (False, True)),
     # slices cut in parts
     Path("weight_norm-1", (4099, 5), workspace=True),
     Path("weight_norm-None", (4099, 5), torch.float16, workspace=True),
@@ -344,9 +324,8 @@ PATHS = (
 )  # fmt: skip
 
 
-@every_mode
-@pytest.mark.parametrize("path", PATHS, ids=str)
-def test_every_path(path: Path, mode: str) -> None:
+@thinned("path", of=[(path,) for path in PATHS], fold=5)
+def test_every_path(mode: str, path: Path) -> None:
     case = next(case for case in CASES if case.name == path.case)
     require_kernels(case.op)
     with driver.settings(mode=mode, order="random", seed=1, **path.device) as reports, native.installed():
@@ -369,23 +348,16 @@ PLANNED = [case for case in CASES if case.name in (
 )]  # fmt: skip
 
 
-@every_mode
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("case", PLANNED, ids=str)
-def test_every_plan(case: Case, plan: str, mode: str) -> None:
-    """Shapes with slices that are long enough for sixteen blocks, in both layouts and at an odd length."""
-    require_kernels(case.op)
-    for i, (shape, layout) in enumerate(
-        (((4, 4, 40, 40), as_it_is), ((8, 24, 12, 12), channels_last), ((3, 6, 33, 31), as_it_is)), len(plan)
-    ):
-        if not is_chosen(mode, f"{case}{plan}{i}"):
-            continue
-        device = {"multiprocessors": 1} if "stages" in PLANS[plan] else {}  # so that a cluster has several slices
-        with driver.settings(mode=mode, plan=PLANS[plan], **device, **varied(i)) as reports, native.installed():
-            compare(case, case.inputs(shape, FLOATS[1 + i % 3]), layout)
-        clusters = {launch.cluster for report in reports for launch in report.launches}
-        if PLANS[plan].get("resident") == 0:
-            assert clusters == {1}
+# Slices that are long enough for sixteen blocks, some of an odd length.
+PLANNED_SHAPES = ((4, 4, 40, 40), (8, 24, 12, 12), (3, 6, 33, 31))
+
+
+@thinned("case", "plan", "shape", of=[(case, p, shape) for case in PLANNED for p in PLANS for shape in PLANNED_SHAPES])
+def test_every_plan(mode: str, case: Case, plan: str, shape: tuple[int, ...]) -> None:
+    device = {"multiprocessors": 1} if "stages" in PLANS[plan] else {}  # so that a cluster has several slices
+    reports = check(case, shape, mode, plan, plan=PLANS[plan], **device)
+    if PLANS[plan].get("resident") == 0:
+        assert {launch.cluster for report in reports for launch in report.launches} == {1}
 
 
 @pytest.mark.skipif(MODES == ("asan",), reason="this is that process")
