@@ -149,8 +149,8 @@ _COMMON = [
 _NATIVE = ["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []  # so that fmaf is one instruction
 _MODES = {
     "random": ["-O1"],  # to compile takes longer than to run
-    # Not optimised: to compile would take four times as long. Not the check of shifts, with which GCC 12 reads the other
-    # operand's array at an index that it has not computed yet.
+    # Not optimised: to compile would take four times as long. Without the check of shifts: with it, GCC 12 indexes an
+    # array in the other operand by what it has not computed yet.
     "asan": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=shift", "-fno-sanitize-recover=all"],
     # Without these optimisations, so that a load of 16 bytes in the source is one load.
     "trace": ["-O1", "-g", "-fsanitize=thread", "-fno-tree-sra", "-fno-tree-fre", "-fno-tree-forwprop"],
