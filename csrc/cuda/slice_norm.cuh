@@ -1,8 +1,9 @@
 // What batch, group and instance normalisation share on the device. A slice is what is reduced and normalised together;
 // plan.h says how it lies in memory, is cut and is given to blocks.
 //
-// Resident: a cluster owns a slice at a time. Its blocks copy their pieces to shared memory on the first sweep; the
-// statistics, merged through distributed shared memory, and the outputs come from there. Forward moves 2 tensors
+// Resident: a cluster owns a slice at a time. Its blocks keep their pieces in shared memory, where bulk copies bring
+// those of long planes, the next slice's while this one is written if there is room, and the first sweep all others;
+// the statistics, merged through distributed shared memory, and the outputs come from there. Forward moves 2 tensors
 // through device memory, backward 3, and one more for each residual or its gradient.
 //
 // Split: one launch reduces, a block a part of a slice; a small one merges the parts; a third normalises, the last
