@@ -415,6 +415,26 @@ def test_handed_back_to_torch(training: bool) -> None:
     assert not any("fastnorm" in op for op in seen[False])
 
 
+def test_export_for_others_has_only_torch_ops() -> None:
+    fastnorm.enable_under_compile(False)
+    model = nn.Sequential(fastnorm.BatchNorm2d(3, activation="relu"), fastnorm.Dropout(0.5)).eval()
+    graph = torch.export.export(model, (tensor(2, 3, 4, 4),)).graph
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == [
+        "aten.batch_norm.default",
+        "aten.relu.default",
+    ]
+
+
+def test_a_torch_func_transform_inside_goes_to_torch() -> None:
+    def rows(x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda row: fn.layer_norm(row, (7,)))(x)
+
+    fastnorm.set_fallback("silent")
+    x = tensor(4, 5, 7)
+    y = torch.compile(rows, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, fn.layer_norm(x, (7,)))
+
+
 def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
     model, x = Everything(), tensor(4, 3, 8, 8)
     with torch.profiler.profile() as profile:
