@@ -153,7 +153,7 @@ __device__ inline bool out_of_range(double m, double sum, double squares) {
 constexpr int kForwardThreads = 512;
 
 template <typename T, int kPack, int kPacks>
-__global__ void __launch_bounds__(kForwardThreads) forward_rows(const __grid_constant__ Forward<T> a) {
+__global__ void __launch_bounds__(kForwardThreads, 1) forward_rows(const __grid_constant__ Forward<T> a) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   SMEM_ARRAY(double, scratch, 2 * kMostSums * (kMaxWarps + 1));
@@ -318,10 +318,13 @@ struct Backward {
   }
 };
 
-constexpr int kBackwardThreads = 512, kLongRowThreads = 256;
+// The most threads a block: a thread's registers are 65536 by them.
+constexpr int backward_threads(bool is_float64) { return is_float64 ? 256 : 512; }
+constexpr int kLongRowThreads = 256;
 
 template <typename T, int kPack, int kPacks>
-__global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const __grid_constant__ Backward<T> a) {
+__global__ void __launch_bounds__(backward_threads(std::is_same_v<T, double>), 1)
+    backward_rows(const __grid_constant__ Backward<T> a) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   SMEM_ARRAY(double, scratch, 2 * kMostSums * (kMaxWarps + 1));
@@ -551,9 +554,9 @@ Plan forward_plan(int64_t M, int64_t N, int pack) {
 }
 
 // Parts cost 8 bytes a column each, twice: so few blocks, each with several teams, as many as run at once.
-Plan backward_plan(int64_t M, int64_t N, int pack) {
+Plan backward_plan(int64_t M, int64_t N, int pack, Dtype dtype) {
   constexpr int kThreads = 256, kThreadsAtOnce = 512;  // of a block; of a multiprocessor
-  Plan p = plan(M, ceil_divide(N, pack), kBackwardPacks, kBackwardThreads);
+  Plan p = plan(M, ceil_divide(N, pack), kBackwardPacks, backward_threads(dtype == Dtype::kFloat64));
   const int64_t multiprocessors = device().multiprocessors;
   if (p.packs == 0) {
     p.parts = std::min(M, std::max<int64_t>(1, 2 * multiprocessors / ceil_divide(N, int64_t{pack} * p.team)));
@@ -593,7 +596,7 @@ void visit_packs(int packs, const F& f) {
 constexpr const char* kOp = "layer_norm";
 
 int64_t parts_bytes(const LayerNormBackward& a, int pack) {
-  const int64_t bytes = backward_plan(a.M, a.N, pack).parts * a.N * (a.dtype == Dtype::kFloat64 ? 8 : 4);
+  const int64_t bytes = backward_plan(a.M, a.N, pack, a.dtype).parts * a.N * (a.dtype == Dtype::kFloat64 ? 8 : 4);
   return ceil_divide(bytes, kAccess) * kAccess;
 }
 
@@ -655,7 +658,7 @@ void layer_norm_backward(const LayerNormBackward& a, const Queue& queue) {
         using T = typename decltype(type)::type;
         using acc_t = acc_type<T>;
         constexpr int kPack = decltype(pack)::value;
-        const Plan p = backward_plan(a.M, a.N, kPack);
+        const Plan p = backward_plan(a.M, a.N, kPack, a.dtype);
         const auto stream = static_cast<cudaStream_t>(queue.stream);
         char* const workspace = static_cast<char*>(queue.workspace);
         Backward<T> call{static_cast<const T*>(a.x),

@@ -210,7 +210,7 @@ constexpr int kMaxThreads = 256;
 // kPack lanes at a time, or, if that is 1, elements one by one, staged so that memory is read and written by 16 bytes
 // where the tile lies in one piece.
 template <typename T, int kPack, bool kBackward>
-__global__ void __launch_bounds__(kMaxThreads) normalize(const __grid_constant__ Call<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, 1) normalize(const __grid_constant__ Call<T> call) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   constexpr bool kStaged = kPack == 1;

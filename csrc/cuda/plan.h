@@ -51,7 +51,8 @@ constexpr int kMaxCluster = 16;
 // blocks must fit a multiprocessor, so that one computes while the other waits for memory.
 constexpr int kBlocks = 2;
 constexpr int max_threads(int columns, bool backward) {
-  return backward ? (columns > 4 ? 128 : 192) : (columns > 4 ? 192 : 256);
+  if (backward) return columns > 4 ? 128 : 160;
+  return columns > 1 ? 192 : 256;
 }
 
 // Slices lie in memory as runs of contiguous elements:

@@ -77,7 +77,7 @@ __device__ void map(const Coefficients& c, const acc_t (&v)[n], acc_t (&x)[n]) {
 }
 
 template <typename T, int kPack>
-__global__ void __launch_bounds__(kThreads) planes(Call<T> a, Phase phase) {
+__global__ void __launch_bounds__(kThreads, 4) planes(Call<T> a, Phase phase) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   SMEM_ARRAY(double, scratch, kMaxWarps);
