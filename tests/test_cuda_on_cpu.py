@@ -360,6 +360,19 @@ def test_every_plan(mode: str, case: Case, plan: str, shape: tuple[int, ...]) ->
         assert {launch.cluster for report in reports for launch in report.launches} == {1}
 
 
+@pytest.mark.skipif(MODES == ("asan",), reason="the sanitizers add nothing")
+@pytest.mark.parametrize("plan", ("split", "one-stage"))
+@pytest.mark.parametrize("name", ("batch_norm-train", "group_norm-one", "layer_norm"))
+def test_a_slice_that_drifts(name: str, plan: str) -> None:
+    """The first elements, whose mean deviations may be taken from, are far from the others."""
+    case = next(case for case in CASES if case.name == name)
+    x, *parameters = case.inputs((3, 4, 64, 64), torch.float32)
+    ramp = torch.linspace(0, 50, 64 * 64).view(1, 1, 64, 64)
+    for layout in (as_it_is, channels_last):
+        with driver.settings(plan=PLANS[plan], multiprocessors=16), native.installed():
+            compare(case, [x + ramp, *parameters], layout)
+
+
 @pytest.mark.skipif(MODES == ("asan",), reason="this is that process")
 def test_under_sanitizers() -> None:
     output, _ = _sanitized[0].communicate()

@@ -77,12 +77,11 @@ MUTATIONS = (
     Mutation("pack.cuh", "if (j >= begin && j < end) p[j]", "if (j >= begin && j <= end) p[j]", _PLANS),
     Mutation("pack.cuh", "if (aligned && begin == 0 && end == n)", "if (true)", _PLANS),
     Mutation("reduce.cuh", "distance < lanes; distance *= 2", "distance < lanes / 2; distance *= 2", _PLANS),
-    Mutation("reduce.cuh", "m2 = sum_of_squares - sum * d", "m2 = sum_of_squares", "far_above and batch_norm"),
+    Mutation("reduce.cuh", "m2 = sum_of_squares - sum * d", "m2 = sum_of_squares", "drifts and batch_norm"),
     Mutation("activation.cuh", "bits |= static_cast<unsigned>(!(z[j] <= 0)) << j;",
              "bits |= static_cast<unsigned>(z[j] > 1e-3f) << j;", f"{_BATCH}-residual-relu"),
     Mutation("activation.cuh", "multiply_add(z[j], pdf, normal_cdf(z[j]))", "normal_cdf(z[j])", f"{_BATCH}-gelu"),
     # ---- batch, group and instance normalisation
-    Mutation("slice_norm.cuh", "  __syncthreads();  // readers of the last totals are done\n", "", _PLANS, by="trace"),
     Mutation("slice_norm.cuh", "  __syncthreads();\n  const int apart", "  const int apart", _PLANS),
     Mutation("slice_norm.cuh", "    totals[i] = sum;\n  }\n  __syncthreads();", "    totals[i] = sum;\n  }", _PLANS),
     Mutation("slice_norm.cuh", "warp_sum(v, lanes);", "warp_sum(v);", f"float64 and {_BATCH}"),
@@ -173,7 +172,8 @@ def _caught(tests: str, mode: str, csrc: Path) -> bool:
         environment["FASTNORM_CUDA_UNDER_SANITIZERS"] = "1"
     # The traffic is counted in mode trace, under names that do not say so.
     files = ["tests/test_cuda_on_cpu.py", *(["tests/test_cuda_traffic.py"] if mode == "trace" else [])]
-    chosen = f"({tests}) and ({mode}{' or traffic' if mode == 'trace' else ''}) and not sanitizers"
+    also = {"random": " or drifts", "trace": " or traffic"}.get(mode, "")
+    chosen = f"({tests}) and ({mode}{also}) and not sanitizers"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--capture=sys"]
     done = subprocess.run(
         [*command, "-k", chosen, *files], cwd=TESTS.parent, env=environment, capture_output=True, text=True
