@@ -1,42 +1,57 @@
-"""BatchNorm2d against torch.nn's, as a user calls it: module forward and backward."""
+"""BatchNorm2d against torch.nn's: in training, for inference, and with what fastnorm fuses."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
 from harness import compare
-from torch import nn
+from workloads import CIFAR, PASSES, RESNET50, TINY, Shape, Workload, alike, channel_elements, fused, grid
 
-import fastnorm
-
-SHAPES = ((32, 64, 56, 56), (64, 256, 14, 14), (2, 4, 4, 4))
-LAYOUTS = ("contiguous", "channels_last")
-DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = RESNET50 | CIFAR | TINY
+FUSED_SHAPES = RESNET50 | TINY
+QUICK = ("ResNet-50 stage 1", "ResNet-50 stage 3", "tiny")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("passes", ("forward", "backward", "both"))
-def test_training(benchmark: Any, passes: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    ours, theirs = fastnorm.BatchNorm2d(shape[1], dtype=dtype), nn.BatchNorm2d(shape[1], dtype=dtype)
-    compare(benchmark, "BatchNorm2d", passes, ours, theirs, shape, dtype, layout)
+def evaluated(shape: Shape) -> Any:
+    return tuple(lambda make=make: make().eval() for make in alike("BatchNorm2d", shape[1]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_eval(benchmark: Any, shape: tuple[int, ...], layout: str) -> None:
-    ours, theirs = fastnorm.BatchNorm2d(shape[1]).eval(), nn.BatchNorm2d(shape[1]).eval()
-    compare(benchmark, "BatchNorm2d eval", "forward", ours, theirs, shape, torch.float32, layout)
+WORKLOADS = [
+    *grid(
+        "BatchNorm2d",
+        lambda shape: alike("BatchNorm2d", shape[1]),
+        SHAPES,
+        quick=QUICK,
+        compiles=("ResNet-50 stage 1", "ResNet-50 stage 3"),
+        slice_elements=channel_elements,
+        moved_beyond_cache=(3, 5),
+    ),
+    *grid("BatchNorm2d eval", evaluated, FUSED_SHAPES, quick=("ResNet-50 stage 1", "tiny"), moved=(2, 2)),
+    *grid(
+        "BatchNorm2d + ReLU",
+        lambda shape: fused("BatchNorm2d", "relu", shape[1]),
+        FUSED_SHAPES,
+        quick=("ResNet-50 stage 1",),
+        compiles=("ResNet-50 stage 1",),
+        slice_elements=channel_elements,
+        moved_beyond_cache=(3, 5),
+    ),
+    *grid(
+        "BatchNorm2d + add + ReLU",
+        lambda shape: fused("BatchNorm2d", "relu", shape[1]),
+        FUSED_SHAPES,
+        quick=("ResNet-50 stage 1",),
+        compiles=("ResNet-50 stage 1",),
+        slice_elements=channel_elements,
+        residual=True,
+        moved=(3, 4),
+        moved_beyond_cache=(4, 6),
+    ),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("passes", ("forward", "backward"))
-def test_with_relu(benchmark: Any, passes: str, shape: tuple[int, ...], layout: str) -> None:
-    """The fused ReLU against BatchNorm and ReLU one after the other."""
-    ours = fastnorm.BatchNorm2d(shape[1], activation="relu")
-    theirs = nn.Sequential(nn.BatchNorm2d(shape[1]), nn.ReLU())
-    compare(benchmark, "BatchNorm2d + ReLU", passes, ours, theirs, shape, torch.float32, layout)
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_batch_norm(benchmark: Any, workload: Workload, passes: str) -> None:
+    compare(benchmark, workload, passes)

@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from harness import compare
 from torch import nn
+from workloads import PASSES, RESNET50, TINY, Workload, channel_elements, fastnorm, grid
 
-import fastnorm
+WORKLOADS = grid(
+    "BatchRenorm2d",
+    lambda shape: (lambda: fastnorm().BatchRenorm2d(shape[1]), lambda: nn.BatchNorm2d(shape[1])),
+    {name: RESNET50[name] for name in ("ResNet-50 stage 1", "ResNet-50 stage 3")} | TINY,
+    quick=("ResNet-50 stage 3",),
+    slice_elements=channel_elements,
+    moved_beyond_cache=(3, 5),
+)
 
-SHAPES = ((32, 64, 56, 56), (64, 256, 14, 14), (2, 4, 4, 4))
 
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("passes", ("forward", "backward"))
-def test_training(benchmark: Any, passes: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    ours, theirs = fastnorm.BatchRenorm2d(shape[1], dtype=dtype), nn.BatchNorm2d(shape[1], dtype=dtype)
-    compare(benchmark, "BatchRenorm2d", passes, ours, theirs, shape, dtype, layout)
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_batch_renorm(benchmark: Any, workload: Workload, passes: str) -> None:
+    compare(benchmark, workload, passes)

@@ -5,36 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from harness import compare
-from torch import Tensor, nn
+from workloads import LAYOUTS, PASSES, RESNET50, TINY, VIT, DropPath, Workload, alike, fastnorm, grid
 
-import fastnorm
-
-
-class TorchDropPath(nn.Module):
-    """Stochastic depth as it is commonly written."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, input: Tensor) -> Tensor:
-        keep = input.new_empty([input.size(0)] + [1] * (input.dim() - 1)).bernoulli_(1 - self.p)
-        return input * keep.div_(1 - self.p)
+ROWS = {"AlexNet classifier": (128, 4096), "32 elements": (4, 8)} | VIT
+IMAGES = {name: RESNET50[name] for name in ("ResNet-50 stage 1", "ResNet-50 stage 3")} | TINY
 
 
-SHAPES = ((32, 64, 56, 56), (64, 256, 14, 14), (2, 4, 4, 4))
-LAYOUTS = ("contiguous", "channels_last")
+def drop_path(_: Any) -> Any:
+    return lambda: fastnorm().DropPath(0.5), lambda: DropPath(0.5)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("passes", ("forward", "backward"))
-@pytest.mark.parametrize("name", ("Dropout", "Dropout2d", "AlphaDropout", "FeatureAlphaDropout", "DropPath"))
-def test_training(
-    benchmark: Any, name: str, passes: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype
-) -> None:
-    ours, theirs = getattr(fastnorm, name)(0.5), getattr(nn, name, TorchDropPath)(0.5)
-    compare(benchmark, name, passes, ours, theirs, shape, dtype, layout, tensors_moved=2)
+WORKLOADS = [
+    *grid(
+        "Dropout",
+        lambda shape: alike("Dropout", 0.5),
+        ROWS,
+        layouts=LAYOUTS[:1],
+        moved=(2, 2),
+        quick=("ViT-B batch 8", "32 elements"),
+        compiles=("ViT-B batch 8",),
+    ),
+    *grid("Dropout", lambda shape: alike("Dropout", 0.5), IMAGES, moved=(2, 2), quick=("ResNet-50 stage 3",)),
+    *(
+        workload
+        for name in ("Dropout2d", "AlphaDropout", "FeatureAlphaDropout")
+        for workload in grid(
+            name, lambda shape, name=name: alike(name, 0.5), IMAGES, moved=(2, 2), quick=("ResNet-50 stage 3",)
+        )
+    ),
+    *grid("DropPath", drop_path, VIT, layouts=LAYOUTS[:1], moved=(2, 2), quick=("ViT-B batch 8",)),
+    *grid("DropPath", drop_path, IMAGES, moved=(2, 2)),
+]
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_dropout(benchmark: Any, workload: Workload, passes: str) -> None:
+    compare(benchmark, workload, passes)

@@ -1,39 +1,56 @@
-"""GroupNorm and InstanceNorm against torch.nn's, as a user calls them: module forward and backward."""
+"""GroupNorm and InstanceNorm against torch.nn's."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
 from harness import compare
-from torch import nn
+from workloads import PASSES, RESNET50, STYLE, TINY, UNET, UNET3D, Workload, alike, fused, grid, group_elements
 
-import fastnorm
+WORKLOADS = [
+    *grid(
+        "GroupNorm",
+        lambda shape: alike("GroupNorm", 32, shape[1]),
+        UNET | RESNET50,
+        quick=("UNet 64x64", "UNet 16x16"),
+        compiles=("UNet 64x64",),
+        slice_elements=group_elements(32),
+        moved_beyond_cache=(3, 5),
+    ),
+    *grid(
+        "GroupNorm", lambda shape: alike("GroupNorm", 2, shape[1]), TINY, quick=TINY, slice_elements=group_elements(2)
+    ),
+    *grid(
+        "GroupNorm + SiLU",
+        lambda shape: fused("GroupNorm", "silu", 32, shape[1]),
+        UNET,
+        quick=("UNet 64x64",),
+        compiles=("UNet 64x64",),
+        slice_elements=group_elements(32),
+        moved_beyond_cache=(3, 5),
+    ),
+    *grid(
+        "InstanceNorm2d",
+        lambda shape: alike("InstanceNorm2d", shape[1], affine=True),
+        STYLE | RESNET50 | TINY,
+        quick=("style transfer", "tiny"),
+        slice_elements=group_elements(None),
+        moved_beyond_cache=(3, 5),
+    ),
+    *grid(
+        "InstanceNorm3d",
+        lambda shape: alike("InstanceNorm3d", shape[1], affine=True),
+        UNET3D,
+        quick=("3-D UNet level 2",),
+        compiles=("3-D UNet level 2",),
+        slice_elements=group_elements(None),
+        moved_beyond_cache=(3, 5),
+    ),
+]
 
-SHAPES = ((32, 64, 56, 56), (64, 256, 14, 14), (2, 32, 32, 64, 64), (2, 4, 4, 4))
-LAYOUTS = ("contiguous", "channels_last")
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
-every_pass = pytest.mark.parametrize("passes", ("forward", "backward", "both"))
 
-
-@every_dtype
-@every_layout
-@every_shape
-@every_pass
-def test_group_norm(benchmark: Any, passes: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    setting = (min(32, shape[1] // 2), shape[1])
-    ours, theirs = fastnorm.GroupNorm(*setting, dtype=dtype), nn.GroupNorm(*setting, dtype=dtype)
-    compare(benchmark, "GroupNorm", passes, ours, theirs, shape, dtype, layout)
-
-
-@every_dtype
-@every_layout
-@every_shape
-@every_pass
-def test_instance_norm(benchmark: Any, passes: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    name = f"InstanceNorm{len(shape) - 2}d"
-    ours, theirs = (getattr(m, name)(shape[1], affine=True, dtype=dtype) for m in (fastnorm, nn))
-    compare(benchmark, name, passes, ours, theirs, shape, dtype, layout)
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_group_norm(benchmark: Any, workload: Workload, passes: str) -> None:
+    compare(benchmark, workload, passes)

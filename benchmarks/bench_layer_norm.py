@@ -1,32 +1,48 @@
-"""LayerNorm and RMSNorm against torch.nn's, as a user calls them."""
+"""LayerNorm and RMSNorm against torch.nn's."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
 from harness import compare
-from torch import nn
+from workloads import LAYOUTS, PASSES, VIT, Workload, alike, fused, grid, row_elements
 
-import fastnorm
+SHAPES = VIT | {
+    "rows of 1024": (8192, 1024),
+    "rows of 64": (4096, 64),
+    "rows of 128": (32768, 128),
+    "rows of 16384": (128, 16384),
+    "rows of 65536": (16, 65536),
+    "one row": (1, 4000000),
+    "32 elements": (4, 8),
+}
+SAME = {"layouts": LAYOUTS[:1], "slice_elements": row_elements, "moved_beyond_cache": (3, 5)}
+WORKLOADS = [
+    *(
+        workload
+        for name in ("LayerNorm", "RMSNorm")
+        for workload in grid(
+            name,
+            lambda shape, name=name: alike(name, shape[-1]),
+            SHAPES,
+            quick=("ViT-B batch 8", "rows of 1024", "rows of 128", "32 elements"),
+            compiles=("ViT-B batch 8",),
+            **SAME,
+        )
+    ),
+    *grid(
+        "LayerNorm + GELU",
+        lambda shape: fused("LayerNorm", "gelu", shape[-1]),
+        VIT,
+        quick=("ViT-B batch 8",),
+        compiles=("ViT-B batch 8",),
+        **SAME,
+    ),
+]
 
-SHAPES = ((8192, 1024), (64, 197, 768), (4096, 64), (32768, 128), (128, 16384), (16, 65536), (1, 4000000), (4, 8))
 
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("passes", ("forward", "backward", "both"))
-@pytest.mark.parametrize("name", ("LayerNorm", "RMSNorm"))
-def test_norm(benchmark: Any, name: str, passes: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    ours, theirs = (getattr(package, name)(shape[-1], dtype=dtype) for package in (fastnorm, nn))
-    compare(benchmark, name, passes, ours, theirs, shape, dtype)
-
-
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-@pytest.mark.parametrize("passes", ("forward", "backward"))
-def test_with_gelu(benchmark: Any, passes: str, shape: tuple[int, ...]) -> None:
-    """The fused GELU against LayerNorm and GELU one after the other."""
-    ours = fastnorm.LayerNorm(shape[-1], activation="gelu")
-    theirs = nn.Sequential(nn.LayerNorm(shape[-1]), nn.GELU())
-    compare(benchmark, "LayerNorm + GELU", passes, ours, theirs, shape, torch.float32)
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_layer_norm(benchmark: Any, workload: Workload, passes: str) -> None:
+    compare(benchmark, workload, passes)

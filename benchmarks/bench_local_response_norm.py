@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,28 +10,9 @@ import torch
 import torch.nn.functional as F
 from harness import compare
 from torch import Tensor, nn
+from workloads import ALEXNET, PASSES, TINY, Shape, WithinChannel, Workload, alike, fastnorm, grid
 
-import fastnorm
-
-SHAPES = ((32, 64, 56, 56), (32, 256, 14, 14), (1, 8, 4, 4))
-LAYOUTS = ("contiguous", "channels_last")
-PASSES = ("forward", "backward", "both")
-
-
-class WithinChannel(nn.Module):
-    """What a user of torch writes for a window of 5 x 5 in the plane."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        mean = F.avg_pool2d(input.square(), 5, stride=1, padding=2)
-        return input / (1.0 + 1e-4 * mean) ** 0.75
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("passes", PASSES)
-def test_inter(benchmark: Any, passes: str, shape: tuple[int, ...], layout: str) -> None:
-    ours, theirs = fastnorm.LocalResponseNorm(5), nn.LocalResponseNorm(5)
-    compare(benchmark, "LocalResponseNorm", passes, ours, theirs, shape, torch.float32, layout)
+QUICK = ("AlexNet conv2", "tiny")
 
 
 class InFloat32(nn.Module):
@@ -40,17 +22,30 @@ class InFloat32(nn.Module):
         return F.local_response_norm(input.float(), 5).to(input.dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
-@pytest.mark.parametrize("passes", PASSES)
-def test_inter_bfloat16(benchmark: Any, passes: str, shape: tuple[int, ...], layout: str) -> None:
-    ours = fastnorm.LocalResponseNorm(5)
-    compare(benchmark, "LocalResponseNorm", passes, ours, InFloat32(), shape, torch.bfloat16, layout)
+def in_float32(shape: Shape) -> tuple[Callable[[], nn.Module], Callable[[], nn.Module]]:
+    return alike("LocalResponseNorm", 5)[0], InFloat32
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def within(shape: Shape) -> tuple[Callable[[], nn.Module], Callable[[], nn.Module]]:
+    return lambda: fastnorm().LocalResponseNorm(5, region="intra"), WithinChannel
+
+
+SHAPES = ALEXNET | TINY
+WORKLOADS = [
+    *grid(
+        "LocalResponseNorm",
+        lambda shape: alike("LocalResponseNorm", 5),
+        SHAPES,
+        dtypes=(torch.float32,),
+        quick=QUICK,
+        compiles=("AlexNet conv2",),
+    ),
+    *grid("LocalResponseNorm", in_float32, SHAPES, dtypes=(torch.bfloat16,), quick=QUICK[:1]),
+    *grid("LocalResponseNorm intra", within, SHAPES, quick=QUICK[:1], compiles=("AlexNet conv2",)),
+]
+
+
 @pytest.mark.parametrize("passes", PASSES)
-def test_intra(benchmark: Any, passes: str, shape: tuple[int, ...], layout: str) -> None:
-    ours = fastnorm.LocalResponseNorm(5, region="intra")
-    compare(benchmark, "LocalResponseNorm intra", passes, ours, WithinChannel(), shape, torch.float32, layout)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_local_response_norm(benchmark: Any, workload: Workload, passes: str) -> None:
+    compare(benchmark, workload, passes)

@@ -6,19 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from harness import compare
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations as torch_parametrizations
+from workloads import LAYOUTS, PASSES, Shape, Workload, fastnorm, grid
 
-import fastnorm
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "Linear(8, 8)": lambda: nn.Linear(8, 8, bias=False),
-    "Conv2d(64, 128, 3)": lambda: nn.Conv2d(64, 128, 3, bias=False),
-    "ConvTranspose2d(128, 64, 4)": lambda: nn.ConvTranspose2d(128, 64, 4, bias=False),
-    "Linear(1024, 1024)": lambda: nn.Linear(1024, 1024, bias=False),
+LAYERS: dict[Shape, Callable[[], nn.Module]] = {
+    (8, 8): lambda: nn.Linear(8, 8, bias=False),
+    (128, 64, 3, 3): lambda: nn.Conv2d(64, 128, 3, bias=False),
+    (128, 64, 4, 4): lambda: nn.ConvTranspose2d(128, 64, 4, bias=False),
+    (1024, 1024): lambda: nn.Linear(1024, 1024, bias=False),
 }
+NAMES = dict(zip(("Linear 8", "Conv2d", "ConvTranspose2d", "Linear 1024"), LAYERS, strict=True))
 
 
 class Weight(nn.Module):
@@ -32,14 +31,21 @@ class Weight(nn.Module):
         return self.layer.weight
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("passes", ("forward", "backward", "both"))
-@pytest.mark.parametrize("name", ("weight_norm", "spectral_norm"))
-def test_training(benchmark: Any, name: str, passes: str, layer: str, dtype: torch.dtype) -> None:
-    ours, theirs = (
-        Weight(getattr(library, name)(LAYERS[layer]().to(dtype)))
-        for library in (fastnorm.parametrizations, torch_parametrizations)
+def of(name: str) -> Callable[[Shape], tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
+    """The parametrization of that name, of a layer whose weight has the shape."""
+    return lambda shape: (
+        lambda: Weight(getattr(fastnorm().parametrizations, name)(LAYERS[shape]())),
+        lambda: Weight(getattr(torch_parametrizations, name)(LAYERS[shape]())),
     )
-    shape = tuple(ours.layer.weight.shape)
-    compare(benchmark, f"{name} {layer.partition('(')[0]}", passes, ours, theirs, shape, dtype)
+
+
+WORKLOADS = [
+    *grid("weight_norm", of("weight_norm"), NAMES, layouts=LAYOUTS[:1], quick=("Conv2d", "Linear 8")),
+    *grid("spectral_norm", of("spectral_norm"), NAMES, layouts=LAYOUTS[:1], quick=("Conv2d",), moved=(2, 2)),
+]
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_parametrization(benchmark: Any, workload: Workload, passes: str) -> None:
+    compare(benchmark, workload, passes)

@@ -1,31 +1,93 @@
-"""Prints the comparison with torch after pytest-benchmark's own table."""
+"""The command line of ``pytest benchmarks``, what its JSON says of the machine, and the table at its end."""
 
 from __future__ import annotations
 
+import os
+import platform
 from typing import Any
 
 import harness
+import pytest
+import report
 import torch
 
 import fastnorm
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory has much to say
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not harness.ROWS:
-        return
-    info = fastnorm.build_info()
-    write = terminalreporter.write_line
-    write("")
-    write(
-        f"torch {info['torch']}, {info['instruction_set']}, {torch.get_num_threads()} threads; "
-        "medians of interleaved rounds; share: of a copy's speed, on the bytes that any program must move"
-    )
-    write(
-        f"{'op':24} {'pass':9} {'shape':18} {'dtype':9} {'layout':13} "
-        f"{'torch ms':>9} {'fastnorm ms':>11} {'GB/s':>6} {'share':>6} {'speed-up':>8}"
-    )
-    for r in harness.ROWS:
-        write(
-            f"{r.op:24} {r.passes:9} {'x'.join(map(str, r.shape)):18} {r.dtype:9} {r.layout:13} {r.torch_s * 1e3:9.3f} "
-            f"{r.fastnorm_s * 1e3:11.3f} {r.gigabytes_per_s:6.1f} {r.share_of_copy:6.0%} {r.speed_up:8.2f}"
-        )
+
+def pytest_addoption(parser: Any) -> None:
+    group = parser.getgroup("fastnorm")
+    group.addoption("--quick", action="store_true", help="a part of the rows: three minutes on two cores")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the workloads run")
+
+
+def pytest_configure(config: Any) -> None:
+    harness.SESSION.device = config.getoption("device")
+    harness.SESSION.quick = config.getoption("quick")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=harness.REPLAY))
+    if config.getoption("quick"):
+        left_out = [item for item in items if not is_quick(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if is_quick(item)]
+
+
+def is_quick(item: Any) -> bool:
+    parameters = item.callspec.params
+    return parameters["workload"].quick and parameters["passes"] != "both"
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    """The processor, or the GPU, and versions; no names of hosts."""
+    info = {key: value for key, value in fastnorm.build_info().items() if isinstance(value, str | int | bool)}
+    device = torch.cuda.get_device_name() if harness.SESSION.device == "cuda" else processor()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cache_mib": harness.clock(harness.SESSION.device).cache_bytes / 2**20,
+        "huge_pages": huge_pages(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "fastnorm": info,
+    }
+
+
+def processor() -> str:
+    """Its name, from Linux, or what Python knows of it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def huge_pages() -> str:
+    """When Linux gives huge pages: always, madvise or never."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as line:
+            return line.read().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Keeps what the report needs: the rounds themselves and the names of branches and folders go."""
+    commit = output_json["commit_info"]
+    output_json["commit_info"] = {key: commit[key] for key in ("id", "time", "dirty") if key in commit}
+    for one in output_json["benchmarks"]:
+        one["stats"].pop("data", None)
+        del one["params"], one["param"]  # repr of objects, with addresses; the name says it, too
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    rows = [report.Row.of(bench.extra_info) for bench in session.benchmarks] if session else []
+    if rows:
+        terminalreporter.write_line("")
+        for line in report.plain_table(rows):
+            terminalreporter.write_line(line)

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import MAX_ROUNDS, MIN_ROUNDS, CudaClock, by_turns
 from torch import Tensor, nn
+from workloads import DropPath, WithinChannel, Workload, alike, fastnorm, fused
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
@@ -105,22 +107,6 @@ def sanitize(out: Path) -> dict[str, str]:
 MEBI = 1 << 20
 
 
-@dataclass(frozen=True)
-class Bench:
-    """One op at one shape: a module a library, all given the same input, and a residual if there is one."""
-
-    op: str
-    ours: Callable[[], nn.Module]
-    torch: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    layout: str = "contiguous"
-    dtype: torch.dtype = torch.bfloat16
-    residual: bool = False
-    # tensors of the input's size that any program must read or write, forward and backward
-    moved: tuple[int, int] = (2, 3)
-    peers: tuple[str, ...] = ()  # of PEERS
-
-
 @dataclass
 class Row:
     """One line of the table: medians in milliseconds."""
@@ -146,34 +132,6 @@ class Row:
         return self.ms[library] / self.ms["fastnorm"]
 
 
-class AddAct(nn.Module):
-    """What a user of torch writes where fastnorm fuses: act(norm(x) + residual)."""
-
-    def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.activation = norm, activation
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        z = self.norm(x)
-        return self.activation(z if residual is None else z + residual)
-
-
-class WithinChannel(nn.Module):
-    """What a user of torch writes for local response normalisation with a window of 5 x 5."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = nn.functional.avg_pool2d(x.square(), 5, stride=1, padding=2)
-        return x / (1.0 + 1e-4 * mean) ** 0.75
-
-
-class DropPath(nn.Module):
-    """Stochastic depth as timm has it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        keep = x.new_empty([x.size(0)] + [1] * (x.dim() - 1)).bernoulli_(0.5)
-        return x * keep.div_(0.5)
-
-
 def _peer(module: str, name: str) -> Callable[..., nn.Module] | None:
     try:
         return getattr(importlib.import_module(module), name)
@@ -190,134 +148,87 @@ PEERS = {
 }
 
 
-def alike(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[[], nn.Module], Callable[[], nn.Module]]:
-    """The class of that name in fastnorm and in torch.nn, given the same arguments."""
-    return tuple(lambda library=library: getattr(library, name)(*args, **kwargs) for library in (fastnorm(), nn))
-
-
-def fastnorm() -> Any:
-    """Imported when it is built."""
-    return importlib.import_module("fastnorm")
-
-
-def of_images(**setting: Any) -> list[Bench]:
+def of_images(**setting: Any) -> list[Workload]:
     large, unet = (128, 256, 56, 56), (32, 320, 64, 64)
     return [
         *(
-            Bench("BatchNorm", *alike("BatchNorm2d", shape[1]), shape, **setting)
+            Workload("BatchNorm", *alike("BatchNorm2d", shape[1]), shape, **setting)
             for shape in ((128, 64, 56, 56), large, (256, 1024, 14, 14))
         ),
-        Bench(
+        Workload(
             "BatchNorm + add + ReLU",
-            lambda: fastnorm().BatchNorm2d(large[1], activation="relu"),
-            lambda: AddAct(nn.BatchNorm2d(large[1]), nn.ReLU()),
+            *fused("BatchNorm2d", "relu", large[1]),
             large,
             residual=True,
             moved=(3, 4),
             **setting,
         ),
         *(
-            Bench("GroupNorm", *alike("GroupNorm", 32, shape[1]), shape, **setting)
+            Workload("GroupNorm", *alike("GroupNorm", 32, shape[1]), shape, **setting)
             for shape in (unet, (128, 512, 28, 28))
         ),
-        Bench(
+        Workload(
             "GroupNorm + SiLU",
-            lambda: fastnorm().GroupNorm(32, unet[1], activation="silu"),
-            lambda: AddAct(nn.GroupNorm(32, unet[1]), nn.SiLU()),
+            *fused("GroupNorm", "silu", 32, unet[1]),
             unet,
             **setting,
         ),
-        Bench("InstanceNorm", *alike("InstanceNorm2d", 64, affine=True), (32, 64, 128, 128), **setting),
-        Bench("LRN", *alike("LocalResponseNorm", 5), (256, 96, 55, 55), **setting),
-        Bench(
+        Workload("InstanceNorm", *alike("InstanceNorm2d", 64, affine=True), (32, 64, 128, 128), **setting),
+        Workload("LRN", *alike("LocalResponseNorm", 5), (256, 96, 55, 55), **setting),
+        Workload(
             "LRN within channels",
             lambda: fastnorm().LocalResponseNorm(5, region="intra"),
             WithinChannel,
             (256, 96, 55, 55),
             **setting,
         ),
-        Bench("Dropout2d", *alike("Dropout2d", 0.5), large, moved=(2, 2), **setting),
+        Workload("Dropout2d", *alike("Dropout2d", 0.5), large, moved=(2, 2), **setting),
     ]
 
 
-def of_rows(dtype: torch.dtype) -> list[Bench]:
+def of_rows(dtype: torch.dtype) -> list[Workload]:
     shapes, square = ((16384, 4096), (1024, 12288), (32768, 1024), (1024, 65536)), (8192, 8192)
     return [
         *(
-            Bench(name, *alike(name, shape[1]), shape, dtype=dtype, peers=(f"liger {name}", f"apex {name}"))
+            Workload(name, *alike(name, shape[1]), shape, dtype=dtype, peers=(f"liger {name}", f"apex {name}"))
             for name in ("LayerNorm", "RMSNorm")
             for shape in shapes
         ),
-        *(Bench(n, *alike(n, 0.5), square, dtype=dtype, moved=(2, 2)) for n in ("Dropout", "AlphaDropout")),
-        Bench("DropPath", lambda: fastnorm().DropPath(0.5), DropPath, square, dtype=dtype, moved=(2, 2)),
+        *(Workload(n, *alike(n, 0.5), square, dtype=dtype, moved=(2, 2)) for n in ("Dropout", "AlphaDropout")),
+        Workload(
+            "DropPath", lambda: fastnorm().DropPath(0.5), lambda: DropPath(0.5), square, dtype=dtype, moved=(2, 2)
+        ),
     ]
 
 
-def of_the_host() -> list[Bench]:
+def of_the_host() -> list[Workload]:
     """Sizes at which the host's work is the time."""
     image, rows = (4, 16, 8, 8), (16, 256)
     return [
-        Bench("BatchNorm", *alike("BatchNorm2d", 16), image),
-        Bench("GroupNorm", *alike("GroupNorm", 4, 16), image),
-        Bench("LRN", *alike("LocalResponseNorm", 5), image),
-        Bench("LayerNorm", *alike("LayerNorm", 256), rows),
-        Bench("Dropout", *alike("Dropout", 0.5), rows, moved=(2, 2)),
+        Workload("BatchNorm", *alike("BatchNorm2d", 16), image),
+        Workload("GroupNorm", *alike("GroupNorm", 4, 16), image),
+        Workload("LRN", *alike("LocalResponseNorm", 5), image),
+        Workload("LayerNorm", *alike("LayerNorm", 256), rows),
+        Workload("Dropout", *alike("Dropout", 0.5), rows, moved=(2, 2)),
     ]
 
 
-def benches() -> list[Bench]:
+def benches() -> list[Workload]:
     dtypes, layouts = (torch.bfloat16, torch.float32), ("contiguous", "channels_last")
     images = [bench for dtype in dtypes for layout in layouts for bench in of_images(dtype=dtype, layout=layout)]
     return [*images, *(bench for dtype in dtypes for bench in of_rows(dtype)), *of_the_host()]
 
 
-class Timer:
-    """Times calls in turn, each after the L2 cache was filled with something else.
-
-    The fill also keeps the device busy while the host prepares what is timed, so that small kernels are not measured by
-    the host's speed; calls of tiny tensors, whose speed it is, go fifty at a time with a warm cache.
-    """
-
-    ROUNDS, WARM_UP, REPEATS = 15, 3, 50
-
-    def __init__(self) -> None:
-        self.other = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
-
-    def medians(self, prepare: dict[str, Callable[[], Callable[[], Any]]], tiny: bool) -> dict[str, float]:
-        """Milliseconds a call; prepare() does what is not timed and returns what is."""
-        repeats = self.REPEATS if tiny else 1
-        pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in prepare}
-        for _ in range(self.WARM_UP + self.ROUNDS):
-            for name, make in prepare.items():
-                calls = [make() for _ in range(repeats)]
-                if not tiny:
-                    self.other.zero_()
-                    torch.cuda._sleep(400_000)  # cycles: 0.2 ms
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                if tiny:
-                    torch.cuda.synchronize()
-                start.record()
-                for call in calls:
-                    call()
-                end.record()
-                pairs[name].append((start, end))
-        torch.cuda.synchronize()
-        return {
-            name: statistics.median(a.elapsed_time(b) for a, b in timed[self.WARM_UP :]) / repeats
-            for name, timed in pairs.items()
-        }
-
-
-def libraries(bench: Bench, compiles: bool) -> dict[str, nn.Module]:
+def libraries(bench: Workload, compiles: bool) -> dict[str, nn.Module]:
     """The modules to compare, by library."""
-    modules = {"fastnorm": bench.ours(), "torch": bench.torch()}
+    modules = {"fastnorm": bench.ours(), "torch": bench.theirs()}
     for peer in bench.peers:
         if make := _peer(*PEERS[peer]):
             modules[peer.split()[0]] = make(bench.shape[-1])
     modules = {name: module.to("cuda", bench.dtype) for name, module in modules.items()}
     if compiles:
         torch._dynamo.reset()
-        modules["compile"] = torch.compile(bench.torch().to("cuda", bench.dtype), dynamic=False)
+        modules["compile"] = torch.compile(bench.theirs().to("cuda", bench.dtype), dynamic=False)
     return modules
 
 
@@ -332,7 +243,7 @@ def forward_and_backward(module: nn.Module, dy: Tensor, inputs: list[Tensor]) ->
     return {"forward": lambda: lambda: module(*inputs), "backward": backward}
 
 
-def measure(bench: Bench, timer: Timer, compiles: bool) -> list[Row]:
+def measure(bench: Workload, clock: CudaClock, compiles: bool) -> list[Row]:
     """A row for each pass."""
 
     def make() -> Tensor:
@@ -350,9 +261,10 @@ def measure(bench: Bench, timer: Timer, compiles: bool) -> list[Row]:
     for index, passed in enumerate(("forward", "backward")):
         prepare = {name: both[passed] for name, both in passes.items()}
         prepare["copy"] = lambda: lambda: target.copy_(x.detach())
+        times = by_turns(prepare, clock, tiny=tiny)
         row = Row(
             bench.op, passed, bench.shape, str(bench.dtype)[6:], bench.layout,
-            bench.moved[index] * x.numel() * x.element_size(), timer.medians(prepare, tiny),
+            bench.moved[index] * x.numel() * x.element_size(), {name: t.median * 1e3 for name, t in times.items()},
         )  # fmt: skip
         rows.append(row)
     return rows
@@ -360,7 +272,7 @@ def measure(bench: Bench, timer: Timer, compiles: bool) -> list[Row]:
 
 def benchmark(deadline: float) -> tuple[list[Row], list[str]]:
     """The rows, and what there was no time for. torch.compile takes the most, so it stops first."""
-    timer = Timer()
+    clock = CudaClock()
     rows: list[Row] = []
     missing: list[str] = []
     compiled: set[tuple[str, torch.dtype, str]] = set()
@@ -375,7 +287,7 @@ def benchmark(deadline: float) -> tuple[list[Row], list[str]]:
         compiles = key not in compiled and time.monotonic() < (started + deadline) / 2
         compiled.add(key)
         try:
-            rows += measure(bench, timer, compiles)
+            rows += measure(bench, clock, compiles)
         except Exception as error:  # a peer's, perhaps: the other rows are still worth having
             missing.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     return rows, missing
@@ -402,7 +314,8 @@ def markdown(report: dict[str, Any], rows: list[Row]) -> str:
     lines = ["# gpu-check", "", ", ".join(f"{k} {v}" for k, v in report["machine"].items()), ""]
     lines += [f"- {step}: {result}" for step, result in report["steps"].items()]
     libraries = [name for name in ("torch", "compile", "liger", "apex") if any(name in r.ms for r in rows)]
-    lines += ["", f"Medians of {Timer.ROUNDS} rounds in turn, CUDA events, cold L2 (tensors below a million elements:"]
+    rounds = f"Medians of {MIN_ROUNDS} to {MAX_ROUNDS} rounds in turn"
+    lines += ["", f"{rounds}, CUDA events, cold L2 (tensors below a million elements:"]
     lines += ["50 calls at once). TB/s and share of the copy count the bytes that any program must move.", ""]
     lines += ["| op | pass | shape | dtype | layout | fastnorm ms | TB/s | share of copy | speed-up over: "]
     lines[-1] += " | ".join(libraries) + " |"

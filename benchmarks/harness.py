@@ -1,153 +1,164 @@
-"""How a row is timed: the library, torch and a plain copy by turns in one process: a noisy machine slows all alike."""
+"""Measures one pass of a workload and records it as a row of pytest-benchmark's."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+import memory
 import torch
+from timing import CpuClock, CudaClock, Prepare, Times, by_turns, clock_of
 from torch import Tensor, nn
+from workloads import Workload
 
-# Returns what is to be timed, after doing what is not: a backward's forward, say.
-Prepare = Callable[[], Callable[[], Any]]
+SECONDS, QUICK_SECONDS = 1.5, 0.3  # that the rounds of one row may take, beyond the first few
+
+
+class Replay:
+    """The timer that pytest-benchmark is given: it shows what has been measured here, by CUDA events for one."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+REPLAY = Replay()
+
+
+@dataclass
+class Session:
+    """What the command line says."""
+
+    device: str = "cpu"
+    quick: bool = False
+
+
+SESSION = Session()
+
+
+@functools.lru_cache(maxsize=1)
+def clock(device: str) -> CpuClock | CudaClock:
+    return clock_of(device)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: medians in seconds."""
+class Subjects:
+    """A workload's modules by library, and what they are given."""
 
-    op: str
-    passes: str
-    shape: tuple[int, ...]
-    dtype: str
-    layout: str
-    torch_s: float
-    fastnorm_s: float
-    copy_s: float  # of a tensor of this shape, dtype and layout
-    minimum_bytes: int  # each input read once, each output written once
+    modules: dict[str, nn.Module]
+    inputs: tuple[Tensor, ...]
+    dy: Tensor
+    target: Tensor  # that the input is copied into
 
-    @property
-    def speed_up(self) -> float:
-        return self.torch_s / self.fastnorm_s
+    def forward(self, library: str) -> Tensor:
+        return self.modules[library](*self.inputs)
 
-    @property
-    def gigabytes_per_s(self) -> float:
-        return self.minimum_bytes / self.fastnorm_s / 1e9
+    def gradients(self, library: str, y: Tensor) -> tuple[Tensor, ...]:
+        leaves = (*self.inputs, *self.modules[library].parameters())
+        return torch.autograd.grad(y, leaves, self.dy, allow_unused=True)
 
-    @property
-    def share_of_copy(self) -> float:
-        """How near the row is to the speed of a copy, 1.0 being as fast for the bytes it must move."""
-        copied = 2 * torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
-        return (self.minimum_bytes / self.fastnorm_s) / (copied / self.copy_s)
+    def prepare(self, library: str, passes: str) -> Prepare:
+        if passes == "forward":
+            return lambda: lambda: self.forward(library)
+        if passes == "both":
+            return lambda: lambda: self.gradients(library, self.forward(library))
 
+        def backward() -> Any:
+            y = self.forward(library)
+            return lambda: self.gradients(library, y)
 
-ROWS: list[Row] = []
+        return backward
 
-
-def in_layout(t: Tensor, layout: str) -> Tensor:
-    return t.contiguous() if layout == "contiguous" else t.movedim(1, -1).contiguous().movedim(-1, 1)
+    def copy(self) -> Any:
+        return lambda: self.target.copy_(self.inputs[0].detach())
 
 
-def forward_of(module: nn.Module, *inputs: Tensor) -> Prepare:
-    return lambda: lambda: module(*inputs)
+# The passes of one workload come one after the other: torch.compile works once for them.
+@functools.lru_cache(maxsize=1)
+def subjects(workload: Workload, device: str) -> Subjects:
+    generator = torch.Generator().manual_seed(0)
+    x, dy, residual = (workload.tensor(device, generator) for _ in range(3))
+    inputs = (x.requires_grad_(), residual.requires_grad_()) if workload.residual else (x.requires_grad_(),)
+    modules = {"fastnorm": workload.ours(), "torch": workload.theirs()}
+    modules = {name: module.to(device, workload.dtype) for name, module in modules.items()}
+    if workload.compiles:
+        torch._dynamo.reset()
+        modules["compile"] = torch.compile(workload.theirs().to(device, workload.dtype), dynamic=False)
+    return Subjects(modules, inputs, dy, torch.empty_like(dy))
 
 
-def backward_of(module: nn.Module, grad_output: Tensor, *inputs: Tensor) -> Prepare:
-    leaves = [*inputs, *module.parameters()]
-
-    def prepare() -> Callable[[], Any]:
-        y = module(*inputs)
-        for leaf in leaves:
-            leaf.grad = None
-        return lambda: y.backward(grad_output)
-
-    return prepare
-
-
-def both_of(module: nn.Module, grad_output: Tensor, *inputs: Tensor) -> Prepare:
-    leaves = [*inputs, *module.parameters()]
-
-    def prepare() -> Callable[[], Any]:
-        for leaf in leaves:
-            leaf.grad = None
-        return lambda: module(*inputs).backward(grad_output)
-
-    return prepare
+@functools.lru_cache(maxsize=1)
+def footprint(workload: Workload, device: str) -> dict[str, dict[str, int]]:
+    """Bytes kept for backward and the peak of both passes, by library."""
+    made = subjects(workload, device)
+    libraries = ("fastnorm", "torch")
+    return {
+        "saved_bytes": {
+            name: memory.saved_bytes(lambda name=name: made.forward(name), made.modules[name].parameters())
+            for name in libraries
+        },
+        "peak_bytes": {
+            name: memory.peak_bytes(lambda name=name: made.gradients(name, made.forward(name)), device)
+            for name in libraries
+        },
+    }
 
 
-PASSES = {
-    "forward": (2, lambda module, dy, *inputs: forward_of(module, *inputs)),
-    "backward": (3, backward_of),
-    "both": (5, both_of),
-}
+def row(workload: Workload, passes: str, times: dict[str, Times], device: str) -> dict[str, Any]:
+    """The measurement as it goes into JSON: seconds and bytes."""
+    minimum = workload.minimum_bytes(passes, clock(device).cache_bytes)
+    median = {name: t.median for name, t in times.items()}
+    speed, copied = minimum / median["fastnorm"], 2 * workload.tensor_bytes / median["copy"]
+    return {
+        "op": workload.op,
+        "passes": passes,
+        "network": workload.network,
+        "shape": list(workload.shape),
+        "dtype": str(workload.dtype)[6:],
+        "layout": workload.layout,
+        "device": device,
+        "rounds": len(times["fastnorm"].rounds),
+        "seconds": {name: {"median": t.median, "quartiles": t.quartiles} for name, t in times.items()},
+        "speed_up": {name: median[name] / median["fastnorm"] for name in ("torch", "compile") if name in median},
+        "tensor_bytes": workload.tensor_bytes,
+        "minimum_bytes": minimum,
+        "gigabytes_per_s": speed / 1e9,
+        "share_of_copy": speed / copied,
+        **footprint(workload, device),
+    }
 
 
-def compare(
-    benchmark: Any,
-    op: str,
-    passes: str,
-    ours: nn.Module,
-    theirs: nn.Module,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: str = "contiguous",
-    tensors_moved: int | None = None,
-) -> None:
-    """Times one pass of two modules on one input and records the row.
+def measure(workload: Workload, passes: str, device: str, seconds: float) -> tuple[dict[str, Any], Times]:
+    """The row, and the rounds of ours."""
+    made = subjects(workload, device)
+    prepare = {"copy": made.copy} | {name: made.prepare(name, passes) for name in reversed(made.modules)}
+    times = by_turns(prepare, clock(device), tiny=workload.tiny, seconds=seconds)
+    measured = row(workload, passes, times, device)
+    if device == "cpu":
+        calls = {name: make() for name, make in prepare.items() if name in ("fastnorm", "torch")}
+        measured["page_faults"] = {name: memory.page_faults(call) for name, call in calls.items()}
+    return measured, times["fastnorm"]
+
+
+def compare(benchmark: Any, workload: Workload, passes: str) -> None:
+    """Times one pass of a workload and records it.
 
     Args:
-        benchmark: pytest-benchmark's fixture; it times ours, and runs theirs and the copy before each round.
+        benchmark: pytest-benchmark's fixture; the statistics are those of ours, ``extra_info`` has the others'.
         passes: "forward", "backward" or "both".
-        tensors_moved: tensors of the input's size that any program must read or write, if not the pass's usual 2, 3 or
-            5.
     """
-    usual, prepare_pass = PASSES[passes]
-    generator = torch.Generator().manual_seed(0)
-    x = in_layout(torch.randn(shape, generator=generator).to(dtype), layout).requires_grad_()
-    dy = in_layout(torch.randn(shape, generator=generator).to(dtype), layout)
-    target = torch.empty_like(x, requires_grad=False)
-    prepare_ours, prepare_theirs = prepare_pass(ours, dy, x), prepare_pass(theirs, dy, x)
-    repeats = 1 if x.numel() > 1 << 16 else 50  # a call of microseconds is timed by the fifty
-    torch_times: list[float] = []
-    copy_times: list[float] = []
+    if benchmark.disabled:  # a run of the tests that measures nothing
+        made = subjects(workload, SESSION.device)
+        made.prepare("fastnorm", passes)()()
+        return
+    measured, ours = measure(workload, passes, SESSION.device, QUICK_SECONDS if SESSION.quick else SECONDS)
+    benchmark.extra_info.update(measured)
+    rounds = iter(ours.rounds)
 
-    def timed(runs: list[Callable[[], Any]], times: list[float]) -> None:
-        start = time.perf_counter()
-        for run in runs:
-            run()
-        times.append((time.perf_counter() - start) / repeats)
+    def pass_time() -> None:
+        REPLAY.now += next(rounds)
 
-    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        timed([lambda: target.copy_(x.detach())] * repeats, copy_times)
-        timed([prepare_theirs() for _ in range(repeats)], torch_times)
-        return ([prepare_ours() for _ in range(repeats)],), {}
-
-    def run_all(runs: list[Callable[[], Any]]) -> None:
-        for run in runs:
-            run()
-
-    benchmark.pedantic(run_all, setup=setup, rounds=25, warmup_rounds=3)
-    row = Row(
-        op=op,
-        passes=passes,
-        shape=shape,
-        dtype=str(dtype)[6:],
-        layout=layout,
-        torch_s=statistics.median(torch_times[3:]),
-        fastnorm_s=benchmark.stats.stats.median / repeats,
-        copy_s=statistics.median(copy_times[3:]),
-        minimum_bytes=(tensors_moved or usual) * x.numel() * x.element_size(),
-    )
-    benchmark.extra_info.update(
-        torch_ms=row.torch_s * 1e3,
-        fastnorm_ms=row.fastnorm_s * 1e3,
-        copy_ms=row.copy_s * 1e3,
-        speed_up=row.speed_up,
-        minimum_bytes=row.minimum_bytes,
-        gigabytes_per_s=row.gigabytes_per_s,
-        share_of_copy=row.share_of_copy,
-    )
-    ROWS.append(row)
+    benchmark.pedantic(pass_time, rounds=len(ours.rounds))

@@ -1,0 +1,64 @@
+"""What a forward and backward pass keep and take of memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass keeps for backward, parameters left out.
+
+    Each storage counts once, however many tensors of it are kept, and whole: it stays as long as one of them does.
+    Inputs count: in a network nothing but the layer that keeps them makes them stay.
+    """
+    kept: dict[int, tuple[Tensor, int]] = {}
+    left_out = {p.untyped_storage().data_ptr() for p in parameters}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.nbytes() > 0 and storage.data_ptr() not in left_out:
+            kept[storage.data_ptr()] = (t, storage.nbytes())  # t is held, so that no other storage gets its address
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = forward()
+    del y
+    return sum(nbytes for _, nbytes in kept.values())
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """The most that a call had allocated at any time, beyond what was there before it."""
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    allocated = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        allocated += event["args"]["Bytes"]
+        peak = max(peak, allocated)
+    return peak
+
+
+def page_faults(run: Callable[[], Any]) -> int:
+    """Pages that the system provided during a call: how much of the memory it writes is fresh."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
