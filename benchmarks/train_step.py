@@ -1,0 +1,207 @@
+"""``python benchmarks/train_step.py [--out DIR]``: training steps on torch.nn, converted, and converted and fused.
+
+For each network and layout: the time of a step (zero_grad, forward, loss, backward, SGD), the three by turns in one
+process; the share of torch's step that normalisation, activation, addition and dropout take, by torch's profiler; the
+most memory allocated in a step; and the bytes kept for backward. Prints a Markdown table; with ``--out`` it also writes
+train_step.md and train_step.json there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from memory import peak_bytes, saved_bytes
+from report import markdown_table
+from timing import by_turns, clock_of
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import networks  # noqa: E402
+
+import fastnorm  # noqa: E402
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 for 32x32 images: no pooling behind its first convolution, which has a stride of 1."""
+    model = networks.ResNet((64, 128, 256, 512))
+    model.maxpool = nn.Identity()
+    return model
+
+
+def vgg() -> nn.Module:
+    """Two convolutions of 3x3 with BatchNorm and ReLU and a pool at each of 32, 64 and 128 channels."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (32, 64, 128):
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 10))
+
+
+def vit() -> nn.Module:
+    return networks.ViT(dim=192, depth=6, heads=3, p=0.1)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A network, how many 32x32 images it takes at once, and the layouts it is measured in."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    batch: int
+    layouts: tuple[str, ...] = ("contiguous", "channels_last")
+
+
+TRAININGS = (
+    Training("ResNet-18", resnet18, 64),
+    Training("VGG 32-64-128", vgg, 256),
+    Training("ViT, 6 blocks of 192", vit, 256, ("contiguous",)),
+)
+
+# torch's names of what fastnorm takes over.
+OURS = re.compile(r"aten::(native_)?(batch_norm|layer_norm|relu|threshold|gelu|add|dropout|bernoulli)_?(_backward)?")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One library's step; seconds and bytes."""
+
+    network: str
+    batch: int
+    layout: str
+    device: str
+    library: str
+    median: float
+    quartiles: tuple[float, float]
+    rounds: int
+    share_in_norms: float | None  # of torch's step, in normalisation, activation, addition and dropout
+    peak_bytes: int
+    saved_bytes: int
+
+
+def variants(training: Training) -> dict[str, nn.Module]:
+    """The same network with the same weights on torch.nn, converted, and converted and fused."""
+    torch.manual_seed(0)
+    model = training.make().train()
+    converted = fastnorm.convert(copy.deepcopy(model))
+    return {"torch": model, "converted": converted, "fused": fastnorm.fuse(copy.deepcopy(converted))}
+
+
+def step_of(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def share_in_norms(step: Callable[[], Any], device: str) -> float:
+    """The part of a step's time that torch spends in what fastnorm takes over."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(3):
+            step()
+    name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, name) for event in profile.key_averages()}
+    return sum(time for op, time in times.items() if OURS.fullmatch(op)) / sum(times.values())
+
+
+def measure(training: Training, layout: str, device: str, seconds: float) -> list[Result]:
+    memory_format = torch.contiguous_format if layout == "contiguous" else torch.channels_last
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(training.batch, 3, 32, 32, generator=generator).to(device, memory_format=memory_format)
+    labels = torch.randint(10, (training.batch,), generator=generator).to(device)
+    models = {name: m.to(device, memory_format=memory_format) for name, m in variants(training).items()}
+    steps = {name: step_of(model, x, labels) for name, model in models.items()}
+    times = by_turns({name: lambda step=step: step for name, step in steps.items()}, clock_of(device), seconds=seconds)
+    return [
+        Result(
+            training.name,
+            training.batch,
+            layout,
+            device,
+            name,
+            times[name].median,
+            times[name].quartiles,
+            len(times[name].rounds),
+            share_in_norms(steps[name], device) if name == "torch" else None,
+            peak_bytes(steps[name], device),
+            saved_bytes(lambda model=model: F.cross_entropy(model(x), labels), model.parameters()),
+        )
+        for name, model in models.items()
+    ]
+
+
+def markdown(results: list[Result]) -> str:
+    """A line a step; "saved" is the part of what torch spends in norm, activation and add that is gone."""
+    header = ["network", "layout", "layers", "step ms", "speed-up", "in norm, activation, add", "saved of it"]
+    header += ["peak MiB", "kept MiB", "kept, of torch's"]
+    lines = []
+    for result in results:
+        if result.library == "torch":
+            torchs = result
+        spread = (result.quartiles[1] - result.quartiles[0]) / 2 / result.median
+        ours = result.library != "torch"
+        saved = (torchs.median - result.median) / (torchs.median * (torchs.share_in_norms or 0.0))
+        lines.append([
+            f"{result.network}, batch {result.batch}",
+            result.layout,
+            result.library,
+            f"{result.median * 1e3:.0f} ±{spread:.0%}",
+            f"{torchs.median / result.median:.2f}" if ours else "",
+            "" if ours else f"{torchs.share_in_norms:.0%}",
+            f"{saved:.0%}" if ours else "",
+            f"{result.peak_bytes / 2**20:.0f}",
+            f"{result.saved_bytes / 2**20:.0f}",
+            f"{result.saved_bytes / torchs.saved_bytes:.0%}" if ours else "",
+        ])  # fmt: skip
+    return "\n".join(markdown_table(header, lines, 3)) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Whole training steps: torch.nn, converted, converted and fused.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--networks", default="", help="only those whose names contain this")
+    parser.add_argument("--batch", type=int, help="images at once, if not each network's usual number")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of each network in each layout")
+    parser.add_argument("--out", type=Path, help="folder for train_step.md and train_step.json")
+    args = parser.parse_args()
+    results: list[Result] = []
+    for training in TRAININGS:
+        if args.networks.lower() not in training.name.lower():
+            continue
+        for layout in training.layouts:
+            sized = Training(training.name, training.make, args.batch or training.batch)
+            results += measure(sized, layout, args.device, args.seconds)
+    table = markdown(results)
+    print(table, end="")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        built = fastnorm.build_info()
+        about = {"torch": built["torch"], "fastnorm": built["fastnorm"], "threads": torch.get_num_threads()}
+        content = {**about, "results": [asdict(result) for result in results]}
+        (args.out / "train_step.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (args.out / "train_step.md").write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

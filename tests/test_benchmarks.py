@@ -1,0 +1,179 @@
+"""The benchmarks: a small run of theirs, what they count, and what the report makes of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastnorm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import memory  # noqa: E402
+import report  # noqa: E402
+import timing  # noqa: E402
+import train_step  # noqa: E402
+from workloads import Workload, alike, channel_elements  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pytest benchmarks` writes of LayerNorm on 32 elements."""
+    path = tmp_path_factory.mktemp("benchmarks") / "results.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", "--quick"]
+    command += ["-k", "LayerNorm-4x8-float32", f"--benchmark-json={path}", "benchmarks/bench_layer_norm.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "share of copy" in done.stdout
+    return path
+
+
+def test_a_run_records_both_libraries(results: Path) -> None:
+    content = json.loads(results.read_text())
+    rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
+    assert [row["passes"] for row in rows] == ["forward", "backward"]
+    for benchmark, row in zip(content["benchmarks"], rows, strict=True):
+        median = {name: one["median"] for name, one in row["seconds"].items()}
+        assert set(median) == {"copy", "torch", "fastnorm"}
+        assert all(0 < time < 60 for time in median.values())
+        assert benchmark["stats"]["median"] == pytest.approx(median["fastnorm"])
+        assert row["speed_up"]["torch"] == pytest.approx(median["torch"] / median["fastnorm"])
+        assert row["gigabytes_per_s"] == pytest.approx(row["minimum_bytes"] / median["fastnorm"] / 1e9)
+        for one in row["seconds"].values():
+            first, third = one["quartiles"]
+            assert first <= one["median"] <= third
+    assert [row["minimum_bytes"] for row in rows] == [2 * 128, 3 * 128]
+
+
+def test_results_name_the_machine_but_not_the_host(results: Path) -> None:
+    text = results.read_text()
+    machine = json.loads(text)["machine_info"]
+    assert machine["fastnorm"]["torch"] == torch.__version__
+    assert machine["threads"] >= 1 and machine["device"]
+    assert str(ROOT) not in text
+    assert "node" not in machine and f'"{platform.node()}"' not in text
+
+
+def test_report(results: Path, tmp_path: Path) -> None:
+    """Losses are listed as such, and a file that comes later replaces rows of those before it."""
+    content = json.loads(results.read_text())
+    slow, fast = copy.deepcopy(content), copy.deepcopy(content)
+    for changed, ratio in ((slow, 0.25), (fast, 7.0)):
+        for benchmark in changed["benchmarks"]:
+            benchmark["extra_info"]["speed_up"]["torch"] = ratio
+    paths = [tmp_path / "slow.json", tmp_path / "fast.json"]
+    for path, changed in zip(paths, (slow, fast), strict=True):
+        path.write_text(json.dumps(changed))
+    written = report.write(paths[:1], tmp_path / "one")
+    assert {path.name for path in written} == {"README.md", "speed_up.png", "memory_limit.png", "memory_kept.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
+    text = written[0].read_text()
+    assert "## Slower than torch: 2 of 2 rows" in text
+    assert "| LayerNorm | 2 | 0.25 | 0.25 | 2 |" in text
+    text = report.write(paths, tmp_path / "both")[0].read_text()
+    assert "## Slower than torch: 0 of 2 rows" in text
+    assert "| LayerNorm | 2 | 7.00 | 7.00 | 0 |" in text
+    with pytest.raises(ValueError, match="no rows"):
+        report.write([_without_rows(content, tmp_path)], tmp_path)
+
+
+def _without_rows(content: dict[str, Any], folder: Path) -> Path:
+    path = folder / "empty.json"
+    path.write_text(json.dumps({**content, "benchmarks": []}))
+    return path
+
+
+def test_rows_below_the_memorys_limit_are_listed(results: Path) -> None:
+    info = json.loads(results.read_text())["benchmarks"][0]["extra_info"]
+    large = {**info, "tensor_bytes": 1 << 30}
+    rows = [report.Row.of({**large, "share_of_copy": share}) for share in (0.5, 0.7)]
+    small = report.Row.of({**info, "share_of_copy": 0.5})
+    assert report.below_the_limit([*rows, small], cache_mib=32) == rows[:1]
+
+
+def test_minimum_bytes_depend_on_what_fits_in_the_cache() -> None:
+    def workload(layout: str) -> Workload:
+        shape = (8, 16, 32, 32)
+        return Workload(
+            "BatchNorm2d",
+            *alike("BatchNorm2d", 16),
+            shape,
+            layout,
+            moved_beyond_cache=(3, 5),
+            slice_elements=channel_elements(shape, layout),
+        )
+
+    numel, cache = 8 * 16 * 32 * 32, 8 * 32 * 32 * 4  # one channel
+    assert workload("contiguous").minimum_bytes("forward", cache) == 2 * 4 * numel
+    assert workload("contiguous").minimum_bytes("both", cache - 1) == 8 * 4 * numel
+    assert workload("channels_last").minimum_bytes("backward", cache) == 5 * 4 * numel
+    assert workload("channels_last").minimum_bytes("backward", 4 * numel) == 3 * 4 * numel
+
+
+def test_saved_bytes_count_a_storage_once() -> None:
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    after_convolution = x * 1.0
+    assert memory.saved_bytes(lambda: after_convolution.sigmoid().tanh(), []) == 2 * x.nbytes
+    view = after_convolution[:2]
+    assert memory.saved_bytes(lambda: view.exp() + view.sin(), []) == x.nbytes + x.nbytes // 2
+    layer = nn.Linear(16, 16)
+    assert memory.saved_bytes(lambda: layer(after_convolution), layer.parameters()) == x.nbytes
+    dropout = fastnorm.Dropout(0.5)
+    assert memory.saved_bytes(lambda: dropout(after_convolution), []) == 0
+
+
+def test_peak_bytes_is_what_was_allocated_at_once() -> None:
+    one = 4 << 20
+
+    def run() -> None:
+        a = torch.empty(one, dtype=torch.int8)
+        b = torch.empty(one, dtype=torch.int8)
+        del a, b
+        torch.empty(one, dtype=torch.int8)
+
+    assert memory.peak_bytes(run, "cpu") == 2 * one
+
+
+def test_calls_are_timed_by_turns() -> None:
+    order: list[str] = []
+
+    class Clock(timing.CpuClock):
+        def seconds(self, calls: list[Any], tiny: bool) -> float:
+            order.append(calls[0]())
+            return {"a": 1.0, "b": 2.0}[order[-1]] * len(calls)
+
+    prepare = {name: lambda name=name: lambda: name for name in "ab"}
+    times = timing.by_turns(prepare, Clock(), tiny=True, seconds=0.0)
+    assert order == ["a", "b"] * (timing.WARM_UP + timing.MIN_ROUNDS)
+    assert times["a"].rounds == (1.0,) * timing.MIN_ROUNDS
+    assert (times["b"].median, times["b"].quartiles) == (2.0, (2.0, 2.0))
+
+
+def test_training_step() -> None:
+    """A network with one normalisation: the fused one keeps no more than torch's, and the table has a line for each."""
+
+    def network() -> nn.Module:
+        layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.AvgPool2d(30)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+
+    training = train_step.Training("small", network, 4)
+    assert isinstance(train_step.variants(training)["fused"][2], nn.Identity)
+    results = train_step.measure(training, "channels_last", "cpu", seconds=0.0)
+    assert [result.library for result in results] == ["torch", "converted", "fused"]
+    theirs, converted, fused = results
+    assert theirs.share_in_norms is not None and 0 < theirs.share_in_norms < 1
+    assert fused.saved_bytes <= converted.saved_bytes < theirs.saved_bytes  # dropout's mask
+    assert 0 < fused.peak_bytes < theirs.peak_bytes
+    assert len(train_step.markdown(results).splitlines()) == 5
