@@ -64,6 +64,7 @@ def register(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[..., Any]:
     """Registers an op with the dispatcher, and returns it.
 
@@ -73,9 +74,10 @@ def register(
         fake: makes results of the same shapes, strides and types of arguments that have no data.
         backward, setup_context: the derivative, as torch.library.register_autograd takes them; without, there is none,
             and to ask for it is an error.
+        tags: what a compiler is told of the op besides.
     """
     name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     op = f"fastnorm::{name}"
     torch.library.register_fake(op, fake, lib=_library)

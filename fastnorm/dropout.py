@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -127,9 +128,18 @@ def _traced_alpha_dropout(input: Tensor, p: float, channel_dims: int, inplace: b
 
 
 def _traced_state(input: Tensor) -> Tensor:
-    """Seed and offset of one mask, by an op of torch's own: of others with equal arguments a compiler makes one call,
-    so that two layers would share a mask, even of those tagged as random."""
-    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=input.device)
+    """Seed and offset of one mask, drawn when the graph runs."""
+    return _dropout_state_op(input, _site())
+
+
+@torch.compiler.assume_constant_result
+def _site() -> int:
+    """Another number for each call in a graph: of calls of an op with equal arguments a compiler makes one, even where
+    the op is tagged as random, and two layers would share a mask."""
+    return next(_sites)
+
+
+_sites = itertools.count()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -148,6 +158,14 @@ def _alpha_dropout_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _fake(input: Tensor, p: float, state: Tensor, channel_dims: int) -> Tensor:
     return compile.empty_in_layout(input)
 
+
+_dropout_state_op = compile.register(
+    "dropout_state(Tensor input, int site) -> Tensor",
+    lambda input, site: _C.dropout_state(None, input),
+    lambda input, site: input.new_empty(2, dtype=torch.int64),
+    setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output),
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
 
 _SCHEMA = "float p, Tensor state, int channel_dims) -> Tensor"
 _dropout_op = compile.register(

@@ -12,6 +12,7 @@ from networks import ResNet, ViT, difference, images, outputs_and_gradients, ran
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import fastnorm
 import fastnorm.functional as fn
@@ -118,6 +119,7 @@ def forward_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.local_response_norm,
             (tensor(*SHAPE, grad=True, last=True), *lrn, "intra", "paper"),
         ),
+        "dropout_state": (OPS.dropout_state, (tensor(*SHAPE, grad=True), 0)),
         "dropout": (OPS.dropout, (tensor(*SHAPE, grad=True, last=True), 0.4, state, 0)),
         "dropout of channels": (OPS.dropout, (tensor(*SHAPE, grad=True), 0.4, state, 2)),
         "alpha_dropout": (OPS.alpha_dropout, (tensor(*SHAPE, grad=True), 0.4, state, 0)),
@@ -362,6 +364,29 @@ def test_two_dropouts_of_one_tensor_have_masks_of_their_own(backend: str) -> Non
     assert 300 < int((a != b).sum()) < 700
     (gradient,) = torch.autograd.grad((a + 10 * b).sum(), x)
     torch.testing.assert_close(gradient, (a + 10 * b).detach())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_seed_gives_the_masks_of_eager_calls(backend: str) -> None:
+    model = nn.Sequential(fastnorm.Dropout(0.5), fastnorm.Dropout2d(0.3), fastnorm.AlphaDropout(0.2))
+    run = torch.compile(model, fullgraph=True, backend=backend)
+    x = tensor(4, 5, 6, 7)
+    torch.manual_seed(3)
+    eager = [model(x) for _ in range(2)]
+    torch.manual_seed(3)
+    for wanted in eager:
+        torch.testing.assert_close(run(x), wanted, rtol=0, atol=0)
+
+
+def test_a_checkpoint_in_a_graph_draws_the_mask_again() -> None:
+    x = torch.ones(1000, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: fn.dropout(x.sin(), 0.5).exp(), x, use_reentrant=False)
+
+    y = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient == 0, y == 1)
 
 
 def test_dropout_in_eval_mode_is_left_out() -> None:
