@@ -132,7 +132,6 @@ def _traced_state(input: Tensor) -> Tensor:
     return _dropout_state_op(input, _site())
 
 
-@torch.compiler.assume_constant_result
 def _site() -> int:
     """Another number for each call in a graph: of calls of an op with equal arguments a compiler makes one, even where
     the op is tagged as random, and two layers would share a mask."""
@@ -140,6 +139,8 @@ def _site() -> int:
 
 
 _sites = itertools.count()
+# What torch.compiler.assume_constant_result does, without its import of the compiler: two seconds of every start.
+_site._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

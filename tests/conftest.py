@@ -11,8 +11,8 @@ import torch
 
 import fastnorm
 
-# Inductor's cache on disk does not tell code apart that was made for a lesser instruction set by ATEN_CPU_CAPABILITY, and
-# such code, compiled for another, writes past its buffers.
+# Inductor's cache on disk does not tell code apart that was made for a lesser instruction set, by ATEN_CPU_CAPABILITY,
+# and such code, compiled for another, writes past its buffers.
 _capability = torch.backends.cpu.get_cpu_capability()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/fastnorm-inductor-{_capability}")
 

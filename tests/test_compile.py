@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -485,6 +487,11 @@ def test_what_no_kernel_takes() -> None:
     fastnorm.set_fallback("silent")
     run = torch.compile(lambda x, weight: fn.rms_norm(x, (7,), weight), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(x, weight), nn.functional.rms_norm(x, (7,), weight), check_dtype=False)
+
+
+def test_the_import_is_light() -> None:
+    script = "import sys, torch, fastnorm; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def test_readme() -> None:
