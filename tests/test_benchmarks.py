@@ -126,6 +126,8 @@ def test_saved_bytes_count_a_storage_once() -> None:
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     after_convolution = x * 1.0
     assert memory.saved_bytes(lambda: after_convolution.sigmoid().tanh(), []) == 2 * x.nbytes
+    twice = after_convolution.view(-1)
+    assert memory.saved_bytes(lambda: (after_convolution.sin(), twice.cos()), []) == x.nbytes
     view = after_convolution[:2]
     assert memory.saved_bytes(lambda: view.exp() + view.sin(), []) == x.nbytes + x.nbytes // 2
     layer = nn.Linear(16, 16)
