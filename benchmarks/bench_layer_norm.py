@@ -18,6 +18,10 @@ SHAPES = VIT | {
     "32 elements": (4, 8),
 }
 SAME = {"layouts": LAYOUTS[:1], "slice_elements": row_elements, "moved_beyond_cache": (3, 5)}
+QUICK = {
+    "LayerNorm": ("ViT-B batch 8", "rows of 1024", "rows of 128", "32 elements"),
+    "RMSNorm": ("ViT-B batch 8", "32 elements"),
+}
 WORKLOADS = [
     *(
         workload
@@ -26,7 +30,7 @@ WORKLOADS = [
             name,
             lambda shape, name=name: alike(name, shape[-1]),
             SHAPES,
-            quick=("ViT-B batch 8", "rows of 1024", "rows of 128", "32 elements"),
+            quick=QUICK[name],
             compiles=("ViT-B batch 8",),
             **SAME,
         )

@@ -41,7 +41,7 @@ WORKLOADS = [
         compiles=("AlexNet conv2",),
     ),
     *grid("LocalResponseNorm", in_float32, SHAPES, dtypes=(torch.bfloat16,), quick=QUICK[:1]),
-    *grid("LocalResponseNorm intra", within, SHAPES, quick=QUICK[:1], compiles=("AlexNet conv2",)),
+    *grid("LocalResponseNorm intra", within, SHAPES, quick=QUICK[:1]),
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,10 +54,3 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         allocated += event["args"]["Bytes"]
         peak = max(peak, allocated)
     return peak
-
-
-def page_faults(run: Callable[[], Any]) -> int:
-    """Pages that the system provided during a call: how much of the memory it writes is fresh."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -46,12 +46,17 @@ class Row:
     share_of_copy: float
     saved_bytes: dict[str, int]
     peak_bytes: dict[str, int]
-    page_faults: dict[str, int]
+    page_faults: dict[str, float]
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> Row:
         """From what the harness wrote; a file without one of these entries is not the harness's."""
-        return cls(**{**info, "shape": tuple(info["shape"]), "page_faults": info.get("page_faults", {})})
+        return cls(
+            **{
+                **info,
+                "shape": tuple(info["shape"]),
+            }
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -66,9 +71,9 @@ class Row:
         return (third - first) / 2 / self.seconds[library]["median"]
 
     @property
-    def fresh_bytes(self) -> int:
-        """Of memory that the system had to provide during a call."""
-        return PAGE * self.page_faults.get("fastnorm", 0)
+    def fresh_bytes(self) -> float:
+        """At least, of memory that the system had to provide during a call."""
+        return PAGE * self.page_faults["fastnorm"]
 
     def is_memory_bound(self, cache_mib: float) -> bool:
         """Input and output do not fit in the cache together, so that nothing of them is left there from before."""
@@ -114,7 +119,7 @@ def of_median(row: Row, library: str) -> str:
     return f"{row.milliseconds(library):.3g} ±{row.spread(library):.0%}"
 
 
-def mebibytes(nbytes: int) -> str:
+def mebibytes(nbytes: float) -> str:
     return "0" if nbytes == 0 else f"{nbytes / 2**20:.3g}"
 
 
@@ -215,7 +220,7 @@ Speed-up: torch's median time over fastnorm's, libraries and a plain copy timed 
 the distance between the quartiles. torch.compile is measured in part of the rows only. GB/s counts the bytes that any
 program must move, and its share is of a copy of the same tensor into memory used before. Outputs come from the system's
 allocator as a user gets them: above 32 MiB glibc takes fresh memory for each call, and the system's work to provide it
-is part of every time but the copy's; *fresh MiB* is what it provided during a call of fastnorm's, in pages of 4 KiB.
+is part of every time but the copy's; *fresh MiB*: page faults in a call of fastnorm's, times 4 KiB (a huge page is one).
 *Kept*: for backward, in MiB, the input included."""
 
 
@@ -284,7 +289,7 @@ def times_axis(axes: Axes) -> None:
 
 
 def memory_limit_chart(rows: Sequence[Row], cache_mib: float) -> Figure:
-    """The share of a copy's speed by the tensor's size, forward and backward."""
+    """The share of a copy's speed by the tensor's size, from 64 KiB on, forward and backward."""
     families = {
         "BatchNorm": "#0072B2",
         "GroupNorm, InstanceNorm": "#009E73",
@@ -303,11 +308,12 @@ def memory_limit_chart(rows: Sequence[Row], cache_mib: float) -> Figure:
         raise ValueError(f"no family for {op}")
 
     panels = ("forward", "backward")
+    large = [row for row in rows if row.tensor_bytes >= 1 << 16]  # the calls' overhead decides below
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, passes in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         for name, colour in families.items():
             for dtype, marker in (("float32", "o"), ("bfloat16", "s")):
-                of = [row for row in rows if row.passes == passes and row.dtype == dtype and family(row.op) == name]
+                of = [row for row in large if row.passes == passes and row.dtype == dtype and family(row.op) == name]
                 axes.plot(
                     [row.tensor_bytes / 2**20 for row in of],
                     [row.share_of_copy for row in of],
@@ -319,9 +325,8 @@ def memory_limit_chart(rows: Sequence[Row], cache_mib: float) -> Figure:
                 )
         axes.axhline(1, color=GREY, lw=1)
         axes.axvline(cache_mib / 2, color=GREY, lw=1, ls=":")
-        axes.text(
-            cache_mib / 2, 0.02, " beyond the cache", color=BLACK, fontsize=8, transform=axes.get_xaxis_transform()
-        )
+        inside = axes.get_xaxis_transform()
+        axes.text(cache_mib / 2, 0.02, "in the cache ", ha="right", fontsize=8, transform=inside)
         axes.set_xscale("log")
         axes.set_ylim(0, None)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -346,12 +351,12 @@ def memory_kept_chart(rows: Sequence[Row]) -> Figure:
     }
     figure = Figure(figsize=(10, 1.6 + 0.34 * len(largest)), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True)
-    titles = {"saved_bytes": "kept for backward", "peak_bytes": "peak of forward and backward"}
+    titles = {"saved_bytes": "kept for backward", "peak_bytes": "peak"}
     for axes, (name, title) in zip(grid, titles.items(), strict=True):
         for offset, (library, colour) in enumerate((("torch", GREY), ("fastnorm", COLOURS["forward"]))):
             values = [getattr(row, name)[library] / row.tensor_bytes for row in largest.values()]
             axes.barh([i + 0.4 * (offset - 0.5) for i in range(len(values))], values, 0.38, color=colour, label=library)
-        axes.set_xlabel(f"{title}, in tensors of the input's size")
+        axes.set_xlabel(f"{title}, tensors of the input's size")
         axes.grid(axis="x", alpha=0.3)
     grid[0].set_yticks(range(len(largest)), largest)
     grid[0].set_ylim(len(largest) - 0.4, -0.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +35,10 @@ class CpuClock:
             call()
         return time.perf_counter() - start
 
+    def page_faults(self) -> int:
+        """Pages that the system has provided to the process so far, 4 KiB or huge ones."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
 
 class CudaClock:
     """CUDA events around calls that find the L2 cache filled with something else.
@@ -63,6 +68,10 @@ class CudaClock:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
+    def page_faults(self) -> int:
+        """The device has none."""
+        return 0
+
 
 def clock_of(device: str) -> CpuClock | CudaClock:
     return CudaClock() if device == "cuda" else CpuClock()
@@ -73,6 +82,7 @@ class Times:
     """Seconds a call of each round, by which the spread is known."""
 
     rounds: tuple[float, ...]
+    page_faults: float = 0.0  # in a call, on average: how much of the memory that it writes is fresh
 
     @property
     def median(self) -> float:
@@ -97,24 +107,28 @@ def by_turns(
     """
     repeats = REPEATS if tiny else 1
     times: dict[str, list[float]] = {name: [] for name in prepare}
+    faults = dict.fromkeys(prepare, 0)
 
-    def round_of(times: dict[str, list[float]]) -> None:
+    def measure() -> None:
         for name, make in prepare.items():
             calls = [make() for _ in range(repeats)]
+            before = clock.page_faults()
             times[name].append(clock.seconds(calls, tiny) / repeats)
+            faults[name] += clock.page_faults() - before
 
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for _ in range(WARM_UP):
-            round_of({name: [] for name in prepare})
+            measure()
+        times, faults = {name: [] for name in prepare}, dict.fromkeys(prepare, 0)
         end = time.perf_counter() + seconds
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and time.perf_counter() > end:
                 break
-            round_of(times)
+            measure()
     finally:
         if collects:
             gc.enable()
-    return {name: Times(tuple(rounds)) for name, rounds in times.items()}
+    return {name: Times(tuple(rounds), faults[name] / (len(rounds) * repeats)) for name, rounds in times.items()}
