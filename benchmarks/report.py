@@ -220,8 +220,8 @@ Speed-up: torch's median time over fastnorm's, libraries and a plain copy timed 
 the distance between the quartiles. torch.compile is measured in part of the rows only. GB/s counts the bytes that any
 program must move, and its share is of a copy of the same tensor into memory used before. Outputs come from the system's
 allocator as a user gets them: above 32 MiB glibc takes fresh memory for each call, and the system's work to provide it
-is part of every time but the copy's; *fresh MiB*: page faults in a call of fastnorm's, times 4 KiB (a huge page is one).
-*Kept*: for backward, in MiB, the input included."""
+is part of every time but the copy's; *fresh MiB*: page faults in a call of fastnorm's, times 4 KiB (a huge page is one
+fault). *Kept*: for backward, in MiB, the input included."""
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, Any], commit: dict[str, Any], pictures: Sequence[str]) -> str:
