@@ -92,7 +92,7 @@ def group_norm(
     act: str | None = None,
 ) -> Tensor:
     """The statistics of each sample and group of neighbouring channels; instance normalisation with groups = C."""
-    slices = x.reshape(x.shape[0], groups, -1)
+    slices = x.reshape(x.shape[0], groups, x[:1].numel() // max(1, groups))
     mean = slices.sum(2, keepdim=True) / slices.shape[2]
     var = ((slices - mean) ** 2).sum(2, keepdim=True) / slices.shape[2]
     xhat = ((slices - mean) / torch.sqrt(var + eps)).reshape(x.shape)
