@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastnorm
 import fastnorm.functional as fn
@@ -255,6 +255,188 @@ WRONG = {
         lambda: fastnorm.InstanceNorm2d(3)(torch.ones(2, 3)),
         ValueError,
         r"InstanceNorm2d: input must have shape \(N, C, H, W\) or \(C, H, W\), got 2 dimensions",
+    ),
+    "instance_norm: residual": (
+        lambda: fn.instance_norm(X(), residual=torch.ones(3)),
+        RuntimeError,
+        r"instance_norm: residual must have input's shape \[4, 3, 5, 5\], got \[3\]",
+    ),
+    "instance_norm: activation": (lambda: fn.instance_norm(X(), activation="elu"), ValueError, "instance_norm: activ"),
+    "instance_norm: strided statistics": (
+        lambda: fn.instance_norm(X(), torch.zeros(6)[::2], torch.ones(3)),
+        RuntimeError,
+        "instance_norm: running_mean and running_var must be contiguous to be updated",
+    ),
+    "instance_norm: statistics of two types": (
+        lambda: fn.instance_norm(X(dtype=torch.half), torch.zeros(3), torch.ones(3).half()),
+        RuntimeError,
+        "running_mean and running_var must be of one type, got Float and Half",
+    ),
+    "instance_norm: module's channels": (
+        lambda: fastnorm.InstanceNorm2d(4, affine=True)(X()),
+        ValueError,
+        "InstanceNorm2d: input must have num_features=4 channels, got 3",
+    ),
+    "group_norm: residual's type": (
+        lambda: fn.group_norm(X(), 1, residual=X(dtype=torch.float64)),
+        RuntimeError,
+        "group_norm: residual must be of input's type Float, got Double",
+    ),
+    "group_norm: bias's type": (
+        lambda: fn.group_norm(X(), 1, None, torch.ones(3).double()),
+        RuntimeError,
+        "group_norm: bias must be of type Float for an input of type Float, got Double",
+    ),
+    "group_norm: module's channels": (
+        lambda: fastnorm.GroupNorm(2, 4)(X()),
+        RuntimeError,
+        "num_groups must divide the number of channels 3.*got 2",
+    ),
+    "layer_norm: module's shape": (
+        lambda: fastnorm.LayerNorm(7)(X()),
+        RuntimeError,
+        r"layer_norm: input must have shape \[\*, 7\] \(normalized_shape \[7\]\), got \[4, 3, 5, 5\]",
+    ),
+    "layer_norm: sparse residual": (
+        lambda: fn.layer_norm(X(), (5,), residual=X().to_sparse()),
+        RuntimeError,
+        "layer_norm: residual must be a strided tensor, got Sparse",
+    ),
+    "rms_norm: residual": (
+        lambda: fn.rms_norm(X(), (5,), residual=torch.ones(5)),
+        RuntimeError,
+        "rms_norm: residual must have input's shape",
+    ),
+    "rms_norm: activation": (lambda: fn.rms_norm(X(), (5,), activation="elu"), ValueError, "rms_norm: activation must"),
+    "rms_norm: meta device": (
+        lambda: fn.rms_norm(X(device="meta"), (5,)),
+        NotImplementedError,
+        "rms_norm: no kernel for a Strided tensor on meta",
+    ),
+    "local_response_norm: size": (
+        lambda: fn.local_response_norm(X(), 0),
+        RuntimeError,
+        "local_response_norm: size must be at least 1, got 0",
+    ),
+    "local_response_norm: size is no integer": (
+        lambda: fn.local_response_norm(X(), 2.5),
+        TypeError,
+        "local_response_norm",
+    ),
+    "local_response_norm: region": (
+        lambda: fn.local_response_norm(X(), 3, region="both"),
+        ValueError,
+        "region must be 'inter' or 'intra', got 'both'",
+    ),
+    "local_response_norm: convention": (
+        lambda: fn.local_response_norm(X(), 3, convention="caffe"),
+        ValueError,
+        "convention must be 'torch' or 'paper', got 'caffe'",
+    ),
+    "local_response_norm: rank": (
+        lambda: fn.local_response_norm(torch.ones(2, 3), 3),
+        ValueError,
+        r"input must have at least 3 dimensions \(N, C, \*\), got 2 with shape \[2, 3\]",
+    ),
+    "local_response_norm: rank within channels": (
+        lambda: fn.local_response_norm(torch.ones(2, 3, 4), 3, region="intra"),
+        ValueError,
+        r"must have shape \(N, C, H, W\) for region='intra', got 3 dimensions",
+    ),
+    "local_response_norm: module's region": (
+        lambda: fastnorm.LocalResponseNorm(3, region="x"),
+        ValueError,
+        "LocalResponseNorm: region must be",
+    ),
+    "batch_renorm: no statistics": (
+        lambda: fn.batch_renorm(X(), None, None, training=True),
+        RuntimeError,
+        "batch_renorm: running_mean and running_var must be given, for r and d come from them",
+    ),
+    "batch_renorm: r_max": (
+        lambda: fn.batch_renorm(X(), torch.zeros(3), torch.ones(3), training=True, r_max=0.5),
+        ValueError,
+        "batch_renorm: r_max must be at least 1, got 0.5",
+    ),
+    "batch_renorm: d_max": (
+        lambda: fn.batch_renorm(X(), torch.zeros(3), torch.ones(3), training=True, d_max=-1),
+        ValueError,
+        "batch_renorm: d_max must be at least 0, got -1",
+    ),
+    "batch_renorm: one row": (
+        lambda: fn.batch_renorm(torch.ones(1, 3), torch.zeros(3), torch.ones(3), training=True),
+        ValueError,
+        r"batch_renorm: expected more than 1 value per channel in training, got input shape \[1, 3\]",
+    ),
+    "batch_renorm: module's r_max": (lambda: fastnorm.BatchRenorm2d(3, r_max=0.1), ValueError, "BatchRenorm2d: r_max"),
+    "batch_renorm: module's d_max": (lambda: fastnorm.BatchRenorm1d(3, d_max=-1), ValueError, "BatchRenorm1d: d_max"),
+    "batch_renorm: module's statistics": (
+        lambda: fastnorm.BatchRenorm2d(3, track_running_stats=False),
+        ValueError,
+        "BatchRenorm2d: track_running_stats must be True",
+    ),
+    "batch_renorm: module's rank": (
+        lambda: fastnorm.BatchRenorm3d(3)(X()),
+        ValueError,
+        r"BatchRenorm3d: input must have shape \(N, C, D, H, W\), got 4 dimensions",
+    ),
+    "sync_batch_norm: rank": (
+        lambda: fastnorm.SyncBatchNorm(3)(torch.ones(3)),
+        ValueError,
+        r"SyncBatchNorm: input must have shape \(N, C, \*\), got 1 dimension",
+    ),
+    "alpha_dropout: p": (lambda: fn.alpha_dropout(X(), 2.0, True), ValueError, r"alpha_dropout: p must be in \[0, 1\]"),
+    "alpha_dropout: in place on a leaf": (
+        lambda: fn.alpha_dropout(X(requires_grad=True), 0.5, True, True),
+        RuntimeError,
+        "alpha_dropout: inplace=True on a leaf tensor that requires grad",
+    ),
+    "dropout: in place on a leaf": (
+        lambda: fn.dropout(X(requires_grad=True), 0.5, True, True),
+        RuntimeError,
+        "dropout: inplace=True on a leaf tensor that requires grad",
+    ),
+    "feature_alpha_dropout: rank": (
+        lambda: fn.feature_alpha_dropout(torch.ones(3), 0.5, True),
+        RuntimeError,
+        r"feature_alpha_dropout: input must have shape \(N, C, \*\), got \[3\]",
+    ),
+    "drop_path: p": (lambda: fn.drop_path(X(), 1.2, True), ValueError, r"drop_path: p must be in \[0, 1\], got 1.2"),
+    "drop_path: rank": (
+        lambda: fn.drop_path(torch.ones(()), 0.5, True),
+        RuntimeError,
+        r"drop_path: input must have shape \(N, \*\), got \[\]",
+    ),
+    "DropPath: p": (lambda: fastnorm.DropPath(3.0), ValueError, r"DropPath: p must be in \[0, 1\], got 3.0"),
+    "spectral_norm: name": (
+        lambda: fastnorm.parametrizations.spectral_norm(nn.Linear(3, 4), "kernel"),
+        ValueError,
+        "spectral_norm: Linear has no parameter or buffer named 'kernel'",
+    ),
+    "spectral_norm: iterations": (
+        lambda: fastnorm.parametrizations.spectral_norm(nn.Linear(3, 4), n_power_iterations=0),
+        ValueError,
+        "n_power_iterations to be positive",
+    ),
+    "weight_norm: name": (
+        lambda: fastnorm.parametrizations.weight_norm(nn.Linear(3, 4), "kernel"),
+        ValueError,
+        "does not have a parameter.*'kernel'",
+    ),
+    "fold_batch_norm: training": (
+        lambda: fastnorm.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))),
+        ValueError,
+        "fold_batch_norm: model must be in eval mode, got BatchNorm2d '1' in training mode",
+    ),
+    "mc_predict: no dropout": (
+        lambda: fastnorm.mc_predict(nn.Linear(2, 2), torch.ones(1, 2)),
+        ValueError,
+        "model must have at least one dropout layer, got Linear with none",
+    ),
+    "convert: skip": (
+        lambda: fastnorm.convert(nn.Sequential(nn.BatchNorm2d(3)), skip=["7"]),
+        ValueError,
+        "convert: skip must name modules of the model, got '7'",
     ),
     "set_fallback": (lambda: fastnorm.set_fallback("loud"), ValueError, "set_fallback: mode must be"),
 }
