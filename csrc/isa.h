@@ -15,7 +15,7 @@ Isa isa();  // the best that both this processor and this build have
 
 }  // namespace fastnorm
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTNORM_PLAIN)
 #define FASTNORM_DECLARE_CPU_KERNEL(name, Args)       \
   namespace fastnorm::cpu {                           \
   namespace DEFAULT {                                 \
@@ -35,7 +35,7 @@ Isa isa();  // the best that both this processor and this build have
     }                                                 \
   }                                                   \
   }
-#else  // Arm: NEON is part of the default
+#else  // Arm, where NEON is part of the default; or a build of the default alone
 #define FASTNORM_DECLARE_CPU_KERNEL(name, Args)               \
   namespace fastnorm::cpu {                                   \
   namespace DEFAULT {                                         \

@@ -13,7 +13,7 @@ namespace fastnorm {
 
 Isa isa() {
   static const Isa chosen = [] {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTNORM_PLAIN)
     const std::string capability = at::get_cpu_capability();
     if (capability == "AVX512") return Isa::kAvx512;
     if (capability == "AVX2") return Isa::kAvx2;
