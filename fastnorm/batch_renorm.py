@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastnorm.batch_norm import _BatchNorm, batch_norm_or_renorm
+from fastnorm.batch_norm import BatchNormFunction, _BatchNorm
+from fastnorm.norm import norm_op
 
+_batch_renorm = norm_op("batch_renorm", BatchNormFunction)
 Limit = float | Callable[[int], float]
 
 
@@ -68,12 +70,13 @@ def batch_renorm(
         running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, (r_max, d_max),
     )  # fmt: skip
-    return batch_norm_or_renorm(input, weight, bias, residual, setting)
+    return _batch_renorm(input, weight, bias, residual, setting)
 
 
 class _BatchRenorm(_BatchNorm):
     """What the three modules share."""
 
+    _op = staticmethod(_batch_renorm)
     # num_batches_tracked, and the version and the value that it has after the forward that was last prepared
     _expected: tuple[Tensor, int, int] | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnorm import _C, compile
-from fastnorm.fallback import TRACED, apply_of, call_torch, traced_call, uncovered_transform
+from fastnorm.op import apply_of, carry
 
 
 class DropoutFunction(torch.autograd.Function):
@@ -68,63 +69,58 @@ class AlphaDropoutBackwardFunction(torch.autograd.Function):
         return AlphaDropoutBackwardFunction.apply(ddx, *ctx.setting), None, None, None
 
 
-_apply_dropout = apply_of(DropoutFunction)
-_apply_alpha_dropout = apply_of(AlphaDropoutFunction)
+# (input, p, training, inplace, generator, channel_dims) -> y
+_Dropping = Callable[[Tensor, float, bool, bool, torch.Generator | None, int], Tensor]
 
 
-def _dropout(
-    op: str,
-    torch_op: Any,
-    input: Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-    generator: torch.Generator | None,
-    channel_dims: int,
-    alpha: bool = False,
-) -> Tensor:
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{op}: p must be in [0, 1], got {p}")
-    if not training or p == 0.0:
-        return input
-    differentiated = input.requires_grad and torch.is_grad_enabled()
-    reason = uncovered_transform(op)
-    if inplace and differentiated and reason is not TRACED:  # a trace ends in copy_, which has the same check
-        if input.is_leaf or (input._is_view() and input._base.is_leaf):
+def _dropping(name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor], alpha: bool = False) -> _Dropping:
+    """What a functional calls: the checks, then the kernel, the traced op or torch's own."""
+    native = _C.alpha_dropout if alpha else _C.dropout
+    apply = apply_of(AlphaDropoutFunction if alpha else DropoutFunction)
+
+    def eager(input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None) -> Tensor:
+        differentiated = input.requires_grad and torch.is_grad_enabled()
+        if inplace and differentiated and (input.is_leaf or (input._is_view() and input._base.is_leaf)):
             raise RuntimeError(
-                f"{op}: inplace=True on a leaf tensor that requires grad, or a view of one, whose value the graph needs"
+                f"{name}: inplace=True on a leaf tensor that requires grad, or a view of one, whose value the graph "
+                "needs"
             )
-    if reason is None:
-        try:
-            state = _C.dropout_state(generator, input)
-            if alpha:
-                function = _apply_alpha_dropout if differentiated else _C.alpha_dropout
-            else:
-                function = _apply_dropout if differentiated else _C.dropout
-            return function(input, p, state, channel_dims, inplace)
-        except NotImplementedError as uncovered:
-            reason = f"{op}: {str(uncovered).partition(': ')[2]}"
-    elif reason is TRACED:
+        state = _C.dropout_state(generator, input)
+        return (apply if differentiated else native)(input, p, state, channel_dims, inplace)
+
+    def traced(input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None) -> Tensor:
         if generator is not None:
-            raise NotImplementedError(f"{op}: generator must be None under torch.compile and torch.export")
-        traced = _traced_alpha_dropout if alpha else _traced_dropout
-        return traced_call(
-            op, traced, lambda *args: torch_op(*args[:2], training, inplace), input, p, channel_dims, inplace
-        )
-    return call_torch(reason, torch_op, input, p, training, inplace)
+            raise NotImplementedError(f"{name}: generator must be None under torch.compile and torch.export")
+        y = (_alpha_dropout_op if alpha else _dropout_op)(input, p, _traced_state(input), channel_dims)
+        return input.copy_(y) if inplace else y
+
+    def torch_dropout(
+        input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None
+    ) -> Tensor:
+        if generator is not None:
+            raise NotImplementedError(f"{name}: generator must be None, for torch's own op takes none")
+        return torch_op(input, p, True, inplace)
+
+    op = carry(name, eager=eager, traced=traced, torch_op=torch_dropout)
+
+    def dropping(
+        input: Tensor,
+        p: float,
+        training: bool,
+        inplace: bool,
+        generator: torch.Generator | None,
+        channel_dims: int,
+    ) -> Tensor:
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"{name}: p must be in [0, 1], got {p}")
+        if not training or p == 0.0:
+            return input
+        return op(input, p, channel_dims, inplace, generator)
+
+    return dropping
 
 
 # ---- as ops of the dispatcher
-
-
-def _traced_dropout(input: Tensor, p: float, channel_dims: int, inplace: bool) -> Tensor:
-    y = _dropout_op(input, p, _traced_state(input), channel_dims)
-    return input.copy_(y) if inplace else y
-
-
-def _traced_alpha_dropout(input: Tensor, p: float, channel_dims: int, inplace: bool) -> Tensor:
-    y = _alpha_dropout_op(input, p, _traced_state(input), channel_dims)
-    return input.copy_(y) if inplace else y
 
 
 def _traced_state(input: Tensor) -> Tensor:
@@ -192,6 +188,22 @@ _alpha_dropout_backward_op = compile.register(
 )
 
 
+def _torch_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    dtype = input.dtype.to_real() if input.is_complex() else input.dtype
+    ones = torch.ones([input.size(0)] + [1] * (input.dim() - 1), dtype=dtype, device=input.device)
+    keep = F.dropout(ones, p, training)
+    return input.mul_(keep) if inplace else input * keep
+
+
+_dropout = _dropping("dropout", F.dropout)
+_dropout1d = _dropping("dropout1d", F.dropout1d)
+_dropout2d = _dropping("dropout2d", F.dropout2d)
+_dropout3d = _dropping("dropout3d", F.dropout3d)
+_alpha_dropout = _dropping("alpha_dropout", F.alpha_dropout, alpha=True)
+_feature_alpha_dropout = _dropping("feature_alpha_dropout", F.feature_alpha_dropout, alpha=True)
+_drop_path = _dropping("drop_path", _torch_drop_path)
+
+
 def dropout(
     input: Tensor,
     p: float = 0.5,
@@ -229,7 +241,7 @@ def dropout(
         >>> sorted(y.unique().tolist())
         [0.0, 1.3333333730697632]
     """
-    return _dropout("dropout", F.dropout, input, p, training, inplace, generator, 0)
+    return _dropout(input, p, training, inplace, generator, 0)
 
 
 _CHANNELS_DOC = """Zeroes whole channels with probability p and scales the others (Tompson et al. 2015,
@@ -257,7 +269,7 @@ def dropout1d(
 ) -> Tensor:
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: input must have shape (N, C, L) or (C, L), got {list(input.shape)}")
-    return _dropout("dropout1d", F.dropout1d, input, p, training, inplace, generator, input.dim() - 1)
+    return _dropout1d(input, p, training, inplace, generator, input.dim() - 1)
 
 
 def dropout2d(
@@ -269,7 +281,7 @@ def dropout2d(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     _check_channels("dropout2d", "(N, C, H, W)", input, (4,))
-    return _dropout("dropout2d", F.dropout2d, input, p, training, inplace, generator, 2)
+    return _dropout2d(input, p, training, inplace, generator, 2)
 
 
 def dropout3d(
@@ -281,7 +293,7 @@ def dropout3d(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     _check_channels("dropout3d", "(N, C, D, H, W) or (C, D, H, W)", input, (4, 5))
-    return _dropout("dropout3d", F.dropout3d, input, p, training, inplace, generator, 1 if input.dim() == 4 else 2)
+    return _dropout3d(input, p, training, inplace, generator, 1 if input.dim() == 4 else 2)
 
 
 def _check_channels(op: str, wanted: str, input: Tensor, ranks: tuple[int, ...]) -> None:
@@ -343,7 +355,7 @@ def alpha_dropout(
         >>> [round(value, 4) for value in sorted(y.unique().tolist())]
         [-0.7792, 1.6656]
     """
-    return _dropout("alpha_dropout", F.alpha_dropout, input, p, training, inplace, generator, 0, True)
+    return _alpha_dropout(input, p, training, inplace, generator, 0)
 
 
 def feature_alpha_dropout(
@@ -373,7 +385,7 @@ def feature_alpha_dropout(
     """
     if input.dim() < 2 and training and p != 0.0:
         raise RuntimeError(f"feature_alpha_dropout: input must have shape (N, C, *), got {list(input.shape)}")
-    return _dropout("feature_alpha_dropout", F.feature_alpha_dropout, input, p, training, inplace, generator, 2, True)
+    return _feature_alpha_dropout(input, p, training, inplace, generator, 2)
 
 
 def drop_path(
@@ -407,14 +419,7 @@ def drop_path(
     """
     if input.dim() < 1 and training and p != 0.0:
         raise RuntimeError(f"drop_path: input must have shape (N, *), got {list(input.shape)}")
-    return _dropout("drop_path", _torch_drop_path, input, p, training, inplace, generator, 1)
-
-
-def _torch_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-    dtype = input.dtype.to_real() if input.is_complex() else input.dtype
-    ones = torch.ones([input.size(0)] + [1] * (input.dim() - 1), dtype=dtype, device=input.device)
-    keep = F.dropout(ones, p, training)
-    return input.mul_(keep) if inplace else input * keep
+    return _drop_path(input, p, training, inplace, generator, 1)
 
 
 _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels, see :func:`fastnorm.functional.{function}`.
@@ -430,40 +435,41 @@ _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels, see :func:`fastnorm.func
 
 
 class _Dropout(nn.modules.dropout._DropoutNd):
-    """p that is NaN passes torch's own check; not here."""
+    """The functional that a module is of. p that is NaN passes torch's own check; not here."""
+
+    _function: Callable[[Tensor, float, bool, bool], Tensor]
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"{type(self).__name__}: p must be in [0, 1], got {p}")
         super().__init__(p, inplace)
 
+    def forward(self, input: Tensor) -> Tensor:
+        return self._function(input, self.p, self.training, self.inplace)
+
 
 class Dropout(_Dropout, nn.Dropout):
     __doc__ = _MODULE_DOC.format(name="Dropout", function="dropout", what="an element", example="4, 10")
 
-    def forward(self, input: Tensor) -> Tensor:
-        return dropout(input, self.p, self.training, self.inplace)
+    _function = staticmethod(dropout)
 
 
 class Dropout1d(_Dropout, nn.Dropout1d):
     __doc__ = _MODULE_DOC.format(name="Dropout1d", function="dropout1d", what="a channel", example="4, 10, 7")
 
-    def forward(self, input: Tensor) -> Tensor:
-        return dropout1d(input, self.p, self.training, self.inplace)
+    _function = staticmethod(dropout1d)
 
 
 class Dropout2d(_Dropout, nn.Dropout2d):
     __doc__ = _MODULE_DOC.format(name="Dropout2d", function="dropout2d", what="a channel", example="4, 10, 7, 7")
 
-    def forward(self, input: Tensor) -> Tensor:
-        return dropout2d(input, self.p, self.training, self.inplace)
+    _function = staticmethod(dropout2d)
 
 
 class Dropout3d(_Dropout, nn.Dropout3d):
     __doc__ = _MODULE_DOC.format(name="Dropout3d", function="dropout3d", what="a channel", example="4, 10, 3, 7, 7")
 
-    def forward(self, input: Tensor) -> Tensor:
-        return dropout3d(input, self.p, self.training, self.inplace)
+    _function = staticmethod(dropout3d)
 
 
 class AlphaDropout(_Dropout, nn.AlphaDropout):
@@ -471,8 +477,7 @@ class AlphaDropout(_Dropout, nn.AlphaDropout):
         name="AlphaDropout", function="alpha_dropout", what="an element", example="4, 10"
     ).replace("zeroed", "set to alpha'")
 
-    def forward(self, input: Tensor) -> Tensor:
-        return alpha_dropout(input, self.p, self.training, self.inplace)
+    _function = staticmethod(alpha_dropout)
 
 
 class FeatureAlphaDropout(_Dropout, nn.FeatureAlphaDropout):
@@ -480,8 +485,7 @@ class FeatureAlphaDropout(_Dropout, nn.FeatureAlphaDropout):
         name="FeatureAlphaDropout", function="feature_alpha_dropout", what="a channel", example="4, 10, 7, 7"
     ).replace("zeroed", "set to alpha'")
 
-    def forward(self, input: Tensor) -> Tensor:
-        return feature_alpha_dropout(input, self.p, self.training, self.inplace)
+    _function = staticmethod(feature_alpha_dropout)
 
 
 class DropPath(_Dropout):
@@ -504,8 +508,7 @@ class DropPath(_Dropout):
     def __init__(self, p: float = 0.0, inplace: bool = False) -> None:
         super().__init__(p, inplace)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return drop_path(input, self.p, self.training, self.inplace)
+    _function = staticmethod(drop_path)
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (", inplace=True" if self.inplace else "")

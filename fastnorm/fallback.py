@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Final, Literal
-
-import torch
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
-
-from fastnorm.compile import traced_by_mode, uncovered_input, uses_ops
-
-# The "reason" of a call that a compiler looks on: see traced_call.
-TRACED: Final = "traced"
+from typing import Any, Literal
 
 Mode = Literal["warn", "error", "silent"]
 
@@ -48,43 +38,11 @@ def set_fallback(mode: Mode) -> None:
     _warned.clear()
 
 
-def uncovered_transform(op: str) -> str | None:
-    """The transform around this call that kernels cannot see through, in words; TRACED for a compiler's; or None."""
-    if forward_ad._current_level >= 0:
-        return f"{op}: no kernel for forward-mode automatic differentiation"
-    if _are_functorch_transforms_active():
-        return f"{op}: no kernel inside a torch.func transform"
-    if is_dynamo_compiling() or (_len_torch_dispatch_stack() and traced_by_mode()):
-        return TRACED
-    return None
-
-
-def traced_call(
-    op: str, registered: Callable[..., torch.Tensor], torch_op: Callable[..., torch.Tensor], *args: Any
-) -> torch.Tensor:
-    """A call that a compiler looks on, of which args[0] is the input: registered(*args), or torch_op(*args) where
-    :func:`fastnorm.enable_under_compile` or the input ask for torch's own op."""
-    if uses_ops(args[0]):
-        return registered(*args)
-    reason = uncovered_input(args[0])
-    return torch_op(*args) if reason is None else call_torch(f"{op}: {reason}", torch_op, *args)
-
-
-def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply for calls that :func:`uncovered_transform` has cleared.
-
-    Left out is what torch.autograd.Function.apply does for torch.func before it calls its base class: 1.5 us of the 9
-    that a Python function around a native call costs.
-    """
-    return super(torch.autograd.Function, function).apply
-
-
-def call_torch(reason: str, torch_op: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Calls torch_op in place of a kernel as :func:`set_fallback` says; the reason starts with the op's name."""
+def call_torch(op: str, reason: str, torch_op: Callable[..., Any], *args: Any) -> Any:
+    """Calls torch_op in place of a kernel, as :func:`set_fallback` says."""
     if _mode == "error":
-        raise NotImplementedError(reason)
-    op, _, why = reason.partition(": ")
-    if _mode == "warn" and (op, why) not in _warned:
-        _warned.add((op, why))
-        warnings.warn(f"{reason}; using torch's own op", FallbackWarning, stacklevel=4)
-    return torch_op(*args, **kwargs)
+        raise NotImplementedError(f"{op}: {reason}")
+    if _mode == "warn" and (op, reason) not in _warned:
+        _warned.add((op, reason))
+        warnings.warn(f"{op}: {reason}; using torch's own op", FallbackWarning, stacklevel=4)
+    return torch_op(*args)

@@ -3,41 +3,63 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C, compile
-from fastnorm.activation import add_and_activate, check_activation
+from fastnorm import _C
+from fastnorm.activation import check_activation
 from fastnorm.batch_norm import batch_norm
-from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
-from fastnorm.group_norm import GroupNormFunction, backward_op, fake_groups
-
-# running_mean, running_var, momentum, eps, activation: what no gradient goes to.
-_Setting = tuple[Tensor | None, Tensor | None, float, float, str | None]
+from fastnorm.group_norm import GroupNormFunction, normalize_groups
+from fastnorm.norm import NormFunction, Setting, norm_op, register_forward
+from fastnorm.norm_module import RankedNormModule
 
 
-class InstanceNormFunction(torch.autograd.Function):
+class InstanceNormFunction(NormFunction):
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), see :func:`instance_norm`.
 
-    Kept for backward: x, weight, bias, two numbers a channel and sample; with a residual and relu or leaky_relu one bit
-    an element, with a residual and silu or gelu the residual. Backward is group normalisation's with a channel a group.
+    Setting: running_mean, running_var, momentum, eps, activation. Statistics: two numbers a channel and sample.
+    Backward is group normalisation's with a channel a group.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
-    ) -> Tensor:
-        y, statistics, mask = _C.instance_norm_forward(input, weight, bias, residual, *setting, True)
-        _, _, _, eps, activation = setting
-        kept_residual = residual if activation in ("silu", "gelu") else None
-        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
-        ctx.setting = input.size(1), eps, activation
-        return y
+    op = "instance_norm"
+    native_forward = staticmethod(_C.instance_norm_forward)
+    native_backward = staticmethod(_C.group_norm_backward)
+    activation_at = 4
+    tracked = 2
 
-    backward = staticmethod(GroupNormFunction.backward)
+    @staticmethod
+    def backward_setting(input: Tensor, setting: Setting) -> Setting:
+        return input.size(1), setting[4]
+
+    @staticmethod
+    def composite(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, setting: Setting
+    ) -> Tensor:
+        return normalize_groups(input, weight, bias, input.size(1), setting[3])
+
+    @staticmethod
+    def mask_slopes(input: Tensor, mask: Tensor, setting: Setting) -> Tensor:
+        return _C.group_norm_mask_slopes(input, mask, setting[4])
+
+    @staticmethod
+    def torch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, setting: Setting) -> Tensor:
+        running_mean, running_var, momentum, eps, _ = setting
+        return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+
+    @staticmethod
+    def fake_statistics(input: Tensor, setting: Setting, keep: bool) -> Tensor:
+        return input.new_empty((2, input.size(0), input.size(1)), dtype=torch.float64)
+
+    fake_mask = staticmethod(GroupNormFunction.fake_mask)
+
+
+InstanceNormFunction.forward_op = register_forward(
+    InstanceNormFunction, "Tensor? running_mean, Tensor? running_var, float momentum, float eps, str? activation"
+)
+InstanceNormFunction.backward_op = GroupNormFunction.backward_op
+_instance_norm = norm_op("instance_norm", InstanceNormFunction)
 
 
 def instance_norm(
@@ -89,29 +111,6 @@ def instance_norm(
     return _instance_norm(input, weight, bias, residual, setting)
 
 
-def _instance_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: _Setting
-) -> Tensor:
-    reason = uncovered_transform("instance_norm")
-    if reason is None:
-        try:
-            if torch.is_grad_enabled() and (
-                input.requires_grad
-                or (weight is not None and weight.requires_grad)
-                or (bias is not None and bias.requires_grad)
-                or (residual is not None and residual.requires_grad)
-            ):
-                return InstanceNormFunction.apply(input, weight, bias, residual, setting)
-            return _C.instance_norm_forward(input, weight, bias, residual, *setting, False)[0]
-        except NotImplementedError as uncovered:
-            reason = str(uncovered)
-    elif reason is TRACED:
-        return traced_call(
-            "instance_norm", _traced_instance_norm, _torch_instance_norm, input, weight, bias, residual, *setting
-        )
-    return call_torch(reason, _torch_instance_norm, input, weight, bias, residual, *setting)
-
-
 def _with_running_statistics(
     input: Tensor,
     running_mean: Tensor | None,
@@ -135,96 +134,10 @@ def _with_running_statistics(
         raise type(error)(str(error).replace("batch_norm", "instance_norm", 1)) from None
 
 
-def _torch_instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-) -> Tensor:
-    check_activation("instance_norm", activation)
-    z = F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    return add_and_activate(z, residual, activation)
-
-
-# ---- as an op of the dispatcher
-
-
-def _traced_instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *setting: Any,
-) -> Tensor:
-    check_activation("instance_norm", setting[2])
-    keep_mask = compile.is_differentiated(input, weight, bias, residual)
-    y, _, _, *new = _forward_op(input, weight, bias, residual, running_mean, running_var, *setting, keep_mask)
-    compile.write_back((running_mean, running_var), new)
-    return y
-
-
-def _kernel(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    new = compile.clones((running_mean, running_var))
-    return compile.defined((*_C.instance_norm_forward(input, weight, bias, residual, *new, *rest), *new), input)
-
-
-def _fake(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-    keep_mask: bool,
-) -> tuple[Tensor, ...]:
-    results = fake_groups(input, residual, input.size(1), activation, keep_mask)
-    return compile.defined((*results, *compile.clones((running_mean, running_var))), input)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, activation, _ = inputs
-    compile.keep_for_backward(ctx, inputs, output, activation)
-    ctx.setting = inputs[0].size(1), activation
-
-
-def _op_gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return *compile.norm_gradients(ctx, dy, backward_op, *ctx.setting), *[None] * 6
-
-
-_forward_op = compile.register(
-    "instance_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, "
-    "Tensor? running_var, float momentum, float eps, str? activation, bool keep_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _kernel,
-    _fake,
-    _op_gradient,
-    _setup_context,
-)
-
-
-class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
     """What the three modules add to torch's."""
 
     _input_dims: tuple[int, int]  # without and with the batch
-    _input_shape: str
 
     def __init__(
         self,
@@ -245,19 +158,6 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
             self.register_parameter("bias", None)
         self.activation = activation
 
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
-            if parameter is not None:
-                nn.init.constant_(parameter, value)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in self._input_dims:
-            raise ValueError(
-                f"{type(self).__name__}: input must have shape {self._input_shape}, got {input.dim()} dimensions with "
-                f"shape {list(input.shape)}"
-            )
-
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         without_batch = input.dim() == self._input_dims[0]
@@ -273,10 +173,8 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
         if without_batch:
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
-        # as in BatchNorm: Module.__getattr__ takes time
-        buffers, parameters = self._buffers, self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        weight, bias = self._parameters_of_forward()
+        buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
         if self.training or not self.track_running_stats:
             momentum = 0.0 if self.momentum is None else self.momentum
@@ -284,9 +182,6 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
         else:
             y = _with_running_statistics(input, mean, var, weight, bias, self.eps, residual, self.activation)
         return y.squeeze(0) if without_batch else y
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
 
 
 _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels: the same arguments, parameters, buffers, state_dict and numbers.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastnorm import _C, compile
 from fastnorm.double_backward import double_backward
-from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
+from fastnorm.op import apply_of, carry
 
 Region = Literal["inter", "intra"]
 Convention = Literal["torch", "paper"]
@@ -117,19 +117,13 @@ def local_response_norm(
         >>> y[0, 1, 0]  # 1 / (4 + 1 + 4)
         tensor(0.1111)
     """
-    reason = uncovered_transform("local_response_norm")
-    if reason is None:
-        try:
-            if input.requires_grad and torch.is_grad_enabled():
-                return LocalResponseNormFunction.apply(input, (size, alpha, beta, k, region, convention))
-            return _C.local_response_norm_forward(input, size, alpha, beta, k, region, convention)
-        except NotImplementedError as uncovered:
-            reason = str(uncovered)
-    elif reason is TRACED:
-        _check_names("local_response_norm", region, convention)
-        setting = (size, alpha, beta, k, region, convention)
-        return traced_call("local_response_norm", _forward_op, _torch_local_response_norm, input, *setting)
-    return call_torch(reason, _torch_local_response_norm, input, size, alpha, beta, k, region, convention)
+    return _local_response_norm(input, size, alpha, beta, k, region, convention)
+
+
+def _eager_local_response_norm(input: Tensor, *setting: Any) -> Tensor:
+    if input.requires_grad and torch.is_grad_enabled():
+        return apply_of(LocalResponseNormFunction)(input, setting)
+    return _C.local_response_norm_forward(input, *setting)
 
 
 def _torch_local_response_norm(
@@ -159,6 +153,12 @@ def _check_names(op: str, region: str, convention: str) -> None:
 # ---- as ops of the dispatcher
 
 
+def _traced_local_response_norm(input: Tensor, *setting: Any) -> Tensor:
+    *_, region, convention = setting
+    _check_names("local_response_norm", region, convention)
+    return _forward_op(input, *setting)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, *ctx.setting = inputs
     ctx.save_for_backward(input)
@@ -180,6 +180,12 @@ _backward_op = compile.register(
     f"local_response_norm_backward(Tensor grad_output, Tensor input, {_SCHEMA}",
     _C.local_response_norm_backward,
     lambda dy, input, *_: compile.empty_in_layout(input),
+)
+_local_response_norm = carry(
+    "local_response_norm",
+    eager=_eager_local_response_norm,
+    traced=_traced_local_response_norm,
+    torch_op=_torch_local_response_norm,
 )
 
 

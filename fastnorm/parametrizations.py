@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from fastnorm import _C, compile
 from fastnorm.double_backward import double_backward
-from fastnorm.fallback import TRACED, call_torch, traced_call, uncovered_transform
+from fastnorm.op import carry
 
 __all__ = ["spectral_norm", "weight_norm"]
 
@@ -24,19 +24,23 @@ def _torch_weight_norm(g: Tensor, v: Tensor, dim: int) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _eager_weight_norm(g: Tensor, v: Tensor, dim: int) -> Tensor:
+    return _C.weight_norm(v, g, dim)
+
+
+_weight_norm = carry(
+    "weight_norm",
+    eager=_eager_weight_norm,
+    traced=_torch_weight_norm,  # a weight is small: what a compiler makes of torch's ops is as good as a kernel
+    torch_op=_torch_weight_norm,
+)
+
+
 class _WeightNorm(torch_parametrizations._WeightNorm):
     """torch's parametrization, with the kernel in its forward."""
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        reason = uncovered_transform("weight_norm")
-        if reason is None:
-            try:
-                return _C.weight_norm(weight_v, weight_g, self.dim)
-            except NotImplementedError as uncovered:
-                reason = str(uncovered)
-        elif reason is TRACED:  # a weight is small: what a compiler makes of torch's ops is as good as a kernel
-            return _torch_weight_norm(weight_g, weight_v, self.dim)
-        return call_torch(reason, _torch_weight_norm, weight_g, weight_v, self.dim)
+        return _weight_norm(weight_g, weight_v, self.dim)
 
 
 def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
@@ -128,27 +132,37 @@ class _SpectralNorm(torch_parametrizations._SpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
         if weight.dim() == 1:  # its norm is known: nothing to approximate
             return super().forward(weight)
-        reason = uncovered_transform("spectral_norm")
-        if reason is None:
-            buffers = self._buffers
-            iterations = self.n_power_iterations if self.training else 0
-            try:
-                args = weight, buffers["_u"], buffers["_v"], iterations, self.dim, self.eps
-                if weight.requires_grad and torch.is_grad_enabled():
-                    return SpectralNormFunction.apply(*args)
-                return _C.spectral_norm_forward(*args)[0]
-            except NotImplementedError as uncovered:
-                reason = str(uncovered)
-        elif reason is TRACED:
-            return traced_call("spectral_norm", self._traced, super().forward, weight)
-        return call_torch(reason, super().forward, weight)
+        return _spectral_norm(weight, self)
 
-    def _traced(self, weight: Tensor) -> Tensor:
-        iterations = self.n_power_iterations if self.training else 0
-        y, _, _, _, *new = _spectral_norm_op(weight, self._u, self._v, iterations, self.dim, self.eps)
-        if iterations > 0:
-            compile.write_back((self._u, self._v), new)
-        return y
+
+def _torch_spectral_norm(weight: Tensor, module: _SpectralNorm) -> Tensor:
+    return torch_parametrizations._SpectralNorm.forward(module, weight)
+
+
+def _setting(module: _SpectralNorm) -> tuple[Tensor, Tensor, int, int, float]:
+    """u, v, iterations, dim, eps."""
+    buffers = module._buffers
+    iterations = module.n_power_iterations if module.training else 0
+    return buffers["_u"], buffers["_v"], iterations, module.dim, module.eps
+
+
+def _eager_spectral_norm(weight: Tensor, module: _SpectralNorm) -> Tensor:
+    if weight.requires_grad and torch.is_grad_enabled():
+        return SpectralNormFunction.apply(weight, *_setting(module))
+    return _C.spectral_norm_forward(weight, *_setting(module))[0]
+
+
+def _traced_spectral_norm(weight: Tensor, module: _SpectralNorm) -> Tensor:
+    u, v, iterations, *rest = _setting(module)
+    y, _, _, _, *new = _spectral_norm_op(weight, u, v, iterations, *rest)
+    if iterations > 0:
+        compile.write_back((u, v), new)
+    return y
+
+
+_spectral_norm = carry(
+    "spectral_norm", eager=_eager_spectral_norm, traced=_traced_spectral_norm, torch_op=_torch_spectral_norm
+)
 
 
 def _kernel(weight: Tensor, u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

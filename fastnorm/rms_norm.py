@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fastnorm.activation import check_activation
-from fastnorm.layer_norm import _norm
+from fastnorm.layer_norm import LayerNormFunction
+from fastnorm.norm import norm_op
+from fastnorm.norm_module import NormModule
 
+_rms_norm = norm_op("rms_norm", LayerNormFunction)
 _EPS_FLOAT64 = torch.finfo(torch.float64).eps
 _EPS_FLOAT32 = torch.finfo(torch.float32).eps
 
@@ -47,7 +50,7 @@ def rms_norm(
         >>> y.shape
         torch.Size([4, 10, 16])
     """
-    return _norm(input, weight, None, residual, (normalized_shape, _eps_of(input, eps), activation, False))
+    return _rms_norm(input, weight, None, residual, (normalized_shape, _eps_of(input, eps), activation, False))
 
 
 def _eps_of(input: Tensor, eps: float | None) -> float:
@@ -56,7 +59,7 @@ def _eps_of(input: Tensor, eps: float | None) -> float:
     return eps
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(NormModule, nn.RMSNorm):
     """torch.nn.RMSNorm on fastnorm's kernels: the same arguments, parameters, state_dict and numbers.
 
     Args:
@@ -87,10 +90,7 @@ class RMSNorm(nn.RMSNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        parameters = self._parameters  # see LayerNorm.forward
+        parameters = self._parameters  # see NormModule
         weight = parameters["weight"] if "weight" in parameters else self.weight
         setting = (self.normalized_shape, _eps_of(input, self.eps), self.activation, False)
-        return _norm(input, weight, None, residual, setting)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
+        return _rms_norm(input, weight, None, residual, setting)

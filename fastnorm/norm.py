@@ -1,0 +1,287 @@
+"""What the normalisations have in common: y = activation(norm(x) * weight + bias + residual).
+
+A norm's file says what is its own, from top to bottom: a subclass of :class:`NormFunction`, its two ops of the
+dispatcher, the functional, the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastnorm import compile
+from fastnorm.activation import add_and_activate, check_activation
+from fastnorm.double_backward import double_backward
+from fastnorm.fallback import call_torch
+from fastnorm.op import apply_of, carry
+
+# What no gradient goes to, in the order in which the native forward takes it after (input, weight, bias, residual). One
+# argument, for each argument of an autograd function costs time.
+Setting = tuple[Any, ...]
+
+
+class NormFunction(torch.autograd.Function):
+    """y = activation(norm(x) * weight + bias + residual), once differentiable through the native backward, any number
+    of times through a composite of torch's ops.
+
+    Kept for backward: x, weight, bias, the statistics; with a residual and relu or leaky_relu one bit an element, with
+    a residual and silu or gelu the residual. The activation's other masks are recomputed from x. A subclass gives the
+    attributes and the functions below; forward and backward are class methods, for they need these.
+    """
+
+    op: ClassVar[str]  # of the dispatcher
+    # (input, weight, bias, residual, *setting, keep) -> y, statistics, mask; the last two None unless kept
+    native_forward: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
+    # (dy, input, weight, bias, residual, mask, statistics, *backward_setting, wanted) -> dx, dweight, dbias, dresidual
+    native_backward: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
+    activation_at: ClassVar[int]  # where in the setting the activation is
+    tracked: ClassVar[int] = 0  # how many tensors the setting begins with that training updates
+    empty_like = staticmethod(compile.empty_in_layout)  # an output for an input
+    forward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]  # of register_forward
+    backward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]  # of register_backward
+
+    @staticmethod
+    def updates(setting: Setting) -> bool:
+        """Whether a call with this setting updates the tracked tensors."""
+        return True
+
+    @staticmethod
+    def backward_setting(input: Tensor, setting: Setting) -> Setting:
+        """What the native backward takes of the setting."""
+        raise NotImplementedError
+
+    @staticmethod
+    def composite(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, setting: Setting
+    ) -> Tensor:
+        """norm(input) * weight + bias in elementary ops, differentiable any number of times."""
+        raise NotImplementedError
+
+    @staticmethod
+    def mask_slopes(input: Tensor, mask: Tensor, setting: Setting) -> Tensor:
+        """The activation's derivative at every element, from the mask that was kept."""
+        raise NotImplementedError
+
+    @staticmethod
+    def torch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, setting: Setting) -> Tensor:
+        """norm(input) * weight + bias by torch's own op, which also updates the tracked tensors."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fake_statistics(input: Tensor, setting: Setting, keep: bool) -> Tensor | None:
+        """What the native forward makes of an input that has no data."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fake_mask(input: Tensor, setting: Setting) -> Tensor | None:
+        """Likewise, where a mask is kept."""
+        raise NotImplementedError
+
+    @staticmethod
+    def uncovered_when_traced(input: Tensor, weight: Tensor | None, setting: Setting) -> str | None:
+        """Why there is no kernel for these; an eager call asks the native forward instead."""
+        return None
+
+    @classmethod
+    def forward(
+        cls,
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        setting: Setting,
+    ) -> Tensor:
+        y, statistics, mask = cls.native_forward(input, weight, bias, residual, *setting, True)
+        kept_residual = residual if setting[cls.activation_at] in ("silu", "gelu") else None
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
+        ctx.setting = setting
+        return y
+
+    @classmethod
+    def backward(cls, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = NormBackwardFunction.apply if torch.is_grad_enabled() else _native_gradients
+        return *gradients(cls, dy, *ctx.saved_tensors, ctx.setting, ctx.needs_input_grad[:4]), None
+
+
+class NormBackwardFunction(torch.autograd.Function):
+    """The gradients of a :class:`NormFunction` as a function that can itself be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, norm: type[NormFunction], dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *saved, setting, _ = args
+        ctx.save_for_backward(dy, *saved)
+        ctx.norm, ctx.setting = norm, setting
+        ctx.set_materialize_grads(False)
+        gradients = _native_gradients(norm, dy, *args)
+        # an input may not be returned as it is: it would be taken for the output's own history
+        return tuple(g.view_as(g) if g is dy else g for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, input, weight, bias, residual, mask, statistics = ctx.saved_tensors
+        norm, setting = ctx.norm, ctx.setting
+        slopes = None if mask is None else norm.mask_slopes(input, mask, setting)
+        # Where the residual was not kept, its value does not matter: what follows is linear in it.
+        stand_in = residual is None and grad_grads[3] is not None
+        if stand_in:
+            residual = torch.zeros_like(input).requires_grad_()
+
+        def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+            z = norm.composite(input, weight, bias, statistics, setting)
+            if slopes is None:
+                return add_and_activate(z, residual, setting[norm.activation_at])
+            return (z if residual is None else z + residual) * slopes
+
+        ddy, dx, dweight, dbias, dresidual = double_backward(forward, [input, weight, bias, residual], dy, grad_grads)
+        return None, ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None
+
+
+def _native_gradients(norm: type[NormFunction], dy: Tensor, input: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    *saved, setting, wanted = args
+    return norm.native_backward(dy, input, *saved, *norm.backward_setting(input, setting), wanted)
+
+
+def norm_op(name: str, norm: type[NormFunction]) -> Callable[..., Tensor]:
+    """The function of (input, weight, bias, residual, setting) that functionals and modules call."""
+    apply, native_forward = apply_of(norm), norm.native_forward
+    # looked up here, for Dynamo, which follows ``traced`` and ``torch_op``, looks nothing up on an autograd function
+    forward_op, torch_norm, uncovered_when_traced = norm.forward_op, norm.torch_norm, norm.uncovered_when_traced
+    activation_at, tracked, updates = norm.activation_at, norm.tracked, norm.updates
+
+    def eager(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
+    ) -> Tensor:
+        if torch.is_grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            return apply(input, weight, bias, residual, setting)
+        return native_forward(input, weight, bias, residual, *setting, False)[0]
+
+    def traced(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
+    ) -> Tensor:
+        check_activation(name, setting[activation_at])
+        reason = uncovered_when_traced(input, weight, setting)
+        if reason is not None:
+            return call_torch(name, reason, torch_op, input, weight, bias, residual, setting)
+        keep = compile.is_differentiated(input, weight, bias, residual)
+        y, _, _, *new = forward_op(input, weight, bias, residual, *setting, keep)
+        if updates(setting):
+            compile.write_back(setting[:tracked], new)
+        return y
+
+    def torch_op(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
+    ) -> Tensor:
+        activation = setting[activation_at]
+        check_activation(name, activation)
+        return add_and_activate(torch_norm(input, weight, bias, setting), residual, activation)
+
+    return carry(name, eager=eager, traced=traced, torch_op=torch_op)
+
+
+# ---- as ops of the dispatcher
+
+
+def register_forward(norm: type[NormFunction], setting: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The op (input, weight, bias, residual, *setting, keep) -> (y, statistics, mask, *updated tracked tensors).
+
+    Args:
+        setting: the part of the schema that is the norm's own.
+    """
+
+    def kernel(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        tracked, own, keep = rest[: norm.tracked], rest[norm.tracked : -1], rest[-1]
+        new = compile.clones(tracked) if norm.updates(rest[:-1]) else [None] * norm.tracked
+        used = new if norm.updates(rest[:-1]) else tracked
+        results = norm.native_forward(input, weight, bias, residual, *used, *own, keep)
+        return compile.defined((*results, *new), input)
+
+    def fake(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        *setting, keep = rest
+        masked = keep and residual is not None and setting[norm.activation_at] in ("relu", "leaky_relu")
+        mask = norm.fake_mask(input, setting) if masked else None
+        new = compile.clones(setting[: norm.tracked]) if norm.updates(setting) else [None] * norm.tracked
+        statistics = norm.fake_statistics(input, setting, keep)
+        return compile.defined((norm.empty_like(input), statistics, mask, *new), input)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, weight, bias, residual, *setting, _ = inputs
+        _, statistics, mask, *_ = output
+        ctx.activation = setting[norm.activation_at]
+        ctx.setting = norm.backward_setting(input, setting)
+        kept_residual = residual if ctx.activation in ("silu", "gelu") else None
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        needed = list(ctx.needs_input_grad[:4])
+        # Without an activation the residual's gradient is dy, and an op must not return its argument.
+        passed_on = needed[3] and ctx.activation is None
+        wanted = [*needed[:3], needed[3] and not passed_on]
+        gradients = norm.backward_op(dy, *ctx.saved_tensors, *ctx.setting, wanted)
+        found = [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
+        return *found[:3], dy if passed_on else found[3], *[None] * (len(ctx.needs_input_grad) - 4)
+
+    return compile.register(
+        f"{norm.op}(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, {setting}, bool keep) "
+        f"-> ({', '.join(['Tensor'] * (3 + norm.tracked))})",
+        kernel,
+        fake,
+        gradient,
+        setup_context,
+    )
+
+
+def register_backward(norm: type[NormFunction], setting: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The op (grad_output, input, weight, bias, residual, mask, statistics, *setting, wanted) -> the four gradients.
+
+    Args:
+        setting: the part of the schema that is the norm's own, as backward_setting has it.
+    """
+
+    def kernel(dy: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        weight, bias, residual, mask, *own = rest
+        kept_mask = mask if mask.numel() else None
+        return compile.defined(norm.native_backward(dy, input, weight, bias, residual, kept_mask, *own), input)
+
+    def fake(dy: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        like = (input, norm.empty_like), (weight, compile.empty_contiguous), (bias, compile.empty_contiguous)
+        made: Sequence[Tensor | None] = [
+            make(t) if t is not None and wanted else None
+            for (t, make), wanted in zip((*like, like[0]), rest[-1], strict=True)
+        ]
+        return compile.defined(made, input)
+
+    return compile.register(
+        f"{norm.op}_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+        f"Tensor mask, Tensor statistics, {setting}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+        kernel,
+        fake,
+    )
+
+
+# ---- what norms over channels share
+
+
+def along_channels(parameter: Tensor, input: Tensor) -> Tensor:
+    """(C) as a tensor that broadcasts with (N, C, *)."""
+    return parameter.view([1, -1] + [1] * (input.dim() - 2))
+
+
+def scale_and_shift(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """z * weight + bias of (N, C, *), weight and bias (C) or None."""
+    z = z if weight is None else z * along_channels(weight, z)
+    return z if bias is None else z + along_channels(bias, z)

@@ -1,0 +1,45 @@
+"""What the normalisations' modules have in common. Each class here stands before torch.nn's among a module's bases."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class NormModule(nn.Module):
+    """A norm with an activation."""
+
+    activation: str | None
+
+    def _parameters_of_forward(self) -> tuple[Tensor | None, Tensor | None]:
+        """weight and bias. Module.__getattr__ takes 0.3 us a tensor; a parametrised one is not in the dictionary."""
+        parameters = self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        return weight, parameters["bias"] if "bias" in parameters else self.bias
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
+
+
+class ChannelNormModule(NormModule):
+    """A norm with a weight and a bias for each channel, of which either may be None."""
+
+    def reset_parameters(self) -> None:
+        if isinstance(self, nn.modules.batchnorm._NormBase):
+            self.reset_running_stats()
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
+
+
+class RankedNormModule(ChannelNormModule):
+    """One of three that differ in the number of dimensions they take."""
+
+    _input_dims: tuple[int, ...]
+    _input_shape: str
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._input_dims:
+            raise ValueError(
+                f"{type(self).__name__}: input must have shape {self._input_shape}, got {input.dim()} dimensions with "
+                f"shape {list(input.shape)}"
+            )
