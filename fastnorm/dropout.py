@@ -13,27 +13,39 @@ from torch import Tensor, nn
 
 from fastnorm import _C, compile
 from fastnorm.op import apply_of, carry
+from fastnorm.transforms import inside_vmap, is_differentiated_again, loop_over_batch, outside_transforms
 
 
 class DropoutFunction(torch.autograd.Function):
     """y = input * mask / (1 - p), the mask a function of ``state`` (seed and offset) and the element's index alone.
 
-    Kept for backward: the state. The map is linear and its own adjoint, so backward is the same function of the
-    gradient, and derivatives of every order are.
+    Kept for backward: the state. The map is linear and its own adjoint, so backward and forward mode are the same
+    function of the gradient and of the tangent, and derivatives of every order are.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
-        y = _C.dropout(input, p, state, channel_dims, inplace)
+    def forward(input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
+        return _C.dropout(input, p, state, channel_dims, inplace)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, p, state, channel_dims, inplace = inputs
         if inplace:
             ctx.mark_dirty(input)
-        ctx.setting = p, state, channel_dims
-        return y
+        ctx.setting = p, state, channel_dims, False
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        function = DropoutFunction.apply if torch.is_grad_enabled() else _C.dropout
-        return function(dy, *ctx.setting, False), None, None, None, None
+        function = DropoutFunction.apply if is_differentiated_again() else _C.dropout
+        return function(dy, *ctx.setting), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return DropoutFunction.apply(dx, *ctx.setting)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return loop_over_batch(DropoutFunction, info, in_dims, *args)
 
 
 class AlphaDropoutFunction(torch.autograd.Function):
@@ -43,30 +55,52 @@ class AlphaDropoutFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
-        y = _C.alpha_dropout(input, p, state, channel_dims, inplace)
+    def forward(input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
+        return _C.alpha_dropout(input, p, state, channel_dims, inplace)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, p, state, channel_dims, inplace = inputs
         if inplace:
             ctx.mark_dirty(input)
         ctx.setting = p, state, channel_dims
-        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        function = AlphaDropoutBackwardFunction.apply if torch.is_grad_enabled() else _C.alpha_dropout_backward
+        function = AlphaDropoutBackwardFunction.apply if is_differentiated_again() else _C.alpha_dropout_backward
         return function(dy, *ctx.setting), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return AlphaDropoutBackwardFunction.apply(dx, *ctx.setting)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return loop_over_batch(AlphaDropoutFunction, info, in_dims, *args)
 
 
 class AlphaDropoutBackwardFunction(torch.autograd.Function):
     """dx = a * mask * dy: linear and its own adjoint, so derivatives of every order are this function too."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, p: float, state: Tensor, channel_dims: int) -> Tensor:
-        ctx.setting = p, state, channel_dims
+    def forward(dy: Tensor, p: float, state: Tensor, channel_dims: int) -> Tensor:
         return _C.alpha_dropout_backward(dy, p, state, channel_dims)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.setting = inputs
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         return AlphaDropoutBackwardFunction.apply(ddx, *ctx.setting), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return AlphaDropoutBackwardFunction.apply(tangent, *ctx.setting)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return loop_over_batch(AlphaDropoutBackwardFunction, info, in_dims, *args)
 
 
 # (input, p, training, inplace, generator, channel_dims) -> y
@@ -76,7 +110,8 @@ _Dropping = Callable[[Tensor, float, bool, bool, torch.Generator | None, int], T
 def _dropping(name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor], alpha: bool = False) -> _Dropping:
     """What a functional calls: the checks, then the kernel, the traced op or torch's own."""
     native = _C.alpha_dropout if alpha else _C.dropout
-    apply = apply_of(AlphaDropoutFunction if alpha else DropoutFunction)
+    function = AlphaDropoutFunction if alpha else DropoutFunction
+    apply = apply_of(function)
 
     def eager(input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None) -> Tensor:
         differentiated = input.requires_grad and torch.is_grad_enabled()
@@ -87,6 +122,17 @@ def _dropping(name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor]
             )
         state = _C.dropout_state(generator, input)
         return (apply if differentiated else native)(input, p, state, channel_dims, inplace)
+
+    def transformed(
+        input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None
+    ) -> Tensor:
+        if inside_vmap():  # whose randomness= says whether all draw one mask or each its own, or that neither may be
+            state = _random_state(input, generator)
+        else:
+            with outside_transforms():
+                state = _C.dropout_state(generator, torch.empty(0, device=input.device))
+        y = function.apply(input, p, state, channel_dims, False)
+        return input.copy_(y) if inplace else y
 
     def traced(input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None) -> Tensor:
         if generator is not None:
@@ -101,7 +147,7 @@ def _dropping(name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor]
             raise NotImplementedError(f"{name}: generator must be None, for torch's own op takes none")
         return torch_op(input, p, True, inplace)
 
-    op = carry(name, eager=eager, traced=traced, torch_op=torch_dropout)
+    op = carry(name, eager=eager, transformed=transformed, traced=traced, torch_op=torch_dropout)
 
     def dropping(
         input: Tensor,
@@ -118,6 +164,10 @@ def _dropping(name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor]
         return op(input, p, channel_dims, inplace, generator)
 
     return dropping
+
+
+def _random_state(input: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=input.device, generator=generator)
 
 
 # ---- as ops of the dispatcher

@@ -18,7 +18,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def set_fallback(mode: Mode) -> None:
-    """Chooses what a call does that no kernel covers (another device, complex numbers, forward-mode AD, torch.func).
+    """Chooses what a call does that no kernel covers (another device, complex numbers, see the README).
 
     Args:
         mode: ``"warn"`` (the default) calls torch's op and gives one :class:`FallbackWarning` for each op and reason,

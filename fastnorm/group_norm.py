@@ -63,6 +63,11 @@ class GroupNormFunction(NormFunction):
             size = N * ((C * S + 7) // 8) if S < 16 else N * C * ((S + 7) // 8)
         return input.new_empty(size, dtype=torch.uint8)
 
+    @staticmethod
+    def folded_setting(setting: Setting, batch_size: int) -> Setting:
+        num_groups, *rest = setting
+        return num_groups * batch_size, *rest
+
 
 def normalize_groups(input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float) -> Tensor:
     """Group normalisation in elementary ops."""

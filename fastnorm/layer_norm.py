@@ -27,6 +27,7 @@ class LayerNormFunction(NormFunction):
     native_backward = staticmethod(_C.layer_norm_backward)
     activation_at = 2
     empty_like = staticmethod(compile.empty_contiguous)
+    folds_into_channels = False
 
     @staticmethod
     def backward_setting(input: Tensor, setting: Setting) -> Setting:
@@ -75,6 +76,15 @@ class LayerNormFunction(NormFunction):
         normalized_shape = setting[0]
         rows = math.prod(input.shape[: input.dim() - len(normalized_shape)])
         return input.new_empty((rows, (math.prod(normalized_shape) + 7) // 8), dtype=torch.uint8)
+
+    @staticmethod
+    def parameter_shape(input: Tensor, setting: Setting) -> list[int]:
+        return list(setting[0])
+
+    @staticmethod
+    def scale_and_shift(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        z = z if weight is None else z * weight
+        return z if bias is None else z + bias
 
     @staticmethod
     def uncovered_when_traced(input: Tensor, weight: Tensor | None, setting: Setting) -> str | None:

@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnorm import _C, compile
-from fastnorm.double_backward import double_backward
 from fastnorm.op import apply_of, carry
+from fastnorm.transforms import (
+    fold_samples,
+    is_differentiated_again,
+    pull_back,
+    push_forward,
+    refuse_nested_forward_mode,
+)
 
 Region = Literal["inter", "intra"]
 Convention = Literal["torch", "paper"]
@@ -27,33 +33,65 @@ class LocalResponseNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, setting: _Setting) -> Tensor:
-        ctx.save_for_backward(input)
-        ctx.setting = setting
+    def forward(input: Tensor, setting: _Setting) -> Tensor:
         return _C.local_response_norm_forward(input, *setting)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Setting], output: Tensor) -> None:
+        input, ctx.setting = inputs
+        ctx.save_for_backward(input)
+        ctx.save_for_forward(input)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (input,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if is_differentiated_again():
             return LocalResponseNormBackwardFunction.apply(dy, input, ctx.setting), None
         return _C.local_response_norm_backward(dy, input, *ctx.setting), None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        (input,) = ctx.saved_tensors
+        refuse_nested_forward_mode()
+        return push_forward(lambda x: _composite(x, *ctx.setting), (input,), (dx,))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], input: Tensor, setting: _Setting) -> tuple[Tensor, int]:
+        (x,) = fold_samples(info.batch_size, in_dims, input)
+        return LocalResponseNormFunction.apply(x, setting).unflatten(0, (info.batch_size, -1)), 0
 
 
 class LocalResponseNormBackwardFunction(torch.autograd.Function):
     """The gradient of :class:`LocalResponseNormFunction` as a function that can itself be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, input: Tensor, setting: _Setting) -> Tensor:
-        ctx.save_for_backward(dy, input)
-        ctx.setting = setting
+    def forward(dy: Tensor, input: Tensor, setting: _Setting) -> Tensor:
         return _C.local_response_norm_backward(dy, input, *setting)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Setting], output: Tensor) -> None:
+        dy, input, setting = inputs
+        ctx.gradient = lambda dy, x: pull_back(lambda t: _composite(t, *setting), (x,), dy)[0]
+        ctx.save_for_backward(dy, input)
+        ctx.save_for_forward(dy, input)
+
+    @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        dy, input = ctx.saved_tensors
-        ddy, dx = double_backward(lambda x: _composite(x, *ctx.setting), [input], dy, [ddx])
-        return ddy, dx, None
+        return *pull_back(ctx.gradient, ctx.saved_tensors, ddx), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        refuse_nested_forward_mode()
+        primals = ctx.saved_tensors
+        along = [torch.zeros_like(t) if d is None else d for t, d in zip(primals, tangents, strict=False)]
+        return push_forward(ctx.gradient, primals, along)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], dy: Tensor, input: Tensor, setting: _Setting
+    ) -> tuple[Tensor, int]:
+        folded = fold_samples(info.batch_size, in_dims, dy, input)
+        return LocalResponseNormBackwardFunction.apply(*folded, setting).unflatten(0, (info.batch_size, -1)), 0
 
 
 def _composite(
@@ -150,6 +188,10 @@ def _check_names(op: str, region: str, convention: str) -> None:
         raise ValueError(f"{op}: convention must be 'torch' or 'paper', got {convention!r}")
 
 
+def _transformed_local_response_norm(input: Tensor, *setting: Any) -> Tensor:
+    return LocalResponseNormFunction.apply(input, setting)
+
+
 # ---- as ops of the dispatcher
 
 
@@ -184,6 +226,7 @@ _backward_op = compile.register(
 _local_response_norm = carry(
     "local_response_norm",
     eager=_eager_local_response_norm,
+    transformed=_transformed_local_response_norm,
     traced=_traced_local_response_norm,
     torch_op=_torch_local_response_norm,
 )

@@ -16,7 +16,9 @@ from fastnorm import compile
 from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch
+from fastnorm.normalize import NormalizeFunction
 from fastnorm.op import apply_of, carry
+from fastnorm.transforms import is_differentiated_again
 
 # What no gradient goes to, in the order in which the native forward takes it after (input, weight, bias, residual). One
 # argument, for each argument of an autograd function costs time.
@@ -40,6 +42,9 @@ class NormFunction(torch.autograd.Function):
     activation_at: ClassVar[int]  # where in the setting the activation is
     tracked: ClassVar[int] = 0  # how many tensors the setting begins with that training updates
     empty_like = staticmethod(compile.empty_in_layout)  # an output for an input
+    folds_into_channels: ClassVar[bool] = (
+        True  # inputs are normalised together as one of more channels, or of more rows
+    )
     forward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]  # of register_forward
     backward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]  # of register_backward
 
@@ -81,6 +86,21 @@ class NormFunction(torch.autograd.Function):
         raise NotImplementedError
 
     @staticmethod
+    def folded_setting(setting: Setting, batch_size: int) -> Setting:
+        """The setting, but for tracked tensors, for that many inputs folded into one."""
+        return setting
+
+    @staticmethod
+    def parameter_shape(input: Tensor, setting: Setting) -> list[int]:
+        """Of weight and bias."""
+        return [input.size(1)]
+
+    @staticmethod
+    def scale_and_shift(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """z * weight + bias."""
+        return scale_and_shift(z, weight, bias)
+
+    @staticmethod
     def uncovered_when_traced(input: Tensor, weight: Tensor | None, setting: Setting) -> str | None:
         """Why there is no kernel for these; an eager call asks the native forward instead."""
         return None
@@ -103,7 +123,7 @@ class NormFunction(torch.autograd.Function):
 
     @classmethod
     def backward(cls, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = NormBackwardFunction.apply if torch.is_grad_enabled() else _native_gradients
+        gradients = NormBackwardFunction.apply if is_differentiated_again() else _native_gradients
         return *gradients(cls, dy, *ctx.saved_tensors, ctx.setting, ctx.needs_input_grad[:4]), None
 
 
@@ -151,6 +171,27 @@ def norm_op(name: str, norm: type[NormFunction]) -> Callable[..., Tensor]:
     # looked up here, for Dynamo, which follows ``traced`` and ``torch_op``, looks nothing up on an autograd function
     forward_op, torch_norm, uncovered_when_traced = norm.forward_op, norm.torch_norm, norm.uncovered_when_traced
     activation_at, tracked, updates = norm.activation_at, norm.tracked, norm.updates
+    parameter_shape = norm.parameter_shape
+
+    def transformed(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
+    ) -> Tensor:
+        activation = setting[activation_at]
+        check_activation(name, activation)
+        shape = parameter_shape(input, setting)
+        for what, parameter in (("weight", weight), ("bias", bias)):
+            if parameter is not None and list(parameter.shape) != shape:
+                raise RuntimeError(f"{name}: {what} must have shape {shape}, got {list(parameter.shape)}")
+        # xhat of bfloat16 and float16 in float32, unless running statistics of their type rule that out
+        widen = input.dtype in (torch.bfloat16, torch.float16)
+        widen = widen and all(t is None or t.dtype != input.dtype for t in setting[:tracked])
+        xhat, _ = NormalizeFunction.apply(
+            input.float() if widen else input,
+            norm,
+            (*setting[:activation_at], None, *setting[activation_at + 1 :]),
+        )
+        z = norm.scale_and_shift(xhat, weight, bias).to(input.dtype)
+        return add_and_activate(z, residual, activation)
 
     def eager(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
@@ -184,7 +225,7 @@ def norm_op(name: str, norm: type[NormFunction]) -> Callable[..., Tensor]:
         check_activation(name, activation)
         return add_and_activate(torch_norm(input, weight, bias, setting), residual, activation)
 
-    return carry(name, eager=eager, traced=traced, torch_op=torch_op)
+    return carry(name, eager=eager, transformed=transformed, traced=traced, torch_op=torch_op)
 
 
 # ---- as ops of the dispatcher

@@ -7,38 +7,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
+from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
 from fastnorm.compile import traced_by_mode, uncovered_input, uses_ops
 from fastnorm.fallback import call_torch
+from fastnorm.transforms import is_transformed
 
 
 def carry(
     name: str,
     *,
     eager: Callable[..., Tensor],
+    transformed: Callable[..., Tensor] | None = None,
     traced: Callable[..., Tensor],
     torch_op: Callable[..., Tensor],
 ) -> Callable[..., Tensor]:
-    """An op as one function, which chooses among three that take the same arguments, the input first.
+    """An op as one function, which chooses among four that take the same arguments, the input first.
 
     Args:
         name: what warnings and errors call the op.
         eager: the kernel, through an autograd function where a gradient is due; NotImplementedError where there is none
             for these arguments.
+        transformed: the kernel, through autograd functions with rules for forward mode and torch.func, inside of these;
+            None where torch's own op is as good.
         traced: the op that :func:`fastnorm.compile.register` made, where a compiler looks on.
         torch_op: torch's own, for what has no kernel, with a FallbackWarning; and for a compiler that is to see it, see
             :func:`fastnorm.enable_under_compile`.
     """
 
     def op(*args: Any) -> Tensor:
-        if forward_ad._current_level >= 0:
-            reason = "no kernel for forward-mode automatic differentiation"
-        elif _are_functorch_transforms_active():
-            reason = "no kernel inside a torch.func transform"
-        elif is_dynamo_compiling() or (_len_torch_dispatch_stack() and traced_by_mode()):
+        is_traced = is_dynamo_compiling() or (_len_torch_dispatch_stack() and traced_by_mode())
+        inside = is_transformed()
+        if inside and (is_traced or transformed is None):
+            reason = "no kernel for forward-mode automatic differentiation and torch.func"
+            reason += " inside of torch.compile" if is_traced else ""
+        elif is_traced:
             if uses_ops(args[0]):
                 return traced(*args)
             reason = uncovered_input(args[0])
@@ -46,7 +50,7 @@ def carry(
                 return torch_op(*args)
         else:
             try:
-                return eager(*args)
+                return transformed(*args) if inside else eager(*args)
             except NotImplementedError as uncovered:
                 reason = str(uncovered).partition(": ")[2]
         return call_torch(name, reason, torch_op, *args)

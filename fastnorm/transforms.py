@@ -1,0 +1,73 @@
+"""Forward-mode automatic differentiation and torch.func: what the ops' rules for them are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._functorch.pyfunctorch import (
+    TransformType,
+    retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
+)
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether this call's tensors may carry tangents, or be a transform's wrappers without data."""
+    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+
+
+def is_differentiated_again() -> bool:
+    """Whether a backward must call functions that have derivatives themselves, and not kernels."""
+    return torch.is_grad_enabled() or is_transformed()
+
+
+def inside_vmap() -> bool:
+    return any(interpreter.key() == TransformType.Vmap for interpreter in retrieve_all_functorch_interpreters())
+
+
+def refuse_nested_forward_mode() -> None:
+    """For a jvp rule of torch's ops: of these torch sees no outer forward mode, and would take derivatives for zero."""
+    levels = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+    if levels.count(TransformType.Jvp) > 1:
+        raise NotImplementedError("fastnorm: no kernel for forward mode inside of forward mode at this order")
+
+
+# A context in which new tensors are plain ones, as kernels want them.
+outside_transforms = temporarily_clear_interpreter_stack
+
+
+def pull_back(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
+    """J^T cotangent of a function of torch's ops, for each primal."""
+    return torch.func.vjp(function, *primals)[1](cotangent)
+
+
+def push_forward(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """J tangents, as the transpose of J^T: forward mode cannot be nested in torch.autograd.forward_ad."""
+    y, pull = torch.func.vjp(function, *primals)
+    return torch.func.vjp(pull, torch.zeros_like(y))[1](tuple(tangents))[0]
+
+
+def loop_over_batch(
+    function: type[torch.autograd.Function], info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[Tensor, int]:
+    """A vmap rule: one call for each element of the batch."""
+    slices = (
+        [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]
+        for i in range(info.batch_size)
+    )
+    return torch.stack([function.apply(*arguments) for arguments in slices]), 0
+
+
+def fold_samples(batch_size: int, in_dims: Sequence[int | None], *tensors: Tensor) -> list[Tensor]:
+    """(B, N, *) as (B * N, *), for ops that work on each sample by itself."""
+    return [first(t, dim, batch_size).flatten(0, 1) for t, dim in zip(tensors, in_dims, strict=False)]
+
+
+def first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """The batch's dimension first, of a tensor that has one or is the same for all."""
+    return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)

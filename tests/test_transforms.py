@@ -1,0 +1,328 @@
+"""Forward-mode AD and torch.func: every op through its kernel, for conftest.py lets no fallback pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from cases import CASES, Case
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+
+import fastnorm
+import fastnorm.functional as fn
+from fastnorm.parametrizations import spectral_norm, weight_norm
+
+# The parametrizations go to torch's ops, see below; dropout is linear and has tests of its own.
+DIFFERENTIABLE = [c for c in CASES if "drop" not in c.name and c.op not in ("weight_norm", "spectral_norm")]
+# one of each op and way to normalise, with nothing and with everything fused
+FEW = [c for c in DIFFERENTIABLE if not c.name.endswith(("relu", "silu")) and "size1000" not in c.name]
+# running statistics that all elements of a batch share would have to be updated by each
+MAPPED = [c for c in DIFFERENTIABLE if not c.name.startswith("instance_norm-input")]
+
+
+def tensors_and_tangents(case: Case, dtype: torch.dtype = torch.float64) -> tuple[tuple[Tensor, ...], ...]:
+    tensors = case.inputs(case.small, dtype)
+    case.fastnorm(*tensors)  # makes the statistics that cases.py caches: not inside of a transform
+    generator = torch.Generator().manual_seed(1)
+    return tuple(tensors), tuple(torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors)
+
+
+def close(got: Tensor, wanted: Tensor, rtol: float = 1e-9) -> None:
+    """Relative to the largest element: derivatives are sums that cancel."""
+    assert got.shape == wanted.shape
+    allowed = rtol * max(1.0, wanted.abs().max().item())
+    assert (got - wanted).abs().max().item() <= allowed, ((got - wanted).abs().max(), allowed)
+
+
+# ---- forward mode
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+def test_forward_mode(case: Case) -> None:
+    """Both of torch's: dual tensors, and torch.func.jvp. All arguments move, then each alone."""
+    x, dx = tensors_and_tangents(case)
+    y = case.reference(*x)
+    close(case.fastnorm(*x), y)
+    pairs = list(zip(x, dx, strict=True))
+    for alone in (None, *range(len(x))):
+        tangents = tuple(d if alone in (None, i) else torch.zeros_like(d) for i, d in enumerate(dx))
+        wanted = jvp(case.reference, x, tangents)[1]
+        close(jvp(case.fastnorm, x, tangents)[1], wanted)
+        with forward_ad.dual_level():
+            mixed = [forward_ad.make_dual(t, d) if alone in (None, i) else t for i, (t, d) in enumerate(pairs)]
+            tangent = forward_ad.unpack_dual(case.fastnorm(*mixed)).tangent
+        close(tangent, wanted)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_forward_mode_of_other_types(case: Case, dtype: torch.dtype) -> None:
+    x, dx = tensors_and_tangents(case, dtype)
+    y, tangent = jvp(case.fastnorm, x, dx)
+    assert y.dtype == tangent.dtype == dtype
+    wanted_y, wanted = jvp(case.reference, tuple(t.double() for t in x), tuple(t.double() for t in dx))
+    # one rounding of xhat, one of each of the four steps after it, in sums of no more than 24 terms
+    close(y.double(), wanted_y, 16 * torch.finfo(dtype).eps)
+    close(tangent.double(), wanted, 64 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_backward_through_the_tangent(case: Case) -> None:
+    """Reverse over forward, with dual tensors."""
+    x, dx = tensors_and_tangents(case)
+
+    def gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in x]
+        with forward_ad.dual_level():
+            y = function(*map(forward_ad.make_dual, leaves, dx))
+            tangent = forward_ad.unpack_dual(y).tangent
+        return list(torch.autograd.grad(tangent.pow(2).sum(), leaves, allow_unused=True, materialize_grads=True))
+
+    for got, wanted in zip(gradients(case.fastnorm), gradients(case.reference), strict=True):
+        close(got, wanted)
+
+
+# ---- reverse mode of torch.func
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+def test_grad(case: Case) -> None:
+    x, _ = tensors_and_tangents(case)
+    every = tuple(range(len(x)))
+    got = grad(lambda *a: case.fastnorm(*a).pow(3).sum(), argnums=every)(*x)
+    wanted = grad(lambda *a: case.reference(*a).pow(3).sum(), argnums=every)(*x)
+    for g, w in zip(got, wanted, strict=True):
+        close(g, w)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("outer", (jacfwd, jacrev))
+def test_second_derivatives(case: Case, outer: Callable[..., Callable[..., Tensor]]) -> None:
+    x, _ = tensors_and_tangents(case)
+    for inner in (jacfwd, jacrev):
+        run = outer(inner(lambda a: case.fastnorm(a, *x[1:]).pow(3).sum()))
+        if inner is outer is jacfwd and case.op == "local_response_norm":  # has no kernel for its jvp
+            with pytest.raises(NotImplementedError, match="local_response_norm: no kernel for forward mode inside"):
+                run(x[0])
+            fastnorm.set_fallback("silent")
+        got = run(x[0])
+        fastnorm.set_fallback("error")
+        close(got, hessian(lambda a: case.reference(a, *x[1:]).pow(3).sum())(x[0]))
+
+
+def test_third_derivative_by_forward_mode_alone() -> None:
+    """Torch sees no outer forward mode in a jvp rule of its own ops: there the kernels give way."""
+    x = torch.randn(3, 4, dtype=torch.float64)
+
+    def third(norm: Callable[..., Tensor]) -> Tensor:
+        function = lambda t: norm(t, (4,)).pow(3).sum()  # noqa: E731
+        for _ in range(3):
+            function = jacfwd(function)
+        return function(x[:1])
+
+    with pytest.raises(NotImplementedError, match="layer_norm: no kernel for forward mode inside of forward mode"):
+        third(fn.layer_norm)
+    fastnorm.set_fallback("silent")
+    close(third(fn.layer_norm), third(nn.functional.layer_norm), 1e-8)
+
+
+# ---- vmap
+
+
+@pytest.mark.parametrize("case", MAPPED, ids=str)
+def test_vmap_is_a_loop(case: Case) -> None:
+    """Over the input alone, over everything, along other dimensions; float32, so that it is the kernel's rounding."""
+    x, _ = tensors_and_tangents(case, torch.float32)
+    stacks = [torch.stack([t, 1.5 * t + 0.1, t - 0.3]) for t in x]
+    alone = torch.stack([case.fastnorm(t, *x[1:]) for t in stacks[0]])
+    together = torch.stack([case.fastnorm(*ts) for ts in zip(*stacks, strict=True)])
+    ones = (None,) * (len(x) - 1)
+    close(vmap(case.fastnorm, (0, *ones))(stacks[0], *x[1:]), alone, 1e-6)
+    close(vmap(case.fastnorm)(*stacks), together, 1e-6)
+    last = [t.movedim(0, -1) for t in stacks]
+    close(vmap(case.fastnorm, -1, 1)(*last), together.movedim(0, 1), 1e-6)
+    if len(x) > 1:
+        only_parameters = torch.stack([case.fastnorm(x[0], *ts) for ts in zip(*stacks[1:], strict=True)])
+        close(vmap(case.fastnorm, (None, *(0,) * len(ones)))(x[0], *stacks[1:]), only_parameters, 1e-6)
+    twice = torch.stack([stacks[0], stacks[0] + 1], dim=2)
+    wanted = torch.stack([torch.stack([case.fastnorm(t, *x[1:]) for t in row.unbind(1)]) for row in twice])
+    close(vmap(vmap(lambda t: case.fastnorm(t, *x[1:]), 1))(twice), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("case", [c for c in MAPPED if c in FEW], ids=str)
+def test_gradients_of_each_sample(case: Case) -> None:
+    x, _ = tensors_and_tangents(case)
+    stack = torch.stack([x[0], 1.5 * x[0] + 0.1])
+    every = tuple(range(len(x)))
+    one = grad(lambda *a: case.fastnorm(*a).pow(3).sum(), argnums=every)
+    got = vmap(one, (0, *(None,) * (len(x) - 1)))(stack, *x[1:])
+    for i, t in enumerate(stack):
+        for g, w in zip(got, one(t, *x[1:]), strict=True):
+            close(g[i], w)
+
+
+def networks(count: int) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            fastnorm.BatchNorm2d(4, activation="relu"),
+            fastnorm.InstanceNorm2d(4, affine=True, track_running_stats=True),
+            fastnorm.BatchRenorm2d(4, momentum=None),
+        )
+        for _ in range(count)
+    ]
+
+
+def test_an_ensemble_has_its_own_running_statistics() -> None:
+    models, x = networks(3), torch.randn(5, 3, 8, 8)
+    parameters, buffers = stack_module_state(models)
+    base = copy.deepcopy(models[0])
+    for training in (True, False):
+        base.train(training)
+        wanted = torch.stack([model.train(training)(x) for model in models])
+        got = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)
+        close(got, wanted, 1e-5)
+        for name, stacked in buffers.items():
+            close(stacked.double(), torch.stack([dict(m.named_buffers())[name] for m in models]).double(), 1e-6)
+
+
+@pytest.mark.parametrize("module", (fastnorm.BatchNorm1d(3), fastnorm.InstanceNorm1d(3, track_running_stats=True)))
+def test_shared_running_statistics(module: nn.Module) -> None:
+    """torch.func.grad updates them once, vmap cannot, evaluation reads them."""
+    x = torch.randn(4, 3, 5)
+    twin = copy.deepcopy(module)
+    grad(lambda x: module(x).square().sum())(x)
+    twin(x)
+    for a, b in zip(module.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b)
+    assert module.running_mean.count_nonzero()
+    with pytest.raises(RuntimeError, match="all elements of vmap's batch share cannot be updated"):
+        vmap(module)(torch.stack([x, x]))
+    close(vmap(module.eval())(torch.stack([x, x + 1])), torch.stack([module(x), module(x + 1)]), 1e-6)
+
+
+def test_skip_nonfinite_stats_inside_of_grad() -> None:
+    norm = fastnorm.BatchNorm1d(3, skip_nonfinite_stats=True)
+    grad(lambda x: norm(x).sum())(torch.full((4, 3), float("inf")))
+    assert norm.running_mean.isfinite().all() and norm.num_batches_tracked == 0
+
+
+# ---- dropout
+
+DROPS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    name: lambda x, seed, name=name: getattr(fn, name)(x, 0.4, True, generator=torch.Generator().manual_seed(seed))
+    for name in ("dropout", "dropout2d", "alpha_dropout", "feature_alpha_dropout", "drop_path")
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_dropout_has_the_mask_of_an_eager_call(name: str) -> None:
+    x, dx = torch.randn(2, 6, 5, 7, 3, dtype=torch.float64).unbind(0)
+    y, slope = DROPS[name](x, 1), DROPS[name](x + 1, 1) - DROPS[name](x, 1)  # y is affine in x
+    got, tangent = jvp(lambda t: DROPS[name](t, 1), (x,), (dx,))
+    assert torch.equal(got, y)
+    close(tangent, slope * dx)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(DROPS[name](forward_ad.make_dual(x, dx), 1))
+    assert torch.equal(dual.primal, y) and torch.equal(dual.tangent, tangent)
+    close(grad(lambda t: (DROPS[name](t, 1) * dx).sum())(x), slope * dx)
+    jacobian = jacrev(lambda t: DROPS[name](t, 1).flatten())(x[:1, :2]).flatten(1)
+    close(jacobian, torch.diag(DROPS[name](x[:1, :2] + 1, 1).sub(DROPS[name](x[:1, :2], 1)).flatten()))
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_randomness_of_vmap(name: str) -> None:
+    """One mask for all or one for each, as it says; and backward has the mask of forward."""
+    x = torch.full((8, 5, 40, 3, 2), 2.0, dtype=torch.float64)
+
+    def drop(t: Tensor) -> Tensor:
+        return getattr(fn, name)(t, 0.5, True)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(drop)(x)
+    same, different = (vmap(drop, randomness=r)(x) for r in ("same", "different"))
+    assert all(torch.equal(y, same[0]) for y in same)
+    assert len({tuple(y.flatten().tolist()) for y in different}) > 1
+    unbatched = vmap(lambda t, u: drop(u), (0, None), randomness="different")(x, x[0])
+    assert len({tuple(y.flatten().tolist()) for y in unbatched}) > 1
+    for randomness in ("same", "different"):
+        gradient, y = vmap(torch.func.grad_and_value(lambda t: drop(t).sum()), randomness=randomness)(x)
+        if "alpha" not in name:  # linear: the sum of y is the sum of x times its gradient
+            close((gradient * x).sum((1, 2, 3, 4)), y)
+
+
+def test_inplace() -> None:
+    x = torch.randn(4, 6)
+
+    def run(t: Tensor) -> Tensor:
+        t = t * 1
+        y = fn.dropout(t, 0.5, inplace=True)
+        assert y is t
+        return y
+
+    torch.manual_seed(0)
+    _, tangent = jvp(run, (x,), (torch.ones_like(x),))
+    assert set(tangent.flatten().tolist()) == {0.0, 2.0}
+
+
+# ---- what has no kernel there
+
+
+def _weight_norm_layer() -> nn.Module:
+    return weight_norm(nn.Linear(4, 3, dtype=torch.float64))
+
+
+def _spectral_norm_layer() -> nn.Module:
+    return spectral_norm(nn.Linear(4, 3, dtype=torch.float64)).eval()
+
+
+@pytest.mark.parametrize("make", (_weight_norm_layer, _spectral_norm_layer))
+def test_parametrizations_go_to_torch(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    parameters = {k: p.detach() for k, p in layer.named_parameters()}
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return functional_call(layer, p, (torch.ones(2, 4, dtype=torch.float64),)).pow(3).sum()
+
+    with pytest.raises(NotImplementedError, match="_norm: no kernel for forward-mode"):
+        grad(loss)(parameters)
+    fastnorm.set_fallback("warn")
+    with pytest.warns(fastnorm.FallbackWarning, match="no kernel for forward-mode.*using torch's own op"):
+        got = grad(loss)(parameters)
+    layer(torch.ones(2, 4, dtype=torch.float64)).pow(3).sum().backward()
+    for name, p in layer.named_parameters():
+        close(got[name], p.grad)
+
+
+def test_complex_numbers_go_to_torch() -> None:
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    with pytest.raises(NotImplementedError, match="dropout: no kernel for ComplexFloat"):
+        vmap(lambda t: fn.dropout(t), randomness="same")(x)
+
+
+def test_a_wrong_parameter() -> None:
+    x = torch.randn(4, 3, 5)
+    for run in (
+        lambda x: fn.batch_norm(x, None, None, torch.ones(1), None, True),
+        lambda x: fn.group_norm(x, 1, None, torch.ones(5)),
+        lambda x: fn.layer_norm(x, (5,), torch.ones(1)),
+    ):
+        with pytest.raises(RuntimeError, match=r"(weight|bias) must have shape \[[35]\]"):
+            run(x)
+        with pytest.raises(RuntimeError, match=r"(weight|bias) must have shape \[[35]\]"):
+            vmap(run)(torch.stack([x, x]))
+
+
+def test_reference_is_another_function() -> None:
+    """The comparisons above fail for a slightly different op."""
+    case = next(c for c in CASES if c.name == "batch_norm-train")
+    x, dx = tensors_and_tangents(case)
+    wrong = jvp(lambda t, w, b: reference.batch_norm(t, w, b, eps=2e-5), x, dx)[1]
+    with pytest.raises(AssertionError):
+        close(jvp(case.fastnorm, x, dx)[1], wrong)
