@@ -106,7 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
   check_supported(kOp, input);
-  check_groups(input, num_groups);
+  const bool no_channels = input.dim() >= 2 && input.size(1) == 0 && num_groups == 0;  // instance_norm's
+  if (!no_channels) check_groups(input, num_groups);
   check_like_input(kOp, "grad_output", grad_output, input);
   check_per_channel(kOp, "weight", weight, input);
   check_per_channel(kOp, "bias", bias, input);

@@ -84,6 +84,14 @@ def test_running_statistics_tell_autograd_that_they_changed() -> None:
         fastnorm.InstanceNorm2d(3, track_running_stats=True)(torch.randn(2, 3, 4, 4))
 
 
+def test_no_channels() -> None:
+    """No groups then, for the backward that it shares with group_norm; torch's has an empty gradient."""
+    x = torch.ones(2, 0, 3, 3, requires_grad=True)
+    norm = fastnorm.InstanceNorm2d(0, affine=True, track_running_stats=True)
+    norm(x).sum().backward()
+    assert x.grad.shape == x.shape and norm.weight.grad.shape == (0,)
+
+
 def test_an_empty_batch_teaches_nothing() -> None:
     norm = fastnorm.InstanceNorm2d(3, track_running_stats=True)
     assert norm(torch.ones(0, 3, 4, 4)).shape == (0, 3, 4, 4)

@@ -58,9 +58,10 @@ def main() -> int:
         for op in names:
             try:
                 done[op] += run(op, seed, min(_ROUND, arguments.cases))
-            except AssertionError as error:
+            except Exception as error:
                 failed += 1
-                print(f"FAILED {op}, seed {seed}: {error}", flush=True)
+                notes = "\n".join(getattr(error, "__notes__", []))  # the call, as hypothesis has shrunk it
+                print(f"FAILED {op}, seed {seed}: {type(error).__name__}: {error}\n{notes}", flush=True)
         seed += 1
         print(f"{sum(done.values())} cases, {time.monotonic() - began:.0f} s", flush=True)
     print(", ".join(f"{op} {count}" for op, count in done.items()))
