@@ -17,6 +17,10 @@ import torch
 from setuptools import setup
 from torch.utils import cpp_extension
 
+# pip itself refuses an older Python; of torch it knows nothing where it builds without isolation.
+if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
+    raise SystemExit(f"fastnorm: needs torch 2.11 or later, found {torch.__version__}; pip install --upgrade torch")
+
 # Flags and namespace of each instruction set.
 INSTRUCTION_SETS = {"DEFAULT": []}
 PLAIN = os.environ.get("FASTNORM_PLAIN") == "1"
