@@ -80,7 +80,7 @@ def normalize_groups(input: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 GroupNormFunction.forward_op = register_forward(GroupNormFunction, "SymInt num_groups, float eps, str? activation")
 GroupNormFunction.backward_op = register_backward(GroupNormFunction, "SymInt num_groups, str? activation")
-_group_norm = norm_op("group_norm", GroupNormFunction)
+_group_norm = norm_op("group_norm", GroupNormFunction, autocast_as=("group_norm",))
 
 
 def group_norm(

@@ -102,7 +102,7 @@ LayerNormFunction.forward_op = register_forward(
 LayerNormFunction.backward_op = register_backward(
     LayerNormFunction, "SymInt[] normalized_shape, str? activation, bool subtract_mean"
 )
-_layer_norm = norm_op("layer_norm", LayerNormFunction)
+_layer_norm = norm_op("layer_norm", LayerNormFunction, autocast_as=("layer_norm",))
 
 
 def layer_norm(

@@ -155,7 +155,8 @@ def local_response_norm(
         >>> y[0, 1, 0]  # 1 / (4 + 1 + 4)
         tensor(0.1111)
     """
-    return _local_response_norm(input, size, alpha, beta, k, region, convention)
+    op = _local_response_norm if input.dim() > 3 else _local_response_norm_of_sequences
+    return op(input, size, alpha, beta, k, region, convention)
 
 
 def _eager_local_response_norm(input: Tensor, *setting: Any) -> Tensor:
@@ -223,12 +224,17 @@ _backward_op = compile.register(
     _C.local_response_norm_backward,
     lambda dy, input, *_: compile.empty_in_layout(input),
 )
-_local_response_norm = carry(
-    "local_response_norm",
-    eager=_eager_local_response_norm,
-    transformed=_transformed_local_response_norm,
-    traced=_traced_local_response_norm,
-    torch_op=_torch_local_response_norm,
+# torch's own pools (N, C, L) otherwise than (N, C, *), which autocast on a CPU can tell
+_local_response_norm, _local_response_norm_of_sequences = (
+    carry(
+        "local_response_norm",
+        eager=_eager_local_response_norm,
+        transformed=_transformed_local_response_norm,
+        traced=_traced_local_response_norm,
+        torch_op=_torch_local_response_norm,
+        autocast_as=("pow.Tensor_Scalar", pooling),
+    )
+    for pooling in ("avg_pool3d", "avg_pool2d")
 )
 
 

@@ -165,8 +165,13 @@ def _native_gradients(norm: type[NormFunction], dy: Tensor, input: Tensor, *args
     return norm.native_backward(dy, input, *saved, *norm.backward_setting(input, setting), wanted)
 
 
-def norm_op(name: str, norm: type[NormFunction]) -> Callable[..., Tensor]:
-    """The function of (input, weight, bias, residual, setting) that functionals and modules call."""
+def norm_op(name: str, norm: type[NormFunction], autocast_as: tuple[str, ...] = ()) -> Callable[..., Tensor]:
+    """The function of (input, weight, bias, residual, setting) that functionals and modules call.
+
+    Args:
+        name: what warnings and errors call it.
+        autocast_as: see :func:`fastnorm.op.carry`.
+    """
     apply, native_forward = apply_of(norm), norm.native_forward
     # looked up here, for Dynamo, which follows ``traced`` and ``torch_op``, looks nothing up on an autograd function
     forward_op, torch_norm, uncovered_when_traced = norm.forward_op, norm.torch_norm, norm.uncovered_when_traced
@@ -225,7 +230,7 @@ def norm_op(name: str, norm: type[NormFunction]) -> Callable[..., Tensor]:
         check_activation(name, activation)
         return add_and_activate(torch_norm(input, weight, bias, setting), residual, activation)
 
-    return carry(name, eager=eager, transformed=transformed, traced=traced, torch_op=torch_op)
+    return carry(name, eager=eager, transformed=transformed, traced=traced, torch_op=torch_op, autocast_as=autocast_as)
 
 
 # ---- as ops of the dispatcher

@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import (
+    _dispatch_has_kernel_for_dispatch_key,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch.compiler import is_dynamo_compiling
 
 from fastnorm.compile import traced_by_mode, uncovered_input, uses_ops
 from fastnorm.fallback import call_torch
 from fastnorm.transforms import is_transformed
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def carry(
@@ -22,6 +28,7 @@ def carry(
     transformed: Callable[..., Tensor] | None = None,
     traced: Callable[..., Tensor],
     torch_op: Callable[..., Tensor],
+    autocast_as: tuple[str, ...] = (),
 ) -> Callable[..., Tensor]:
     """An op as one function, which chooses among four that take the same arguments, the input first.
 
@@ -34,9 +41,16 @@ def carry(
         traced: the op that :func:`fastnorm.compile.register` made, where a compiler looks on.
         torch_op: torch's own, for what has no kernel, with a FallbackWarning; and for a compiler that is to see it, see
             :func:`fastnorm.enable_under_compile`.
+        autocast_as: ops of ATen that torch's own is made of. On devices where autocast gives any of them float32, it
+            gives this one float32, too.
     """
+    widened = {device: _has_autocast_rule(device, autocast_as) for device in ("cpu", "cuda")}
 
     def op(*args: Any) -> Tensor:
+        if autocast_as and (is_dynamo_compiling() or _is_any_autocast_enabled()):
+            device = args[0].device.type
+            if widened.get(device) and torch.is_autocast_enabled(device):
+                args = tuple(a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
         is_traced = is_dynamo_compiling() or (_len_torch_dispatch_stack() and traced_by_mode())
         inside = is_transformed()
         if inside and (is_traced or transformed is None):
@@ -56,6 +70,10 @@ def carry(
         return call_torch(name, reason, torch_op, *args)
 
     return op
+
+
+def _has_autocast_rule(device: str, ops: tuple[str, ...]) -> bool:
+    return any(_dispatch_has_kernel_for_dispatch_key(f"aten::{op}", f"Autocast{device.upper()}") for op in ops)
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

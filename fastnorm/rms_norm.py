@@ -10,7 +10,7 @@ from fastnorm.layer_norm import LayerNormFunction
 from fastnorm.norm import norm_op
 from fastnorm.norm_module import NormModule
 
-_rms_norm = norm_op("rms_norm", LayerNormFunction)
+_rms_norm = norm_op("rms_norm", LayerNormFunction, autocast_as=("rms_norm",))
 _EPS_FLOAT64 = torch.finfo(torch.float64).eps
 _EPS_FLOAT32 = torch.finfo(torch.float32).eps
 

@@ -173,15 +173,6 @@ def test_low_precision_input_with_float32_parameters(dtype: torch.dtype) -> None
     assert norm.weight.grad.dtype == torch.float32
 
 
-def test_autocast_as_torch_treats_it() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), fastnorm.BatchNorm2d(4))
-    x = torch.randn(2, 3, 8, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = model(x)
-        assert y.dtype == nn.BatchNorm2d(4)(model[0](x)).dtype == torch.bfloat16
-        assert fastnorm.BatchNorm2d(3)(x).dtype == nn.BatchNorm2d(3)(x).dtype
-
-
 def test_empty_batch_is_counted_but_teaches_nothing() -> None:
     for module in (fastnorm.BatchNorm2d(3), nn.BatchNorm2d(3)):
         assert module(torch.zeros(0, 3, 4, 4)).shape == (0, 3, 4, 4)
