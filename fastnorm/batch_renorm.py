@@ -150,6 +150,9 @@ _MODULE_DOC = """Batch renormalisation, see :func:`fastnorm.functional.batch_ren
     The paper starts as batch normalisation (r_max = 1, d_max = 0) until the running statistics mean something, and
     then opens both slowly: give functions of the number of batches seen so far.
 
+    Under activation checkpointing, forward runs again in backward, and then sees running statistics that the first time
+    has updated: the gradients are those for the r and d of the second time.
+
     Args:
         num_features, eps, momentum, affine, device, dtype: as torch.nn.{norm} has them.
         track_running_stats: must be True.

@@ -28,12 +28,36 @@ def _eager_weight_norm(g: Tensor, v: Tensor, dim: int) -> Tensor:
     return _C.weight_norm(v, g, dim)
 
 
-_weight_norm = carry(
-    "weight_norm",
-    eager=_eager_weight_norm,
-    traced=_torch_weight_norm,  # a weight is small: what a compiler makes of torch's ops is as good as a kernel
-    torch_op=_torch_weight_norm,
+def _keep_weight_norm(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    g, v, ctx.dim = inputs
+    ctx.save_for_backward(g, v)
+
+
+def _weight_norm_gradients(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+    """In torch's ops, for a compiler to fuse: the native one is a node of autograd, with no name of its own.
+
+    dg = <dw, v> / ||v||,   dv = g / ||v|| * (dw - v * <dw, v> / ||v||^2)
+    """
+    g, v = ctx.saved_tensors
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    x, dx = v.to(wide), dw.to(wide)
+    dims = [] if ctx.dim == -1 else [ctx.dim % v.dim()]
+    others = [d for d in range(v.dim()) if d not in dims]
+    norm = x.square().sum(others, keepdim=True).sqrt() if others else x.abs()
+    direction = x / norm
+    dg = (dx * direction).sum(others, keepdim=True) if others else dx * direction
+    dv = (dx - direction * dg) * (g.to(wide).view(norm.shape) / norm)
+    return dg.view(g.shape).to(g.dtype), dv.to(v.dtype), None
+
+
+_traced_weight_norm = compile.register(
+    "weight_norm(Tensor g, Tensor v, int dim) -> Tensor",
+    _eager_weight_norm,
+    lambda g, v, dim: torch.empty_like(v),
+    _weight_norm_gradients,
+    _keep_weight_norm,
 )
+_weight_norm = carry("weight_norm", eager=_eager_weight_norm, traced=_traced_weight_norm, torch_op=_torch_weight_norm)
 
 
 class _WeightNorm(torch_parametrizations._WeightNorm):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import ResNet, ViT, difference, images, outputs_and_gradients, randomize, readme_code
+from networks import ResNet, TransformerBlock, ViT, difference, images, outputs_and_gradients, randomize, readme_code
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -129,6 +129,9 @@ def forward_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.spectral_norm,
             (tensor(*SHAPE, grad=True, last=True), tensor(4), tensor(90), 1, 0, 1e-12),
         ),
+        "weight_norm": (OPS.weight_norm, (tensor(4, 1, 1, 1, grad=True), tensor(*SHAPE, grad=True, last=True), 0)),
+        "weight_norm of all": (OPS.weight_norm, (tensor(grad=True), tensor(*SHAPE, grad=True), -1)),
+        "weight_norm of columns": (OPS.weight_norm, (tensor(1, 6, 1, 1, grad=True), tensor(*SHAPE, grad=True), 1)),
         "spectral_norm of columns": (
             OPS.spectral_norm,
             (tensor(*SHAPE, grad=True), tensor(6), tensor(60), 0, 1, 1e-12),
@@ -313,13 +316,24 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert compiled.num_batches_tracked == 1
 
 
-def test_spectral_and_weight_norm() -> None:
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_spectral_and_weight_norm(dim: int | None) -> None:
     model = nn.Sequential(
         fastnorm.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
         nn.Flatten(),
-        fastnorm.parametrizations.weight_norm(nn.Linear(144, 5)),
+        fastnorm.parametrizations.weight_norm(nn.Linear(144, 5), dim=dim),
     )
     assert_equal_to_eager(model, tensor(2, 3, 8, 8), backend="aot_eager")
+    backend, seen = operators()
+    torch.compile(model, fullgraph=True, backend=backend)(tensor(2, 3, 8, 8))
+    assert {"fastnorm.weight_norm.default", "fastnorm.spectral_norm.default"} <= set(seen)
+
+
+def test_weight_norm_twice_differentiable() -> None:
+    g, v = tensor(4, 1, grad=True, dtype=torch.float64), tensor(4, 5, grad=True, dtype=torch.float64)
+    for dim in (0, -1):
+        magnitude = g if dim == 0 else g[0]
+        assert torch.autograd.gradgradcheck(lambda g, v, dim=dim: OPS.weight_norm(g, v, dim), (magnitude, v))
 
 
 # ---- dropout
@@ -389,6 +403,20 @@ def test_a_checkpoint_in_a_graph_draws_the_mask_again() -> None:
     y = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient == 0, y == 1)
+
+
+def test_a_checkpointed_block_of_norms_and_dropout() -> None:
+    block = fastnorm.convert(TransformerBlock(32, 4, p=0.2)).train()
+    run = torch.compile(lambda x: checkpoint(block, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (block, run):
+        torch.manual_seed(5)
+        x = tensor(2, 8, 32, grad=True)
+        torch.manual_seed(6)
+        y = call(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+    for wanted, got in zip(*results, strict=True):
+        assert difference(got, wanted) < 1e-5
 
 
 def test_dropout_in_eval_mode_is_left_out() -> None:

@@ -1,0 +1,243 @@
+"""What programs do with modules of torch.nn, with every module of fastnorm: copies, files, replicas, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import replicate
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import fastnorm
+
+SHAPES = {1: (4, 6, 5), 2: (4, 6, 5, 3), 3: (4, 6, 2, 3, 2)}
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{
+        f"{kind}{d}d": (lambda kind=kind, d=d: getattr(fastnorm, f"{kind}{d}d")(6), SHAPES[d])
+        for kind in ("BatchNorm", "BatchRenorm")
+        for d in SHAPES
+    },
+    **{
+        f"InstanceNorm{d}d": (
+            lambda d=d: getattr(fastnorm, f"InstanceNorm{d}d")(6, affine=True, track_running_stats=True),
+            SHAPES[d],
+        )
+        for d in SHAPES
+    },
+    **{f"Dropout{d}d": (lambda d=d: getattr(fastnorm, f"Dropout{d}d")(0.4), SHAPES[d]) for d in SHAPES},
+    "fused": (lambda: fastnorm.BatchNorm2d(6, activation="gelu", bias=False, skip_nonfinite_stats=True), SHAPES[2]),
+    "SyncBatchNorm": (lambda: fastnorm.SyncBatchNorm(6), SHAPES[2]),
+    "LayerNorm": (lambda: fastnorm.LayerNorm(5, activation="silu"), SHAPES[1]),
+    "RMSNorm": (lambda: fastnorm.RMSNorm(5), SHAPES[1]),
+    "GroupNorm": (lambda: fastnorm.GroupNorm(3, 6), SHAPES[2]),
+    "LocalResponseNorm": (lambda: fastnorm.LocalResponseNorm(3, convention="paper"), SHAPES[2]),
+    "Dropout": (lambda: fastnorm.Dropout(0.4), SHAPES[2]),
+    "AlphaDropout": (lambda: fastnorm.AlphaDropout(0.4), SHAPES[2]),
+    "FeatureAlphaDropout": (lambda: fastnorm.FeatureAlphaDropout(0.4), SHAPES[2]),
+    "DropPath": (lambda: fastnorm.DropPath(0.4), SHAPES[2]),
+}
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+def module_and_input(name: str) -> tuple[nn.Module, Tensor]:
+    """A module whose parameters and buffers are no ones and zeros any more."""
+    torch.manual_seed(0)
+    make, shape = MODULES[name]
+    module, x = make(), torch.randn(shape)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    for _ in range(2):
+        module(x * 2 + 1)
+    return module, x
+
+
+def run(module: Callable[[Tensor], Tensor], x: Tensor, seed: int = 1) -> list[Tensor]:
+    """Output and gradients, dropout's mask from a seed."""
+    torch.manual_seed(seed)
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    parameters = [p for p in module.parameters() if p.requires_grad] if isinstance(module, nn.Module) else []
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *parameters])]
+
+
+def equal(got: list[Tensor], wanted: list[Tensor]) -> bool:
+    return len(got) == len(wanted) and all(map(torch.equal, got, wanted))
+
+
+def test_every_module_is_here() -> None:
+    public = {n for n in fastnorm.__all__ if isinstance(k := getattr(fastnorm, n), type) and issubclass(k, nn.Module)}
+    assert {type(make()).__name__ for make, _ in MODULES.values()} == public
+
+
+def through_a_file(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def through_a_state_dict(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(module)
+    for t in [*other.parameters(), *other.buffers()]:
+        t.data.zero_()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+COPIES = (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_a_file, through_a_state_dict)
+
+
+@every_module
+@pytest.mark.parametrize("copied", COPIES, ids=("deepcopy", "pickle", "save", "state_dict"))
+def test_copies(name: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    module, x = module_and_input(name)
+    other = copied(module)
+    assert type(other) is type(module) and repr(other) == repr(module) and vars(other).keys() == vars(module).keys()
+    assert not {id(t) for t in other.state_dict(keep_vars=True).values()} & {
+        id(t) for t in module.state_dict(keep_vars=True).values()
+    }
+    for training in (True, False):
+        assert equal(run(other.train(training), x), run(module.train(training), x))
+    assert equal(list(other.state_dict().values()), list(module.state_dict().values()))
+
+
+@every_module
+def test_inference_mode(name: str) -> None:
+    """The same numbers, running statistics too; and what was made there has no history."""
+    module, x = module_and_input(name)
+    twin = copy.deepcopy(module)
+    for training in (True, False):
+        torch.manual_seed(1)
+        wanted = twin.train(training)(x)
+        torch.manual_seed(1)
+        with torch.inference_mode():
+            y = module.train(training)(x)
+            assert y.is_inference() or y is x
+        assert torch.equal(y, wanted)
+    assert equal(list(module.state_dict().values()), list(twin.state_dict().values()))
+    run(module.train(), x)  # an ordinary call afterwards
+
+
+@every_module
+def test_requires_grad_changes_between_calls(name: str) -> None:
+    module, x = module_and_input(name)
+    parameters = list(module.parameters())
+    for frozen in (True, False, True):
+        module.requires_grad_(not frozen)
+        assert module(x).requires_grad is (bool(parameters) and not frozen)
+        got = run(copy.deepcopy(module), x)
+        assert len(got) == 2 + len(parameters) * (not frozen)
+
+
+def replicas(module: nn.Module, count: int) -> list[nn.Module]:
+    """What DataParallel makes of a module for several GPUs, with copies on the CPU in place of broadcasts."""
+
+    def broadcast(tensors: list[Tensor], devices: list[object], detach: bool = False) -> list[list[Tensor]]:
+        return [[t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices]
+
+    with (
+        mock.patch("torch.nn.parallel.replicate._broadcast_coalesced_reshape", broadcast),
+        mock.patch("torch.nn.parallel.replicate._get_device_index", lambda device, optional: device),
+    ):
+        return replicate(module, list(range(count)))
+
+
+@every_module
+def test_replicas_of_data_parallel(name: str) -> None:
+    """Their parameters are plain tensors, no longer in _parameters; gradients reach the module's own."""
+    module, x = module_and_input(name)
+    copies = replicas(module, 2)
+    assert all(type(c) is type(module) for c in copies)
+    for c, part in zip(copies, x.chunk(2), strict=True):
+        torch.manual_seed(1)
+        y = c(part)
+        torch.manual_seed(1)
+        assert torch.equal(y, copy.deepcopy(module)(part))
+    if any(True for _ in module.parameters()):
+        copies = replicas(module, 2)
+        sum(c(part).square().sum() for c, part in zip(copies, x.chunk(2), strict=True)).backward()
+        together = [p.grad for p in module.parameters()]
+        alone = [run(copy.deepcopy(module), part)[2:] for part in x.chunk(2)]
+        for got, a, b in zip(together, *alone, strict=True):
+            torch.testing.assert_close(got, a + b)
+
+
+def test_replicas_at_once() -> None:
+    """In threads, as DataParallel runs them."""
+    module, x = module_and_input("BatchNorm2d")
+    parts = [(x[i : i + 2],) for i in (0, 2)] * 4
+    wanted = [copy.deepcopy(module)(*part) for part in parts]
+    with ThreadPoolExecutor(8) as threads:
+        got = list(threads.map(lambda replica, part: replica(*part), replicas(module, 8), parts))
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_module
+@pytest.mark.parametrize("reentrant", (True, False), ids=("reentrant", "non-reentrant"))
+def test_checkpoint(name: str, reentrant: bool) -> None:
+    """Run again in backward it computes the same: dropout draws the same mask."""
+    module, x = module_and_input(name)
+    if name.startswith("BatchRenorm"):  # r and d follow the running statistics, which the first time has updated
+        module.r_max, module.d_max = 1.0, 0.0
+    plain, again = copy.deepcopy(module), copy.deepcopy(module)
+    wanted = run(plain, x)
+    torch.manual_seed(1)
+    leaf = x.clone().requires_grad_()
+    y = checkpoint(again, leaf, use_reentrant=reentrant)
+    torch.rand(3)  # the generator is elsewhere when backward comes
+    y.square().sum().backward()
+    assert equal([y.detach(), leaf.grad, *[p.grad for p in again.parameters()]], wanted)
+
+
+class Doubled(nn.Module):
+    def forward(self, t: Tensor) -> Tensor:
+        return 2 * t
+
+
+@pytest.mark.parametrize("name", [n for n, (make, _) in MODULES.items() if list(make().parameters())])
+def test_parametrised(name: str) -> None:
+    """torch.nn.utils.parametrize takes the parameter out of _parameters and makes a property of the class."""
+    module, x = module_and_input(name)
+    doubled = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in doubled.parameters():
+            p *= 2
+    for parameter in [n for n, _ in module.named_parameters()]:
+        parametrize.register_parametrization(module, parameter, Doubled())
+    got, wanted = run(module, x), run(doubled, x)
+    assert equal(got[:2], wanted[:2]) and len(got) == len(wanted)
+    for g, w in zip(got[2:], wanted[2:], strict=True):
+        torch.testing.assert_close(g, 2 * w)
+    for parameter in list(module.parametrizations):
+        parametrize.remove_parametrizations(module, parameter)
+    assert type(module) is type(doubled) and equal(run(module, x), run(doubled, x))
+
+
+def test_weight_norm_on_a_norm() -> None:
+    module = fastnorm.parametrizations.weight_norm(fastnorm.LayerNorm(5))
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(module(x), fastnorm.LayerNorm(5)(x))
+    module(x).sum().backward()
+    assert module.parametrizations.weight.original1.grad is not None
+
+
+@every_module
+def test_other_types(name: str) -> None:
+    module, x = module_and_input(name)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        other = copy.deepcopy(module).to(dtype)
+        assert all(t.dtype == dtype for t in other.state_dict().values() if t.is_floating_point())
+        assert run(other, x.to(dtype))[0].dtype == dtype
