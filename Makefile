@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is made here: Python >= 3.10, a C++ compiler and make are enough.
 #   make ladder   the CIFAR-10 trick ladder (examples/cifar_ladder.py), on the spot
 #   make test     all tests
-#   make lint     ruff and clang-format
+#   make lint     ruff, clang-format and mypy
 #   make bench    benchmarks against torch.nn
 #   make fuzz     drawn calls of every op against float64: make fuzz ARGS="100000 --seed 1"
 #   make accuracy largest errors of every op and type on hard inputs, beside torch's
@@ -35,7 +35,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" ninja pybind11 numpy \
-		"pytest>=8" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" ruff==0.17.5 clang-format==18.1.8
+		"pytest>=8" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" ruff==0.17.5 clang-format==18.1.8 mypy==2.4.1
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastnorm.pth"
 	touch $@
 
@@ -115,6 +115,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix $(PYTHON_FILES)

@@ -40,14 +40,15 @@ def double_backward(
         asked = [i for i, t in enumerate(variables) if t is not None and t.requires_grad and grad_grads[i] is not None]
         if not asked:
             return result
-        first = torch.autograd.grad(y, [variables[i] for i in asked], dy, create_graph=True, allow_unused=True)
+        leaves = [t for i in asked if (t := variables[i]) is not None]
+        first = torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True)
         pairs = [(g, grad_grads[i]) for i, g in zip(asked, first, strict=True) if g is not None and g.requires_grad]
         targets = [dy, *variables]
         wanted = [i for i, t in enumerate(targets) if t is not None and t.requires_grad]
         if pairs and wanted:
             second = torch.autograd.grad(
                 [g for g, _ in pairs],
-                [targets[i] for i in wanted],
+                [t for i in wanted if (t := targets[i]) is not None],
                 [gg for _, gg in pairs],
                 create_graph=create_graph,
                 allow_unused=True,

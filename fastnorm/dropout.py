@@ -115,7 +115,7 @@ def _dropping(name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor]
 
     def eager(input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None) -> Tensor:
         differentiated = input.requires_grad and torch.is_grad_enabled()
-        if inplace and differentiated and (input.is_leaf or (input._is_view() and input._base.is_leaf)):
+        if inplace and differentiated and (input.is_leaf or ((base := input._base) is not None and base.is_leaf)):
             raise RuntimeError(
                 f"{name}: inplace=True on a leaf tensor that requires grad, or a view of one, whose value the graph "
                 "needs"

@@ -153,7 +153,7 @@ class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
         activation: str | None = None,
     ) -> None:
         check_activation(type(self).__name__, activation)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation

@@ -36,7 +36,7 @@ class NormFunction(torch.autograd.Function):
 
     op: ClassVar[str]  # of the dispatcher
     # (input, weight, bias, residual, *setting, keep) -> y, statistics, mask; the last two None unless kept
-    native_forward: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
+    native_forward: ClassVar[Callable[..., tuple[Any, ...]]]
     # (dy, input, weight, bias, residual, mask, statistics, *backward_setting, wanted) -> dx, dweight, dbias, dresidual
     native_backward: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
     activation_at: ClassVar[int]  # where in the setting the activation is
@@ -255,7 +255,7 @@ def register_forward(norm: type[NormFunction], setting: str) -> Callable[..., tu
     def fake(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        *setting, keep = rest
+        setting, keep = rest[:-1], rest[-1]
         masked = keep and residual is not None and setting[norm.activation_at] in ("relu", "leaky_relu")
         mask = norm.fake_mask(input, setting) if masked else None
         new = compile.clones(setting[: norm.tracked]) if norm.updates(setting) else [None] * norm.tracked
@@ -266,7 +266,7 @@ def register_forward(norm: type[NormFunction], setting: str) -> Callable[..., tu
         input, weight, bias, residual, *setting, _ = inputs
         _, statistics, mask, *_ = output
         ctx.activation = setting[norm.activation_at]
-        ctx.setting = norm.backward_setting(input, setting)
+        ctx.setting = norm.backward_setting(input, tuple(setting))
         kept_residual = residual if ctx.activation in ("silu", "gelu") else None
         ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
         ctx.mark_non_differentiable(*output[1:])

@@ -53,6 +53,7 @@ def carry(
                 args = tuple(a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
         is_traced = is_dynamo_compiling() or (_len_torch_dispatch_stack() and traced_by_mode())
         inside = is_transformed()
+        reason: str | None
         if inside and (is_traced or transformed is None):
             reason = "no kernel for forward-mode automatic differentiation and torch.func"
             reason += " inside of torch.compile" if is_traced else ""
@@ -64,7 +65,7 @@ def carry(
                 return torch_op(*args)
         else:
             try:
-                return transformed(*args) if inside else eager(*args)
+                return transformed(*args) if inside else eager(*args)  # type: ignore[misc]
             except NotImplementedError as uncovered:
                 reason = str(uncovered).partition(": ")[2]
         return call_torch(name, reason, torch_op, *args)
@@ -82,4 +83,4 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     Left out is what torch.autograd.Function.apply does for torch.func before it calls its base class: 1.5 us of the 9
     that a Python function around a native call costs.
     """
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -48,7 +48,7 @@ def pull_back(function: Callable[..., Tensor], primals: Sequence[Tensor], cotang
 
 def push_forward(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """J tangents, as the transpose of J^T: forward mode cannot be nested in torch.autograd.forward_ad."""
-    y, pull = torch.func.vjp(function, *primals)
+    y, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]  # its hint has the form with has_aux
     return torch.func.vjp(pull, torch.zeros_like(y))[1](tuple(tangents))[0]
 
 
