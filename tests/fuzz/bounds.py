@@ -27,12 +27,14 @@ class Slices:
 
 @dataclass
 class Affine:
-    """xhat * scale + shift before weight and bias; mean and rstd None for those of the slice."""
+    """xhat * scale + shift before weight and bias; mean and rstd None for those of the slice; `size` of the terms that
+    shift is the difference of."""
 
     mean: Tensor | None = None
     rstd: Tensor | None = None
     scale: Tensor | float = 1.0
     shift: Tensor | float = 0.0
+    size: Tensor | float = 0.0
 
 
 def norm_bounds(
@@ -52,13 +54,13 @@ def norm_bounds(
     mean = fixed.mean if not own_statistics else x.mean(slices.dims, keepdim=True) if subtracts_mean else 0.0 * x
     centred = x - mean
     rstd = fixed.rstd if not own_statistics else (centred.square().mean(slices.dims, keepdim=True) + eps).rsqrt()
-    scale, shift = (torch.as_tensor(t, dtype=torch.float64) for t in (fixed.scale, fixed.shift))
+    scale, shift, size = (torch.as_tensor(t, dtype=torch.float64) for t in (fixed.scale, fixed.shift, fixed.size))
 
     subtracted = (
         0.0 if not subtracts_mean else abs(mean) if not own_statistics else x.abs().mean(slices.dims, keepdim=True)
     )
     A = rstd * (x.abs() + subtracted)
-    normalized = A * scale.abs() + shift.abs()
+    normalized = A * scale.abs() + size
     z = (centred * rstd * scale + shift) * (1.0 if weight is None else weight)
     terms = w * normalized
     for name, t in (("bias", bias), ("residual", tensors.get("residual"))):

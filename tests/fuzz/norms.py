@@ -175,13 +175,15 @@ def batch_renorm(draw: st.DrawFn) -> Call:
     dims = tuple(d for d in range(rank) if d != 1)
 
     def fixed(x: Tensor) -> Affine:
-        """r and d, which are constants in backward. How far off d may be goes with it."""
+        """r and d, which are constants in backward."""
         mean = x.mean(dims, keepdim=True)
         sigma = ((x - mean).square().mean(dims, keepdim=True) + a["eps"]).sqrt()
         running_sigma = (_channel(given[1], rank) + a["eps"]).sqrt()
         r = (sigma / running_sigma).clamp(1 / r_max, r_max)
-        d = (mean.abs() + _channel(given[0], rank).abs()) / running_sigma if d_max > 0 else torch.zeros(())
-        return Affine(scale=r, shift=d)
+        running_mean = _channel(given[0], rank)
+        d = ((mean - running_mean) / running_sigma).clamp(-d_max, d_max)
+        size = (mean.abs() + running_mean.abs()) / running_sigma if d_max > 0 else 0.0
+        return Affine(scale=r, shift=d, size=size)
 
     return _call(
         "batch_renorm", a, t,
