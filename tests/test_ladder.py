@@ -1,447 +1,67 @@
-"""The CIFAR-10 ladder (examples/ladder): readers on good and bad files, every rung, the command line. No network."""
+"""The CIFAR-10 ladder (examples/ladder): rungs, training, taking up again, the command line, reports, torchrun."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
+import base64
+import csv
+import html.parser
 import json
+import math
 import os
-import pickle
-import struct
-import tarfile
-import urllib.error
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ladder import cli, data, models, report, rungs, synthetic, train
-from ladder.augment import RandomErasing
+from ladder import checkpoint, checks, cli, evaluate, models, pictures, report, rungs, train
+from ladder.recipe import Recipe, Stage
+from ladder_small import SMALL, no_network, small_images, use_small_presets, write_binary
 
-SMALL = rungs.Recipe(epochs=1, widths=(8, 16), convs_per_stage=1, dense=32, batch_size=32, dropout_after_pooling=True)
-
-
-@pytest.fixture(scope="module")
-def images() -> data.Dataset:
-    return data.make_synthetic(64, seed=0, val_images=50)
+LADDER = [rung for rung in rungs.RUNGS if "ladder" in rung.groups]
 
 
 @pytest.fixture
-def small_presets(monkeypatch: pytest.MonkeyPatch, small_synthetic: None) -> None:
-    """The command line on a network and a data set that take moments."""
-    monkeypatch.setattr(rungs, "PRESETS", {name: rungs.Preset(64, SMALL) for name in rungs.PRESETS})
-    monkeypatch.setattr(cli, "PRESETS", rungs.PRESETS)
+def small_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_presets(monkeypatch)
 
 
 @pytest.fixture
-def small_synthetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = data.make_synthetic
-    monkeypatch.setattr(data, "make_synthetic", lambda count, seed: made(count, seed, val_images=50))
+def short_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "SWEEP_RATES", (1e-5, 1e-3, 1e30))
+    monkeypatch.setattr(checks, "SWEEP_STEPS", 8)
 
 
-def no_network(*args: object, **kwargs: object) -> object:
-    raise urllib.error.URLError("no route to host")
+def recipe_of(name: str, **changes: object) -> Recipe:
+    return replace(rungs.recipe_of(rungs.find(name), SMALL), **{"batch_size": 32, "epochs": 1, **changes})
 
 
-# Files as published
-
-
-def records(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (count, 3072), dtype=np.uint8), rng.integers(0, 10, count, dtype=np.uint8)
-
-
-def write_binary(folder: Path, count: int = 6) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(data.VERSIONS[0].files):
-        pixels, labels = records(count, i)
-        np.concatenate([labels[:, None], pixels], axis=1).tofile(folder / name)
-    return folder
-
-
-def python2_pickle(pixels: np.ndarray, labels: np.ndarray) -> bytes:
-    """The pickle that Python 2 and the NumPy of 2009 wrote: protocol 2, byte strings as (SHORT_)BINSTRING."""
-
-    def string(content: bytes) -> bytes:
-        if len(content) < 256:
-            return b"U" + bytes([len(content)]) + content
-        return b"T" + struct.pack("<i", len(content)) + content
-
-    def integer(value: int) -> bytes:
-        return b"J" + struct.pack("<i", value)
-
-    dtype = b"cnumpy\ndtype\n(" + string(b"u1") + integer(0) + integer(1) + b"tR"
-    dtype += b"(" + integer(3) + string(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + integer(0) + b"\x85" + string(b"b") + b"tR"
-    array += b"(" + integer(1) + integer(len(pixels)) + integer(3072) + b"\x86" + dtype + b"\x89"
-    array += string(pixels.tobytes()) + b"tb"
-    listed = b"](" + b"".join(integer(int(label)) for label in labels) + b"e"
-    label_name = string(b"batch_label") + string(b"training batch 1 of 5")
-    names = string(b"filenames") + b"](" + b"".join(string(b"%d.png" % i) for i in range(len(labels))) + b"e"
-    return b"\x80\x02}(" + label_name + string(b"labels") + listed + string(b"data") + array + names + b"u."
-
-
-def write_python(folder: Path, count: int = 6) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(data.VERSIONS[1].files):
-        (folder / name).write_bytes(python2_pickle(*records(count, i)))
-    return folder
-
-
-def assert_is_published(found: data.Dataset | None, count: int = 6) -> None:
-    assert found is not None
-    assert found.name == "cifar10"
-    assert found.train_images.shape == (5 * count, 3, 32, 32)
-    assert found.train_images.dtype == torch.uint8
-    for i in range(5):
-        pixels, labels = records(count, i)
-        part = slice(i * count, (i + 1) * count)
-        assert np.array_equal(found.train_images[part].numpy().reshape(count, -1), pixels)
-        assert np.array_equal(found.train_labels[part].numpy(), labels)
-    pixels, labels = records(count, 5)
-    assert np.array_equal(found.val_images.numpy().reshape(count, -1), pixels)
-    assert np.array_equal(found.val_labels.numpy(), labels)
-
-
-@pytest.mark.parametrize("write", [write_binary, write_python])
-@pytest.mark.parametrize("nested", [True, False])
-def test_reads_the_folder_or_its_parent(tmp_path: Path, write, nested: bool) -> None:
-    version = data.VERSIONS[0 if write is write_binary else 1]
-    write(tmp_path / version.folder if nested else tmp_path)
-    assert_is_published(data.find_cifar10(tmp_path))
-
-
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("fortran", [False, True])
-def test_reads_pickles_of_today(tmp_path: Path, protocol: int, fortran: bool) -> None:
-    pixels, labels = records(4, 0)
-    stored = np.asfortranarray(pixels) if fortran else pixels
-    batch = {b"data": stored, b"labels": labels.tolist(), "batch_label": b"training batch 1 of 5"}
-    path = tmp_path / "data_batch_1"
-    path.write_bytes(pickle.dumps(batch, protocol=protocol))
-    got_pixels, got_labels = data.read_python(path)
-    assert np.array_equal(got_pixels.reshape(4, -1), pixels)
-    assert np.array_equal(got_labels, labels)
-
-
-def test_finds_nothing_in_an_empty_folder(tmp_path: Path) -> None:
-    assert data.find_cifar10(tmp_path) is None
-    with pytest.raises(data.DataError, match=r"no CIFAR-10 there: wanted data_batch_1\.bin"):
-        data.load("auto", tmp_path, train_images=4, seed=0, open_url=no_network)
-
-
-BAD_BINARIES = {
-    "truncated": (lambda good: good[:-1], "truncated"),
-    "empty": (lambda good: b"", "truncated, or not a CIFAR-10 batch.* got 0 bytes"),
-    "foreign": (lambda good: b"%PDF-1.7" * 1000, "not a CIFAR-10 batch"),
-    "label": (lambda good: good[:3073] + b"\x0a" + good[3074:], "labels must be 0 to 9, record 1 has another"),
-    "too many records": (lambda good: bytes(10_001 * 3073), "wanted 1 to 10000 records"),
-    "missing": (None, "missing"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_BINARIES)
-@pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
-def test_bad_binary_file_is_named(tmp_path: Path, kind: str, name: str) -> None:
-    path = write_binary(tmp_path) / name
-    spoil, message = BAD_BINARIES[kind]
-    if spoil is None:
-        path.unlink()
-    else:
-        path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(data.DataError, match=f"{name}: .*{message}") as caught:
-        data.find_cifar10(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-class _Malicious:
-    """Writes a file when unpickled by an unpickler that lets it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def bad_pickles(marker: Path) -> dict[str, tuple[bytes, str]]:
-    pixels, labels = records(4, 0)
-    good = {"data": pixels, "labels": labels.tolist()}
-
-    def dumped(**changes: object) -> bytes:
-        return pickle.dumps({**good, **changes}, protocol=2)
-
-    return {
-        "truncated": (python2_pickle(pixels, labels)[:5000], "truncated"),
-        "foreign": (b"\x89PNG\r\n\x1a\n" + bytes(5000), "not a CIFAR-10 batch"),
-        "empty": (b"", "truncated"),
-        "malicious": (dumped(evil=_Malicious(marker)), r"asks for \w+\.mkdir, which is not admitted"),
-        "getattr": (b"\x80\x02cbuiltins\ngetattr\n.", r"asks for (builtins|__builtin__)\.getattr"),
-        "dotted": (b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.dumps\x93.", r"asks for numpy\.ndarray\.dumps"),
-        "not a dict": (pickle.dumps([1, 2]), "'data' must be uint8"),
-        "no labels": (pickle.dumps({"data": pixels}, protocol=2), "'labels' must be a list"),
-        "label": (dumped(labels=[0, 1, 2, 10]), "labels must be 0 to 9, record 3"),
-        "negative label": (dumped(labels=[0, -1, 2, 3]), "labels must be 0 to 9, record 1"),
-        "label kind": (dumped(labels=[0, 1, 2, "3"]), "'labels' must be a list of integers"),
-        "too few labels": (dumped(labels=[0, 1, 2]), "got 4 and 3"),
-        "shape": (dumped(data=pixels[:, :-1]), r"got an array of shape \[4, 3071\]"),
-        "dtype": (dumped(data=pixels.astype(np.float32)), "arrays must be uint8"),
-        "objects": (dumped(data=np.array([_Malicious(marker)], object)), "not admitted|must be uint8"),
-    }
-
-
-@pytest.mark.parametrize("kind", list(bad_pickles(Path("unused"))))
-def test_bad_pickle_is_named_and_runs_nothing(tmp_path: Path, kind: str) -> None:
-    marker = tmp_path / "created by the pickle"
-    folder = write_python(tmp_path / "cifar-10-batches-py")
-    content, message = bad_pickles(marker)[kind]
-    (folder / "data_batch_2").write_bytes(content)
-    with pytest.raises(data.DataError, match=f"data_batch_2: .*({message})") as caught:
-        data.find_cifar10(tmp_path)
-    assert "\n" not in str(caught.value)
-    assert not marker.exists()
-
-
-# Archives and download
-
-
-def make_archive(path: Path, version: data.Version, write, *, extra: tuple[str, ...] = ()) -> Path:
-    folder = write(path.parent / "source" / version.folder)
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, arcname=version.folder)
-        for name in extra:
-            member = tarfile.TarInfo(name)
-            member.size = 4
-            tar.addfile(member, io.BytesIO(b"evil"))
-    return path
-
-
-@pytest.mark.parametrize("version, write", [(data.VERSIONS[0], write_binary), (data.VERSIONS[1], write_python)])
-def test_reads_an_archive(tmp_path: Path, version: data.Version, write) -> None:
-    make_archive(tmp_path / version.archive, version, write, extra=(f"{version.folder}/readme.html",))
-    assert_is_published(data.find_cifar10(tmp_path))
-    assert sorted(p.name for p in (tmp_path / version.folder).iterdir()) == sorted(version.files)
-    (tmp_path / version.archive).unlink()
-    assert_is_published(data.find_cifar10(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["../evil", "cifar-10-batches-bin/../../evil", "/tmp/evil"])
-def test_refuses_an_archive_that_leads_out(tmp_path: Path, name: str) -> None:
-    inner = tmp_path / "data"
-    inner.mkdir()
-    version = data.VERSIONS[0]
-    make_archive(inner / version.archive, version, write_binary, extra=(name,))
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(data.DataError, match="leads out of the folder"):
-        data.find_cifar10(inner)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_link_in_an_archive_is_not_followed(tmp_path: Path) -> None:
-    version = data.VERSIONS[0]
-    secret = tmp_path / "secret"
-    secret.write_bytes(bytes(3073))
-    folder = write_binary(tmp_path / "source" / version.folder)
-    (folder / "test_batch.bin").unlink()
-    (folder / "test_batch.bin").symlink_to(secret)
-    with tarfile.open(tmp_path / version.archive, "w:gz") as tar:
-        tar.add(folder, arcname=version.folder)
-    with pytest.raises(data.DataError, match=r"has no member test_batch\.bin"):
-        data.find_cifar10(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "kind, message",
-    [
-        ("truncated", "truncated, or not a .tar.gz archive"),
-        ("foreign", "truncated, or not a .tar.gz archive"),
-        ("corrupt", "truncated, or not a .tar.gz archive"),
-        ("bomb", "'cifar-10-batches-bin/data_batch_1.bin' is too large: 1099511627776 bytes"),
-    ],
-)
-def test_bad_archive_is_named(tmp_path: Path, kind: str, message: str) -> None:
-    version = data.VERSIONS[0]
-    path = make_archive(tmp_path / version.archive, version, write_binary)
-    content = path.read_bytes()
-    if kind == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "foreign":
-        path.write_bytes(b"<html>not found</html>")
-    elif kind == "corrupt":
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes(200) + content[middle + 200 :])
-    else:
-        header = tarfile.TarInfo(f"{version.folder}/data_batch_1.bin")
-        header.size = 1 << 40
-        path.write_bytes(gzip.compress(header.tobuf()))
-    with pytest.raises(data.DataError, match=rf"{version.archive}: .*{message}") as caught:
-        data.find_cifar10(tmp_path)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / version.folder).exists()
-    assert not list(tmp_path.glob(".cifar*"))
-
-
-class _Response(io.BytesIO):
-    """What urlopen returns. `length` is what the server announced; `breaks` cuts the connection with an error."""
-
-    def __init__(self, content: bytes, length: int | None = None, breaks: bool = False) -> None:
-        super().__init__(content)
-        self.headers = {"Content-Length": str(len(content) if length is None else length)}
-        self.breaks = breaks
-
-    def read(self, size: int | None = -1) -> bytes:
-        piece = super().read(size)
-        if self.breaks and not piece:
-            raise ConnectionResetError("connection reset by peer")
-        return piece
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "fastnorm"
-
-
-@pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    content = make_archive(tmp_path / "published.tar.gz", data.VERSIONS[0], write_binary).read_bytes()
-    monkeypatch.setattr(data, "MD5", hashlib.md5(content, usedforsecurity=False).hexdigest())
-    return content
-
-
-def test_downloads_once_into_the_cache(cache: Path, published: bytes) -> None:
-    asked = []
-
-    def open_url(url: str, timeout: float) -> _Response:
-        asked.append((url, timeout))
-        return _Response(published)
-
-    first = data.load("auto", None, train_images=30, seed=0, open_url=open_url)
-    second = data.load("cifar10", None, train_images=30, seed=0, open_url=open_url)
-    assert asked == [(data.URL, data.TIMEOUT_SECONDS)]
-    assert first.name == "cifar10"
-    assert torch.equal(first.train_images, second.train_images)
-    assert sorted(p.name for p in cache.iterdir()) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
-
-
-@pytest.mark.usefixtures("small_synthetic")
-@pytest.mark.parametrize("kind", ["reset", "short", "refused"])
-def test_no_download_means_a_banner_or_an_error(cache: Path, published: bytes, kind: str) -> None:
-    def open_url(url: str, timeout: float) -> _Response:
-        if kind == "refused":
-            no_network()
-        return _Response(published[:5000], length=len(published), breaks=kind == "reset")
-
-    said: list[str] = []
-    found = data.load("auto", None, train_images=4, seed=0, open_url=open_url, warn=said.append)
-    assert found.name == "synthetic"
-    assert "NOT CIFAR-10's" in said[0]
-    with pytest.raises(data.DataError, match=r"cannot be fetched .* --data"):
-        data.load("cifar10", None, train_images=4, seed=0, open_url=open_url)
-    assert not cache.exists() or not list(cache.iterdir())
-
-
-def test_wrong_checksum_is_an_error_and_leaves_nothing(cache: Path, published: bytes) -> None:
-    with pytest.raises(data.DataError, match="wrong checksum"):
-        data.load("auto", None, train_images=4, seed=0, open_url=lambda *a, **k: _Response(published[::-1]))
-    assert not list(cache.iterdir())
-
-
-# Synthetic images, subset
-
-
-def test_synthetic_images_depend_on_the_seed_alone() -> None:
-    first, second, other = (data.make_synthetic(120, seed, val_images=20) for seed in (0, 0, 1))
-    assert torch.equal(first.train_images, second.train_images)
-    assert torch.equal(first.val_labels, second.val_labels)
-    assert not torch.equal(first.train_images, other.train_images)
-    same_size = data.make_synthetic(20, 0, val_images=20)
-    assert not torch.equal(same_size.train_images, same_size.val_images)
-    assert first.train_images.dtype == torch.uint8
-    assert sorted(set(first.train_labels.tolist())) == list(range(len(synthetic.SHAPES))) == list(range(10))
-
-
-def test_subset_is_drawn_by_seed_and_keeps_images_with_their_labels() -> None:
-    count = 40
-    labels = torch.arange(count)
-    pixels = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
-    whole = data.Dataset("cifar10", "made", pixels, labels, pixels, labels)
-    first, again, other = whole.subset(10, 0), whole.subset(10, 0), whole.subset(10, 1)
-    assert torch.equal(first.train_labels, again.train_labels)
-    assert not torch.equal(first.train_labels, other.train_labels)
-    assert torch.equal(first.train_images[:, 0, 0, 0].long(), first.train_labels)
-    assert len(first.train_labels) == len(set(first.train_labels.tolist())) == 10
-    assert len(first.val_labels) == count
-    assert len(whole.subset(1000, 0).train_labels) == count
-
-
-# Augmentation
-
-
-def test_random_erasing_statistics() -> None:
-    count = 20_000
-    images = torch.ones(count, 2, 32, 32).contiguous(memory_format=torch.channels_last)
-    erased = RandomErasing(p=0.75, scale=(0.01, 0.3))(images, torch.Generator().manual_seed(0))
-    assert erased.is_contiguous(memory_format=torch.channels_last)
-    assert images.min() == 1
-    assert torch.equal(erased[:, 0], erased[:, 1])
-    hole = erased[:, 0] == 0
-    area = hole.sum((1, 2))
-    touched = area > 0
-    # Four standard deviations of a share of 20,000 draws.
-    assert touched.float().mean().item() == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / count) ** 0.5)
-    side = area[touched].double().sqrt()
-    assert torch.equal(side, side.round())
-    height, width = (hole.any(axis).sum(1)[touched] for axis in (2, 1))
-    assert torch.equal(height, width)
-    assert torch.equal(height * width, area[touched])
-    assert (side.min().item(), side.max().item()) == (3, 18)  # round(sqrt(0.01 * 1024)), round(sqrt(0.3 * 1024))
-    # Area is uniform, so its mean is 0.155 * 1024; rounding the side moves that by far less than 1 %.
-    assert area[touched].float().mean().item() == pytest.approx(0.155 * 1024, rel=0.02)
-    # Squares reach every corner, and the middle is hit most.
-    share = hole.float().mean(0)
-    assert min(share[0, 0], share[0, -1], share[-1, 0], share[-1, -1]) > 0
-    assert share[16, 16] > 2 * share[0, 0]
-    # Fresh draws for every image, the same draws from the same generator state.
-    assert not torch.equal(hole[0], hole[1])
-    again = RandomErasing(p=0.75, scale=(0.01, 0.3))(images, torch.Generator().manual_seed(0))
-    assert torch.equal(erased, again)
-
-
-def test_random_erasing_with_p_0_leaves_the_images_alone() -> None:
-    images = torch.randn(16, 3, 32, 32)
-    assert torch.equal(RandomErasing(p=0.0)(images, torch.Generator()), images)
-
-
-def test_normalise() -> None:
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    got = train.normalise(images)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    for channel in range(3):
-        wanted = (images[:, channel].double() / 255 - data.MEAN[channel]) / data.STD[channel]
-        torch.testing.assert_close(got[:, channel].double(), wanted, rtol=1e-5, atol=1e-5)  # a few float32 roundings
-
-
-# Rungs and models
+# Rungs
 
 
 def test_rungs_climb() -> None:
-    names = [rung.name for rung in rungs.LADDER]
-    assert names[:4] == ["baseline", "noise", "batchnorm", "dropout"]
-    recipes = [rungs.recipe_of(rung, SMALL) for rung in rungs.LADDER]
-    assert recipes[0] == SMALL
-    for before, after, rung in zip(recipes, recipes[1:], rungs.LADDER[1:], strict=False):
-        assert after == replace(before, **rung.changes) != before
+    assert [rung.number for rung in LADDER] == ["0", "1", "2", "3", "4", "5", "5b", "6", "6b", "7", "8", "9"]
+    names = [rung.name for rung in rungs.RUNGS]
+    assert len(set(names)) == len(names)
+    for i, rung in enumerate(rungs.RUNGS):
+        assert rung.on is None or rung.on in names[:i]  # what a rung stands on comes before it
+        below = SMALL if rung.on is None else rungs.recipe_of(rungs.find(rung.on), SMALL)
+        assert rungs.recipe_of(rung, SMALL) == replace(below, **rung.changes)
+        assert (rungs.recipe_of(rung, SMALL) == below) == (not rung.changes)
+    assert rungs.recipe_of(LADDER[0], SMALL) == SMALL
 
 
 @pytest.mark.parametrize(
     "wanted, names",
     [
-        ("all", [rung.name for rung in rungs.LADDER]),
+        ("ladder", [rung.name for rung in LADDER]),
+        ("all", [rung.name for rung in rungs.RUNGS]),
         ("dropout, 0", ["baseline", "dropout"]),
         ("1,noise,NOISE", ["noise"]),
+        ("averaging,6B", ["instancenorm", "tta", "mc_dropout"]),
     ],
 )
 def test_select(wanted: str, names: list[str]) -> None:
@@ -458,115 +78,224 @@ def test_unknown_rung_lists_the_known_ones(wanted: str, capsys: pytest.CaptureFi
     assert "known: 0 baseline, 1 noise, 2 batchnorm, 3 dropout" in message
 
 
-@pytest.mark.parametrize("rung", rungs.LADDER, ids=lambda rung: rung.name)
-def test_both_backends_are_the_same_model(rung: rungs.Rung, images: data.Dataset) -> None:
-    recipe = rungs.recipe_of(rung, SMALL)
-    ours, torchs = (models.build_model(recipe, backend, seed=3) for backend in models.BACKENDS)
-    assert list(ours.state_dict()) == list(torchs.state_dict())
-    for key, value in ours.state_dict().items():
-        assert torch.equal(value, torchs.state_dict()[key]), key
-    has_norm = any("norm" in key for key in ours.state_dict())
-    assert has_norm == (recipe.norm is not None)
-    assert ("stages.0.0.conv.bias" in ours.state_dict()) != has_norm
-    x = train.normalise(images.train_images)
-    for model in (ours, torchs):
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # the two draw different masks
-    # Two float32 implementations of a network of five layers.
-    for _ in range(2):
-        torch.testing.assert_close(ours.train()(x), torchs.train()(x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x), rtol=1e-4, atol=1e-4)
-
-
-def test_fastnorm_backend_uses_fastnorm() -> None:
-    import fastnorm
-
-    model = models.build_model(rungs.recipe_of(rungs.LADDER[3], SMALL), "fastnorm", seed=0)
-    kinds = {type(module) for module in model.modules()}
-    assert {fastnorm.BatchNorm2d, fastnorm.Dropout} <= kinds
-    assert not {torch.nn.BatchNorm2d, torch.nn.Dropout, torch.nn.ReLU} & kinds
-    with pytest.raises(ValueError, match="backend must be one of fastnorm, torch, got 'numpy'"):
-        models.build_model(SMALL, "numpy", seed=0)
-
-
-@pytest.mark.parametrize("after_pooling, rates", [(True, [0.25, 0.25, 0.5]), (False, [0.5])])
-def test_where_dropout_acts(after_pooling: bool, rates: list[float]) -> None:
-    recipe = rungs.recipe_of(rungs.select("dropout")[0], replace(SMALL, dropout_after_pooling=after_pooling))
-    model = models.build_model(recipe, "fastnorm", seed=0)
-    assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)] == rates
-    assert not any(isinstance(m, torch.nn.Dropout) for m in models.build_model(SMALL, "fastnorm", seed=0).modules())
-
-
-def test_he_initialisation() -> None:
-    model = models.build_model(replace(SMALL, widths=(64, 128), dense=512), "torch", seed=0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-            fan_in = module.weight[0].numel()
-            count = module.weight.numel()
-            # The sample variance of n normal numbers has a relative standard deviation of sqrt(2 / n).
-            assert module.weight.var().item() == pytest.approx(2 / fan_in, rel=5 * (2 / count) ** 0.5)
-            assert not module.bias.any()
-
-
 # Training
 
 
-@pytest.mark.parametrize("backend", models.BACKENDS)
-@pytest.mark.parametrize("rung", rungs.LADDER, ids=lambda rung: rung.name)
-def test_every_rung_trains_two_steps(rung: rungs.Rung, backend: str, images: data.Dataset) -> None:
-    recipe = rungs.recipe_of(rung, SMALL)
-    steps = []
-    outcomes = [
-        train.train_rung(recipe, images, backend=backend, seed=seed, on_step=lambda: steps.append(1))
-        for seed in (0, 0, 1)
-    ]
-    assert len(steps) == 3 * 2
-    first, again, other = outcomes
+def stopping_after(steps: int) -> object:
+    """An on_step that presses Ctrl-C."""
+    count = 0
+
+    def on_step(*_: int) -> None:
+        nonlocal count
+        count += 1
+        if count == steps:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+@pytest.mark.parametrize("rung", rungs.RUNGS, ids=lambda rung: rung.name)
+def test_every_rung_trains_two_steps(rung: rungs.Rung) -> None:
+    recipe = recipe_of(rung.name)
+    steps: list[tuple[int, int]] = []
+    first, again = (
+        train.train_rung(
+            recipe, small_images(), backend="fastnorm", seed=0, on_step=lambda *counts: steps.append(counts)
+        )
+        for _ in range(2)
+    )
     assert first.history == again.history  # bit for bit
-    assert first.history != other.history
+    assert first.val_accuracy == again.val_accuracy
+    assert first.epochs == len(recipe.stages) == len(first.history.val_loss)
+    assert {epochs for epochs, _ in steps} == {first.epochs}
     assert 0 <= first.val_accuracy <= 1
     assert np.isfinite(first.history.train_loss + first.history.val_loss).all()
+    if rung.number in ("0", "1", "2", "3"):
+        assert len(steps) == 2 * 2
+
+
+def test_another_seed_gives_other_numbers_and_another_backend_works() -> None:
+    recipe = recipe_of("crop")
+    seeds = [train.train_rung(recipe, small_images(), backend="torch", seed=seed).history for seed in (0, 1)]
+    assert seeds[0] != seeds[1]
 
 
 @pytest.mark.parametrize("backend", models.BACKENDS)
-def test_training_learns(backend: str, images: data.Dataset) -> None:
-    recipe = replace(rungs.recipe_of(rungs.select("batchnorm")[0], SMALL), epochs=15, lr=3e-3, augment=())
-    outcome = train.train_rung(recipe, images, backend=backend, seed=0)
+def test_training_learns(backend: str) -> None:
+    recipe = recipe_of("batchnorm", epochs=15, lr=3e-3, augment=())
+    outcome = train.train_rung(recipe, small_images(), backend=backend, seed=0)
     assert outcome.train_accuracy > 0.9
     assert outcome.history.train_loss[-1] < 0.5 * outcome.history.train_loss[0]
 
 
-def test_every_step_trains_in_training_mode(images: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = []
-
-    def build(*args: object) -> models.ConvNet:
-        built.append(models.build_model(*args))
-        return built[0]
-
-    monkeypatch.setattr(train, "build_model", build)
-    recipe = replace(rungs.recipe_of(rungs.select("batchnorm")[0], SMALL), epochs=3)
-    train.train_rung(recipe, images, backend="torch", seed=0)
-    assert built[0].state_dict()["stages.0.0.norm.num_batches_tracked"] == 3 * 2
+def test_every_step_trains_in_training_mode() -> None:
+    trainer = train.Trainer(recipe_of("batchnorm", epochs=3), small_images(), backend="torch", seed=0)
+    while not trainer.done:
+        trainer.train_epoch()
+    assert trainer.model.state_dict()["stages.0.0.norm.num_batches_tracked"] == 3 * 2
 
 
-def test_accuracy_is_measured_in_eval_mode_on_clean_images(images: data.Dataset) -> None:
+def test_penalty_and_schedule_act() -> None:
+    plain, penalised = (
+        train.Trainer(recipe_of("baseline", l2=l2, epochs=3), small_images(), backend="torch", seed=0) for l2 in (0, 1)
+    )
+    for trainer in (plain, penalised):
+        trainer.train_epoch()
+    assert sum(k.square().sum() for k in penalised.kernels) < 0.99 * sum(k.square().sum() for k in plain.kernels)
+    trainer = train.Trainer(recipe_of("decay", epochs=3), small_images(), backend="torch", seed=0)
+    rates = []
+    while not trainer.done:
+        trainer.train_epoch(lambda steps: rates.append(trainer.optimiser.param_groups[0]["lr"]))
+    assert rates == pytest.approx([1e-3 * 0.96**epoch for epoch in (0, 0, 1, 1, 2, 2)])
+
+
+def test_stage_lengths() -> None:
+    stages = (Stage(0.5), Stage(0.25), Stage(0.25))
+    assert train.stage_lengths(replace(SMALL, stages=stages, epochs=25)) == [12, 7, 6]
+    assert train.stage_lengths(replace(SMALL, stages=stages, epochs=1)) == [1, 1, 1]
+    assert train.stage_lengths(replace(SMALL, epochs=7)) == [7]
+
+
+def test_stages_change_optimiser_classes_and_head() -> None:
+    trainer = train.Trainer(recipe_of("adam_sgd", epochs=4), small_images(), backend="torch", seed=0)
+    kinds = []
+    while not trainer.done:
+        trainer.train_epoch()
+        kinds.append(type(trainer.optimiser).__name__)
+    assert kinds == ["Adam", "Adam", "SGD", "SGD"]
+
+    trainer = train.Trainer(recipe_of("finetune", epochs=2), small_images(), backend="torch", seed=0)
+    trainer.train_epoch()
+    assert set(trainer.val_labels.tolist()) == set(rungs.PRETRAINED)
+    assert set(trainer.labels[trainer.indices].tolist()) == set(rungs.PRETRAINED)
+    before = trainer.model.head.weight.clone(), trainer.model.stages[0][0].conv.weight.clone()
+    trainer._enter_afresh(1)
+    assert set(trainer.val_labels.tolist()) == set(rungs.NOVEL)
+    assert not torch.equal(trainer.model.head.weight, before[0])
+    assert torch.equal(trainer.model.stages[0][0].conv.weight, before[1])
+
+
+def test_early_stopping_returns_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.1, 0.3, 0.2, 0.3, 0.25])
+    monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: (1.0, next(accuracies, 0.9)))
+    recipe = recipe_of("early_stopping", epochs=40, patience=3)
+    trainer = train.Trainer(recipe, small_images(), backend="torch", seed=0)
+    weights = []
+    while not trainer.done:
+        trainer.train_epoch()
+        weights.append(trainer.model.head.weight.clone())
+    assert len(weights) == 2 + 3
+    assert not torch.equal(trainer.model.head.weight, weights[1])
+    trainer.outcome()
+    assert torch.equal(trainer.model.head.weight, weights[1])
+
+
+def test_stagewise_goes_on_from_the_best_weights() -> None:
+    stages = (Stage(0.75), Stage(0.25, lr=0.0, from_best=True))
+    recipe = recipe_of("decay", epochs=12, stages=stages, lr=0.03, norm=None, dropout=0.0)
+    trainer = train.Trainer(recipe, small_images(), backend="torch", seed=0)
+    while not trainer.done:
+        trainer.train_epoch()
+    values = trainer.history.val_accuracy
+    assert values[9:] == [max(values[:9])] * 3 != values[8:9] * 3  # a learning rate of 0 leaves the weights alone
+
+
+def test_imbalance_reaches_training() -> None:
+    trainer = train.Trainer(recipe_of("class_weights"), small_images(), backend="torch", seed=0)
+    trainer.train_epoch()
+    counts = torch.bincount(trainer.labels[trainer.indices], minlength=10)
+    assert counts.sum() < 64
+    assert counts[0] == (trainer.labels == 0).sum()
+    assert trainer.class_weights is not None
+    assert trainer.class_weights[9] > trainer.class_weights[0]
+
+
+def test_divergence_stops_the_rung() -> None:
+    with pytest.raises(train.Diverged, match="the training loss became nan in epoch 1"):
+        train.train_rung(recipe_of("baseline", lr=1e30), small_images(), backend="torch", seed=0)
+
+
+def test_accuracy_is_measured_in_eval_mode_on_clean_images() -> None:
     class Fixed(torch.nn.Module):
         """Answers with the class that `labels` has next; class 0 in training mode."""
 
         def __init__(self, labels: torch.Tensor) -> None:
             super().__init__()
-            self.left = list(labels.split(train.EVAL_BATCH))
+            self.left = list(labels.split(evaluate.EVAL_BATCH))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             labels = torch.zeros(len(x), dtype=torch.int64) if self.training else self.left.pop(0)
             return 20.0 * torch.nn.functional.one_hot(labels, 10)
 
     labels = torch.arange(1, 1_301) % 9 + 1
-    pixels = images.train_images[:1].expand(1_300, -1, -1, -1)
-    assert train.evaluate(Fixed(labels), pixels, labels) == (pytest.approx(0.0, abs=1e-6), 1.0)
+    images = small_images().train_images[:1].expand(1_300, -1, -1, -1)
+    assert evaluate.evaluate(Fixed(labels), images, labels) == (pytest.approx(0.0, abs=1e-6), 1.0)
     wrong = torch.where(torch.arange(1_300) < 325, 0, labels)
-    assert train.evaluate(Fixed(wrong), pixels, labels) == (pytest.approx(5.0, abs=1e-3), 0.75)
+    assert evaluate.evaluate(Fixed(wrong), images, labels) == (pytest.approx(5.0, abs=1e-3), 0.75)
+
+
+# Taking up again
+
+
+@pytest.mark.parametrize(
+    "name, steps", [("wide", 7), ("adam_sgd", 3), ("adam_sgd", 6), ("early_stopping", 5), ("spectralnorm", 3)]
+)
+def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, steps: int) -> None:
+    recipe = recipe_of(name, epochs=4)
+    setting = {"backend": "fastnorm", "seed": 0}
+    whole = train.train_rung(recipe, small_images(), **setting)
+    saved = tmp_path / "saved.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train.train_rung(recipe, small_images(), **setting, saved=saved, on_step=stopping_after(steps))
+    torch.manual_seed(99)  # as in another process
+    trained = []
+    resumed = train.train_rung(
+        recipe, small_images(), **setting, saved=saved, resume=True, on_step=lambda *_: trained.append(1)
+    )
+    assert len(trained) < 4 * 2  # some epochs came from the checkpoint
+    assert resumed.history == whole.history  # bit for bit
+    assert (resumed.val_accuracy, resumed.train_accuracy) == (whole.val_accuracy, whole.train_accuracy)
+
+
+def test_bad_checkpoint_is_named(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.pt"
+    setting = {"backend": "torch", "seed": 0, "saved": saved}
+    recipe = recipe_of("baseline", epochs=2)
+    train.train_rung(recipe, small_images(), **setting)
+    good = saved.read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match=r"saved\.pt: cannot be gone on from: .* other settings"):
+        train.train_rung(replace(recipe, lr=0.5), small_images(), **setting, resume=True)
+    for content in (good[: len(good) // 2], b"", b"%PDF-1.7 and more", b"\x80\x02cos\nsystem\n."):
+        saved.write_bytes(content)
+        with pytest.raises(checkpoint.CheckpointError, match=r"saved\.pt: truncated, or not a checkpoint") as caught:
+            train.train_rung(recipe, small_images(), **setting, resume=True)
+        assert "\n" not in str(caught.value)
+
+
+# Checks
+
+
+@pytest.mark.usefixtures("short_sweep")
+def test_checks_pass_on_a_sound_network() -> None:
+    found = checks.run_checks(recipe_of("batchnorm"), small_images(), backend="fastnorm", seed=0)
+    assert found.problems == []
+    assert found.initial_loss == pytest.approx(math.log(10), abs=0.1)
+    assert found.overfit_accuracy == 1.0
+    slow, right, wild = found.sweep.values()
+    assert slow is not None and right is not None and right < slow - 0.05
+    assert wild is None
+
+
+@pytest.mark.usefixtures("short_sweep")
+def test_checks_see_wrong_labels_and_a_wild_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "HEAD_SCALE", 30.0)
+    monkeypatch.setattr(checks, "OVERFIT_EPOCHS", 3)
+    images = small_images()
+    same = replace(images, train_images=images.train_images[:1].expand(64, -1, -1, -1))  # one image, all labels
+    found = checks.run_checks(recipe_of("baseline"), same, backend="torch", seed=0)
+    assert len(found.problems) == 2
+    assert "the first loss must be near log(10) = 2.303" in found.problems[0]
+    assert "must be learnt to 100 %" in found.problems[1]
 
 
 # The command line
@@ -577,74 +306,165 @@ def run_cli(out: Path, *arguments: str) -> int:
     return cli.main([*common, *arguments], open_url=no_network)
 
 
-def is_png(path: Path) -> bool:
-    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5_000
+def results_in(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
 
 
-@pytest.mark.usefixtures("small_presets")
+def is_png(content: bytes) -> bool:
+    return content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 5_000
+
+
+class _Page(html.parser.HTMLParser):
+    """The pictures and the table cells of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[bytes] = []
+        self.cells: list[str] = []
+        self.tag = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tag = tag
+        if tag == "img":
+            source = dict(attributes)["src"] or ""
+            assert source.startswith("data:image/png;base64,")
+            self.images.append(base64.b64decode(source.split(",", 1)[1]))
+
+    def handle_data(self, text: str) -> None:
+        if self.tag == "td" and text.strip():
+            self.cells.append(text)
+
+
+@pytest.mark.usefixtures("small_presets", "short_sweep")
 def test_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(tmp_path / "a", "--backend", "fastnorm", "--epochs", "2", "--batch-size", "16", "--seed", "5") == 0
+    out = tmp_path / "a"
+    arguments = ["--epochs", "2", "--batch-size", "16", "--seed", "5", "--check"]
+    assert run_cli(out, "--backend", "fastnorm", "--rungs", "0,2,decay,layernorm,tta,cosine", *arguments) == 0
     printed = capsys.readouterr().out
-    content = json.loads((tmp_path / "a" / "results.json").read_text())
+    content = results_in(out)
     assert content["dataset"] == "synthetic"
     assert (content["backend"], content["seed"], content["batch_size"], content["epochs"]) == ("fastnorm", 5, 16, 2)
-    assert content["preset"] == "quick"
+    assert (content["preset"], content["processes"]) == ("quick", 1)
     assert content["threads"] == torch.get_num_threads()
-    assert content["interrupted"] is None
+    assert (content["interrupted"], content["failed"]) == (None, [])
     assert set(content["versions"]) == {"python", "torch", "numpy", "fastnorm"}
-    assert [rung["name"] for rung in content["rungs"]] == [rung.name for rung in rungs.LADDER]
-    for i, rung in enumerate(content["rungs"]):
-        assert rung["number"] == i
+    assert len(content["checks"]["lr_sweep"]["lr"]) == len(checks.SWEEP_RATES)
+    by_name = {rung["name"]: rung for rung in content["rungs"]}
+    assert list(by_name) == ["baseline", "batchnorm", "decay", "layernorm", "tta", "cosine"]
+    for rung in content["rungs"]:
         assert 0 <= rung["train_accuracy"] <= 1
-        assert rung["val_accuracy"] == rung["history"]["val_accuracy"][-1]
-        assert rung["seconds"] > 0
+        assert (rung["val_accuracy"] == rung["history"]["val_accuracy"][-1]) or rung["name"] == "tta"
+        assert rung["seconds"] > rung["train_seconds"][-1] > 0 and rung["step_ms"] > 0
         assert {len(values) for values in rung["history"].values()} == {2}
-        if i:
-            assert rung["change"] == pytest.approx(rung["val_accuracy"] - content["rungs"][i - 1]["val_accuracy"])
         assert f"{rung['val_accuracy']:.1%}" in printed
-    assert content["rungs"][0]["change"] is None
+    assert by_name["baseline"]["change"] is by_name["batchnorm"]["change"] is None  # `noise` is not among them
+    for name in ("layernorm", "tta", "cosine"):
+        wanted = by_name[name]["val_accuracy"] - by_name["decay"]["val_accuracy"]
+        assert by_name[name]["change"] == pytest.approx(wanted)
+    assert by_name["tta"]["history"] == by_name["decay"]["history"]
     assert "NOT CIFAR-10's" in printed
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"results.json", "curves.png", "ladder.png"}
-    assert is_png(tmp_path / "a" / "curves.png")
-    assert is_png(tmp_path / "a" / "ladder.png")
+
+    drawn = {"ladder.png", "beside.png", "zoo.png", "curves.png", "lr_sweep.png"}
+    files = {path.name for path in out.iterdir()} - {"checkpoints"}
+    assert files == {"results.json", "results.csv", "table.md", "report.html"} | drawn
+    assert list((out / "checkpoints").iterdir()) == []
+    assert all(is_png((out / name).read_bytes()) for name in drawn)
+    with (out / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["name"] for line in lines] == list(by_name)
+    for line in lines:
+        assert float(line["val_accuracy"]) == by_name[line["name"]]["val_accuracy"]
+    page = _Page((out / "report.html").read_text())
+    assert sorted(page.images) == sorted((out / name).read_bytes() for name in drawn)
+    assert set(page.cells) >= {rung["adds"] for rung in content["rungs"]}
+    assert (out / "table.md").read_text().count("\n") == 2 + 6
+
+    # The report alone, again.
+    (out / "ladder.png").unlink()
+    assert cli.main(["--report", str(out)]) == 0
+    assert (out / "table.md").read_text() in capsys.readouterr().out
+    assert is_png((out / "ladder.png").read_bytes())
 
 
-@pytest.mark.usefixtures("small_presets")
-def test_a_rung_alone_gives_the_numbers_it_gives_in_the_ladder(tmp_path: Path) -> None:
-    assert run_cli(tmp_path / "all") == 0
-    assert run_cli(tmp_path / "one", "--rungs", "dropout") == 0
-    whole = json.loads((tmp_path / "all" / "results.json").read_text())
-    alone = json.loads((tmp_path / "one" / "results.json").read_text())
-    assert len(alone["rungs"]) == 1
-    assert alone["rungs"][0]["history"] == whole["rungs"][3]["history"]
-    assert alone["rungs"][0]["change"] is None
+@pytest.mark.parametrize("content", [None, "{", "[1]", "{}"])
+def test_report_of_what_is_none(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    assert cli.main(["--report", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "results.json: " in message and message.count("\n") == 1
 
 
 @pytest.mark.usefixtures("small_presets")
 @pytest.mark.parametrize("finished", [0, 2])
-def test_interrupt_keeps_the_finished_rungs(
+def test_interrupted_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: int
 ) -> None:
+    common = ["--rungs", "0,1,2", "--epochs", "3"]
+    assert run_cli(tmp_path / "whole", *common) == 0
     real = train.train_rung
     calls = []
 
     def interrupted(*args: object, **kwargs: object) -> train.Outcome:
         calls.append(1)
         if len(calls) > finished:
-
-            def on_step() -> None:
-                raise KeyboardInterrupt
-
-            kwargs["on_step"] = on_step
+            kwargs["on_step"] = stopping_after(4)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(cli, "train_rung", interrupted)
-    assert run_cli(tmp_path) == 130
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert [rung["name"] for rung in content["rungs"]] == ["baseline", "noise"][:finished]
-    assert content["interrupted"] == rungs.LADDER[finished].name
-    assert (tmp_path / "curves.png").exists() == (finished > 0)
-    assert rungs.LADDER[finished].name in capsys.readouterr().err
+    out = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "train_rung", interrupted)
+        assert run_cli(out, *common) == 130
+    names = ["baseline", "noise", "batchnorm"]
+    content = results_in(out)
+    assert [rung["name"] for rung in content["rungs"]] == names[:finished]
+    assert content["interrupted"] == names[finished]
+    assert (out / "curves.png").exists() == (finished > 0)
+    assert names[finished] in capsys.readouterr().err
+
+    assert run_cli(out, *common, "--resume", "--seed", "1") == 2  # another run's
+    assert "of a run with seed 0, this one has 1" in capsys.readouterr().err
+    again = []
+    monkeypatch.setattr(cli, "train_rung", lambda *args, **kwargs: again.append(1) or real(*args, **kwargs))
+    assert run_cli(out, *common, "--resume") == 0
+    assert len(again) == 3 - finished
+    resumed, whole = results_in(out), results_in(tmp_path / "whole")
+    assert resumed["interrupted"] is None
+    for one, other in zip(resumed["rungs"], whole["rungs"], strict=True):
+        assert one["history"] == other["history"]
+        assert one["val_accuracy"] == other["val_accuracy"]
+        assert one["change"] == other["change"]
+
+
+@pytest.mark.usefixtures("small_presets")
+def test_a_rung_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = replace(rungs.find("noise"), changes={"lr": 1e30})
+    listed = [broken if rung.name == "noise" else rung for rung in rungs.RUNGS]
+    for module in (rungs, cli):
+        monkeypatch.setattr(module, "RUNGS", tuple(listed))
+    monkeypatch.setattr(rungs, "find", lambda name: next(rung for rung in listed if rung.name == name))
+    monkeypatch.setattr(cli, "recipe_of", lambda rung, start: replace(start, **rung.changes))
+    assert run_cli(tmp_path, "--rungs", "0,1,2") == 1
+    content = results_in(tmp_path)
+    assert [rung["name"] for rung in content["rungs"]] == ["baseline", "batchnorm"]
+    assert content["failed"][0]["name"] == "noise"
+    assert "the training loss became nan" in content["failed"][0]["reason"]
+    assert "1 noise          failed" in capsys.readouterr().out
+    assert "the training loss became nan" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("small_presets", "short_sweep")
+def test_a_failed_check_stops_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checks, "OVERFIT_EPOCHS", 1)
+    assert run_cli(tmp_path, "--rungs", "0", "--check") == 1
+    assert "check baseline failed: 64 images must be learnt to 100 %" in capsys.readouterr().err
+    assert results_in(tmp_path)["rungs"] == []
+    assert is_png((tmp_path / "lr_sweep.png").read_bytes())
 
 
 @pytest.mark.usefixtures("small_presets")
@@ -652,7 +472,7 @@ def test_trains_on_published_files(tmp_path: Path) -> None:
     write_binary(tmp_path / "cifar-10-batches-bin", count=20)
     arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--rungs", "0", "--backend", "torch"]
     assert cli.main(arguments, open_url=no_network) == 0
-    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    content = results_in(tmp_path / "out")
     assert (content["dataset"], content["train_images"], content["val_images"]) == ("cifar10", 64, 20)
     assert str(tmp_path) not in json.dumps(content)
 
@@ -665,6 +485,12 @@ def test_bad_data_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureF
     assert captured.err.count("\n") == 1
     assert "data_batch_4.bin" in captured.err
     assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_fastnorm_has_needs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(tmp_path, "--rungs", "baseline,batchrenorm,stochastic_depth") == 2
+    assert "not in torch.nn: stochastic_depth, batchrenorm;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -687,18 +513,74 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, capsys: 
     assert captured.count("\n") == 1
 
 
-def test_table_and_pictures_for_any_number_of_rungs(tmp_path: Path) -> None:
+# Tables and pictures
+
+
+def finished(name: str, accuracy: float) -> dict:
     history = train.History([2.0, 1.0], [0.3, 0.6], [1.9, 1.2], [0.35, 0.5])
-    outcome = train.Outcome(0.5, 0.75, 12.34, 1000, history)
-    finished = [report.Finished(i, rungs.Rung(f"rung{i}", "a trick"), outcome) for i in range(6)]
-    finished[0] = report.Finished(0, rungs.LADDER[0], outcome)
-    finished[1] = report.Finished(1, rungs.LADDER[1], replace(outcome, val_accuracy=0.5525))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rungs, "LADDER", tuple(one.rung for one in finished))
-        lines = report.table(finished).splitlines()
-        assert lines[2].split()[-4:] == ["75.0%", "50.0%", "78%", "12.3"]
-        assert lines[3].split()[-5:] == ["75.0%", "55.2%", "+5.2", "80%", "12.3"]
-        run = {"dataset": "cifar10", "preset": "full", "train_images": 50_000, "val_images": 10_000}
-        pictures = report.write_pictures(tmp_path, finished, run)
-        assert len(pictures) == 2
-        assert all(map(is_png, pictures))
+    return report.entry(rungs.find(name), train.Outcome(accuracy, 0.75, 12.34, 5.0, [6.0, 12.0], 1000, 2, history))
+
+
+def test_tables() -> None:
+    results = report.content({}, [finished("baseline", 0.5), finished("noise", 0.48), finished("cosine", 0.6)])
+    lines = report.table(results).splitlines()
+    assert lines[2].split()[-5:] == ["75.0%", "50.0%", "78%", "80.2%", "12"]
+    assert lines[3].split()[-6:] == ["75.0%", "48.0%", "−2.0", "80%", "80.9%", "12"]
+    rows = report.markdown(results).splitlines()
+    assert rows[2].split("|")[-7:-1] == [" 75.0 % ", " 50.0 % ", "  ", " 78 % ", " 80.2 % ", " 12 "]
+    assert rows[4].startswith("| cosine | cosine | 75.0 % | 60.0 % |  |  |  | 12 |")
+    assert {row.count("|") for row in rows} == {9}
+
+
+def test_time_to_the_goal() -> None:
+    history = train.History([1.0] * 3, [0.9] * 3, [1.0] * 3, [0.93, 0.94, 0.95])
+    outcome = train.Outcome(0.95, 0.99, 9.0, 5.0, [2.0, 4.5, 6.0], 1000, 3, history)
+    results = report.content(
+        {"dataset": "cifar10", "train_images": 50_000, "val_images": 10_000},
+        [report.entry(rungs.find("speed"), outcome), finished("baseline", 0.5)],
+    )
+    assert [rung["seconds_to_94"] for rung in results["rungs"]] == [4.5, None]
+    assert "94 % of val after 4.5 s of training steps: speed." in report.footnotes(results)
+
+
+def test_exponential_mean() -> None:
+    assert pictures.exponential_mean([1.0, 2.0, 0.0]) == pytest.approx([1.0, 1.5, 0.75])
+
+
+# Several processes
+
+EXAMPLES = Path(cli.__file__).parents[1]
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """Two processes on halves of each batch come to what one comes to on the whole, but for rounding."""
+    launcher = tmp_path / "launch.py"
+    launcher.write_text(
+        "import sys\n"
+        "import pytest\n"
+        "from ladder import cli, rungs\n"
+        "from ladder_small import use_small_presets\n"
+        "use_small_presets(pytest.MonkeyPatch())\n"
+        "rungs.ERASING.__class__.__call__ = lambda self, images, generator: images\n"  # it draws by process
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    path = [str(EXAMPLES), str(Path(__file__).parent), str(Path(models.__file__).parents[2])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    arguments = [str(launcher), "--dataset", "synthetic", "--device", "cpu", "--epochs", "2", "--rungs", "0,2,wide"]
+    both = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [*command, *arguments, "--out", str(out)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("written:") == 1  # one of them speaks
+        both.append(results_in(out))
+    assert [results["processes"] for results in both] == [1, 2]
+    for name in ("baseline", "batchnorm"):
+        one, two = (next(r for r in results["rungs"] if r["name"] == name)["history"] for results in both)
+        # Sums in another order, carried through four steps of Adam.
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
+        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3)
+    assert re.fullmatch(r"[\d.]+", str(both[1]["rungs"][2]["val_accuracy"]))

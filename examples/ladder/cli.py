@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
+import contextlib
+import io
 import platform
+import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,24 +19,39 @@ import torch
 from tqdm import tqdm
 
 from . import report
+from .checkpoint import CheckpointError
+from .checks import run_checks
 from .data import DataError, Dataset, UrlOpener, load
-from .models import BACKENDS
-from .rungs import LADDER, PRESETS, Recipe, Rung, recipe_of, select
-from .train import History, Outcome, train_rung
+from .models import BACKENDS, needs_fastnorm
+from .processes import Processes, joined, local_device
+from .recipe import Recipe
+from .rungs import PRESETS, RUNGS, Rung, recipe_of, select
+from .train import Diverged, History, Outcome, train_rung
 
+EXIT_FAILED = 1  # a check or a rung
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+class _SettingsError(Exception):
+    """Arguments that do not go together, in one line."""
 
 
 def main(argv: Sequence[str] | None = None, *, open_url: UrlOpener = urllib.request.urlopen) -> int:
     """Runs the ladder; returns the exit status. Bad arguments leave through SystemExit(2), as argparse has it."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.backend == "fastnorm":
+    if args.backend == "fastnorm" and args.report is None:
         _require_fastnorm(parser)
     try:
-        return _run(args, open_url)
-    except (DataError, OSError) as error:
+        if args.report is not None:
+            return _report_again(args.report)
+        device = local_device(args.device)
+        with joined(device) as processes:
+            # Of several processes one speaks.
+            with contextlib.nullcontext() if processes.is_first else contextlib.redirect_stdout(io.StringIO()):
+                return _Run(args, device, processes, open_url).climb()
+    except (DataError, CheckpointError, report.ReportError, _SettingsError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
@@ -42,67 +59,188 @@ def main(argv: Sequence[str] | None = None, *, open_url: UrlOpener = urllib.requ
         return EXIT_INTERRUPTED
 
 
-def _run(args: argparse.Namespace, open_url: UrlOpener) -> int:
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
-    preset_name = args.preset or ("full" if device.type == "cuda" else "quick")
-    preset = PRESETS[preset_name]
-    asked = {"epochs": args.epochs, "batch_size": args.batch_size}
-    start = replace(preset.recipe, **{name: value for name, value in asked.items() if value is not None})
-    data = load(args.dataset, args.data, train_images=preset.train_images, seed=args.seed, open_url=open_url)
-    run = {
-        "dataset": data.name,
-        "preset": preset_name,
-        "backend": args.backend,
-        "seed": args.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "dtype": "bfloat16 autocast" if device.type == "cuda" else "float32",
-        "train_images": len(data.train_labels),
-        "val_images": len(data.val_labels),
-        "epochs": start.epochs,
-        "batch_size": start.batch_size,
-        "versions": _versions(args.backend),
-    }
-    data = data.to(device)
-    print(
-        f"{data.name}: {run['train_images']} training and {run['val_images']} validation images ({data.source}); "
-        f"{preset_name} preset, {start.epochs} epochs, backend {args.backend}, {run['device']}"
-    )
-    finished: list[report.Finished] = []
-    interrupted: Rung | None = None
-    for rung in args.rungs:
-        number = LADDER.index(rung)
-        try:
-            outcome = _with_progress(f"{number} {rung.name}", recipe_of(rung, start), data, args)
-            finished.append(report.Finished(number, rung, outcome))
-            report.write_results(args.out, finished, run)
-        except KeyboardInterrupt:
-            interrupted = rung
-            break
-    results = report.write_results(args.out, finished, run, interrupted and interrupted.name)
-    paths = [results, *report.write_pictures(args.out, finished, run)]
-    if finished:
-        print(f"\n{report.table(finished)}\n\n{report.footnotes(run)}")
-    print(f"written: {', '.join(map(str, paths))}")
-    if interrupted is not None:
-        print(f"interrupted in rung {interrupted.name}: finished before it: {len(finished)}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+def _report_again(out: Path) -> int:
+    results = report.read_json(out)
+    paths = report.write_report(out, results)
+    print(f"{report.markdown(results)}\n\n{report.footnotes(results)}\n\nwritten: {', '.join(map(str, paths))}")
     return 0
 
 
-def _with_progress(label: str, recipe: Recipe, data: Dataset, args: argparse.Namespace) -> Outcome:
-    steps = recipe.epochs * math.ceil(len(data.train_labels) / recipe.batch_size)
-    # tqdm draws nothing where the output is not a terminal; the line printed at the end is there either way.
-    with tqdm(total=steps, desc=f"{label:<12}", unit="step", disable=None, leave=False) as bar:
+@dataclass
+class _Run:
+    """One call of the program."""
 
-        def on_epoch(history: History) -> None:
-            bar.set_postfix_str(f"train {history.train_accuracy[-1]:.1%} val {history.val_accuracy[-1]:.1%}")
+    args: argparse.Namespace
+    device: torch.device
+    processes: Processes
+    open_url: UrlOpener
 
-        on_step: Callable[[], Any] = bar.update
-        outcome = train_rung(recipe, data, backend=args.backend, seed=args.seed, on_step=on_step, on_epoch=on_epoch)
-    print(f"{label:<12} val {outcome.val_accuracy:.1%}  train {outcome.train_accuracy:.1%}  {outcome.seconds:.1f} s")
-    return outcome
+    def __post_init__(self) -> None:
+        args, device = self.args, self.device
+        self.preset_name = args.preset or ("full" if device.type == "cuda" else "quick")
+        self.preset = PRESETS[self.preset_name]
+        asked = {"epochs": args.epochs, "batch_size": args.batch_size}
+        self.asked = {name: value for name, value in asked.items() if value is not None}
+        self.start = replace(self.preset.recipe, **self.asked)
+        if args.backend == "torch":
+            lacking = [rung.name for rung in args.rungs if needs_fastnorm(self.recipe(rung))]
+            if lacking:
+                raise _SettingsError(f"not in torch.nn: {', '.join(lacking)}; needs --backend fastnorm")
+            if self.processes.world > 1:
+                raise _SettingsError("several processes need --backend fastnorm, for SyncBatchNorm on any device")
+
+    def recipe(self, rung: Rung) -> Recipe:
+        """The rung's recipe, with what was asked for on the command line."""
+        return replace(recipe_of(rung, self.preset.recipe), **self.asked)
+
+    def load(self) -> Dataset:
+        """The images, on the device. The first process goes first, for it may have to fetch them."""
+        args = self.args
+        for first in (True, False):
+            if first == self.processes.is_first:
+                data = load(
+                    args.dataset,
+                    args.data,
+                    train_images=self.preset.train_images,
+                    seed=args.seed,
+                    open_url=self.open_url,
+                )
+            self.processes.wait()
+        return data.to(self.device)
+
+    def settings(self, data: Dataset) -> dict[str, Any]:
+        """The head of results.json."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "dataset": data.name,
+            "preset": self.preset_name,
+            "backend": self.args.backend,
+            "seed": self.args.seed,
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+            "processes": self.processes.world,
+            "threads": torch.get_num_threads(),
+            "dtype": "bfloat16 autocast" if on_gpu else "float32",
+            "train_images": len(data.train_labels),
+            "val_images": len(data.val_labels),
+            "epochs": self.start.epochs,
+            "batch_size": self.start.batch_size,
+            "versions": _versions(self.args.backend),
+        }
+
+    def climb(self) -> int:
+        args, out = self.args, self.args.out
+        checkpoints = out / "checkpoints"
+        data = self.load()
+        run = self.settings(data)
+        print(
+            f"{data.name}: {run['train_images']} training and {run['val_images']} validation images ({data.source}); "
+            f"{self.preset_name} preset, {run['epochs']} epochs, backend {args.backend}, {run['device']}"
+        )
+        done = self._finished_before(run) if args.resume else {}
+        if self.processes.is_first and not args.resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        self.processes.wait()
+
+        failed: list[dict[str, str]] = []
+        interrupted: Rung | None = None
+        checks, passed = self._check(args.rungs[0], data) if args.check else (None, True)
+        for rung in args.rungs if passed else ():
+            if rung.name in done:
+                continue
+            saved = checkpoints / f"{rung.name}.pt"
+            try:
+                done[rung.name] = report.entry(rung, self._train(rung, data, saved))
+            except Diverged as error:
+                failed.append({"name": rung.name, "label": rung.label, "reason": str(error)})
+                print(f"{rung.label:<16} failed: {error}; on to the next")
+            except KeyboardInterrupt:
+                interrupted = rung
+                break
+            if self.processes.is_first:
+                report.write_json(out, self._content(run, done, failed, None, checks))
+                saved.unlink(missing_ok=True)
+        if self.processes.is_first:
+            self._close(self._content(run, done, failed, interrupted, checks))
+        if interrupted is not None:
+            print(f"interrupted in rung {interrupted.name}: finished: {len(done)}; --resume goes on", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        return EXIT_FAILED if failed or not passed else 0
+
+    @staticmethod
+    def _content(
+        run: dict[str, Any],
+        done: dict[str, dict[str, Any]],
+        failed: list[dict[str, str]],
+        interrupted: Rung | None,
+        checks: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        entries = [done[rung.name] for rung in RUNGS if rung.name in done]
+        return report.content(run, entries, failed=failed, interrupted=interrupted and interrupted.name, checks=checks)
+
+    def _close(self, results: dict[str, Any]) -> None:
+        """Writes everything and prints the table."""
+        paths = [report.write_json(self.args.out, results), *report.write_report(self.args.out, results)]
+        if results["rungs"]:
+            print(f"\n{report.table(results)}\n\n{report.footnotes(results)}")
+        print(f"written: {', '.join(map(str, paths))}")
+
+    def _finished_before(self, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The entries of an interrupted run's results.json, by name; none where there is no such file."""
+        if not (self.args.out / "results.json").exists():
+            return {}
+        results = report.read_json(self.args.out)
+        for name, value in run.items():
+            if results.get(name) != value:
+                raise _SettingsError(
+                    f"--resume: {self.args.out} is of a run with {name} {results.get(name)}, this one has {value}"
+                )
+        return {one["name"]: one for one in results["rungs"]}
+
+    def _check(self, rung: Rung, data: Dataset) -> tuple[dict[str, Any], bool]:
+        """What the checks found, for results.json, and whether all is well."""
+        recipe = self.recipe(rung)
+        with tqdm(desc="checks", unit="step", disable=None, leave=False) as bar:
+            checks = run_checks(recipe, data, backend=self.args.backend, seed=self.args.seed, on_step=bar.update)
+        print(
+            f"check {rung.name}: first loss {checks.initial_loss:.3f} (log 10 = 2.303); {checks.overfit_images} images "
+            f"learnt to {checks.overfit_accuracy:.1%} in {checks.overfit_epochs} epochs"
+        )
+        for lr, loss in checks.sweep.items():
+            print(f"check {rung.name}: learning rate {lr:.1e}: loss {'not finite' if loss is None else f'{loss:.3f}'}")
+        for problem in checks.problems:
+            print(f"check {rung.name} failed: {problem}", file=sys.stderr)
+        return checks.as_dict(rung.name, recipe.lr), not checks.problems
+
+    def _train(self, rung: Rung, data: Dataset, saved: Path) -> Outcome:
+        # tqdm draws nothing where the output is not a terminal; the line printed at the end is there either way.
+        silent = None if self.processes.is_first else True
+        with tqdm(desc=f"{rung.label:<16}", unit="step", disable=silent, leave=False) as bar:
+
+            def on_step(epochs: int, steps: int) -> None:
+                bar.total = epochs * steps
+                bar.update()
+
+            def on_epoch(history: History) -> None:
+                bar.set_postfix_str(f"train {history.train_accuracy[-1]:.1%} val {history.val_accuracy[-1]:.1%}")
+
+            outcome = train_rung(
+                self.recipe(rung),
+                data,
+                backend=self.args.backend,
+                seed=self.args.seed,
+                processes=self.processes,
+                saved=saved,
+                resume=self.args.resume,
+                on_step=on_step,
+                on_epoch=on_epoch,
+            )
+        print(
+            f"{rung.label:<16} val {outcome.val_accuracy:.1%}  train {outcome.train_accuracy:.1%}  "
+            f"{outcome.seconds:.1f} s  {outcome.step_ms:.3g} ms a step",
+            flush=True,
+        )
+        return outcome
 
 
 def _device(name: str) -> torch.device:
@@ -159,14 +297,15 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    rungs = "\n".join(f"  {i}  {rung.name:<11} {rung.adds}" for i, rung in enumerate(LADDER))
+    rungs = "\n".join(f"  {rung.number:<3}{rung.name:<17}{rung.adds:<38}{', '.join(rung.groups)}" for rung in RUNGS)
     parser = _OneLineParser(
         prog="cifar_ladder.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Trains one small CNN on CIFAR-10 again and again, one trick more each time, and shows what each\n"
-        "trick bought: a table, results.json, learning curves and a chart of the ladder.",
-        epilog=f"rungs, each with the tricks of those before it:\n{rungs}\n\n"
-        "Ctrl-C keeps the results of the rungs that are finished. Exit status: 0, 2 for bad input, 130 for Ctrl-C.",
+        "trick bought: tables, results.json, pictures, and report.html, which has them all.",
+        epilog=f"rungs: number, name, what it adds, groups; the ladder's keep the tricks before them:\n{rungs}\n\n"
+        "Ctrl-C keeps the finished rungs, and --resume goes on. torchrun --nproc-per-node N cifar_ladder.py shares\n"
+        "the work of each batch. Exit status: 0, 1 for a check or a rung that failed, 2 for bad input, 130 for Ctrl-C.",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -186,15 +325,15 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="quick: about a minute a rung on two CPU cores, on a share of the images; full: all images and "
+        help="quick: about two minutes a rung on two CPU cores, on a share of the images; full: all images and "
         "many epochs, for a GPU (default: full on a GPU, else quick)",
     )
     training.add_argument(
         "--rungs",
         type=_rungs,
-        default="all",
+        default="ladder",
         metavar="LIST",
-        help="names or numbers, comma-separated, or all (default: all)",
+        help="names, numbers or groups, comma-separated, or all (default: ladder, that is 0 to 9)",
     )
     training.add_argument("--epochs", type=_at_least(1), metavar="N", help="instead of the preset's")
     training.add_argument("--batch-size", type=_at_least(1), metavar="N", help="instead of 256")
@@ -214,7 +353,26 @@ def _parser() -> argparse.ArgumentParser:
         default="fastnorm",
         help="whose normalisation and dropout layers to train with (default: %(default)s)",
     )
-    parser.add_argument(
+    training.add_argument(
+        "--check",
+        action="store_true",
+        help="before training: is the first loss near log(10), are a few batches learnt to 100 %%, which learning "
+        "rates work; of the first rung asked for. No training where this fails",
+    )
+    training.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a run with the same settings and --out was interrupted; the numbers are those of a run that "
+        "was not",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
         "--out", type=Path, default=Path("runs/ladder"), metavar="DIR", help="for the results (default: %(default)s)"
+    )
+    output.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="train nothing: make the report in DIR again from its results.json, and print the table as Markdown",
     )
     return parser

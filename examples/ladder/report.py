@@ -1,221 +1,190 @@
-"""What a run leaves behind: the table, results.json, and the pictures."""
+"""What a run leaves behind: tables, results.json, results.csv, and with pictures.py and page.py all the rest.
+
+Everything is drawn from the content of results.json, so a report can be made again from that file alone.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-from .rungs import Rung, previous_of
+from . import page, pictures
+from .rungs import Rung
 from .train import TRAIN_EVAL_IMAGES, Outcome
 
-# Okabe and Ito's colours, told apart by the colour-blind.
-VALIDATION = "#0072B2"
-TRAINING = "#E69F00"
-NOTES = "#444444"
-PANELS_PER_ROW = 4
+Content = Mapping[str, Any]
+
+GOAL = 0.94  # what the public speed runs race to
+MINUS = "\N{MINUS SIGN}"
+COLUMNS = ("number", "name", "adds", "on", "train_accuracy", "val_accuracy", "change", "epochs", "seconds", "step_ms")
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A rung and what it came to."""
-
-    number: int
-    rung: Rung
-    outcome: Outcome
-
-    @property
-    def label(self) -> str:
-        return f"{self.number} {self.rung.name}"
+class ReportError(Exception):
+    """What is wrong with a results.json, in one line that names the file."""
 
 
-def change(finished: Finished, others: Sequence[Finished]) -> float | None:
-    """Validation accuracy gained over the rung before it; None where that one is not among `others`."""
-    before = previous_of(finished.rung)
-    for other in others:
-        if other.rung is before:
-            return finished.outcome.val_accuracy - other.outcome.val_accuracy
-    return None
+def entry(rung: Rung, outcome: Outcome) -> dict[str, Any]:
+    """What results.json holds about a finished rung, less the change against another.
+
+    `seconds_to_94` is the time spent on training steps up to the end of the first epoch whose validation accuracy is
+    94 % or more, null where there is none.
+    """
+    described = {name: getattr(rung, name) for name in ("number", "name", "label", "adds", "on")}
+    epochs = zip(outcome.history.val_accuracy, outcome.train_seconds, strict=True)
+    reached = next((seconds for accuracy, seconds in epochs if accuracy >= GOAL), None)
+    return {
+        **described,
+        "groups": list(rung.groups),
+        "notes": asdict(rung.notes),
+        **asdict(outcome),
+        "seconds_to_94": reached,
+    }
 
 
-def table(finished: Sequence[Finished]) -> str:
+def content(
+    run: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    failed: Sequence[Mapping[str, str]] = (),
+    interrupted: str | None = None,
+    checks: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of results.json: `run`, then the keywords, and one entry a finished rung.
+
+    Accuracies are in [0, 1], times in seconds, step_ms in milliseconds; `history` has one value an epoch, `change` is
+    the validation accuracy gained over the rung that it stands `on`, null where that one is not there.
+    """
+    accuracy = {one["name"]: one["val_accuracy"] for one in entries}
+    rungs = [
+        {**one, "change": one["val_accuracy"] - accuracy[one["on"]] if one["on"] in accuracy else None}
+        for one in entries
+    ]
+    return {**run, "interrupted": interrupted, "failed": list(failed), "checks": checks, "rungs": rungs}
+
+
+def _cells(one: Mapping[str, Any], percent: str) -> list[str]:
+    """One rung's row: label, what it adds, train, validation, change, notes in both versions, seconds."""
+
+    def share(value: float | None, digits: int = 1) -> str:
+        return "" if value is None else f"{100 * value:.{digits}f}{percent}"
+
+    def noted(version: str) -> str:
+        value = one["notes"][version]
+        return "" if value is None else f"{100 * value:g}{percent}"
+
+    change = one["change"]
+    gained = "" if change is None else f"{100 * change:+.1f}".replace("-", MINUS)
+    return [
+        one["label"],
+        one["adds"],
+        share(one["train_accuracy"]),
+        share(one["val_accuracy"]),
+        gained,
+        noted("pytorch"),
+        noted("earlier"),
+        f"{one['seconds']:.0f}",
+    ]
+
+
+def table(results: Content) -> str:
     """The results for a terminal, accuracies in percent."""
-    rows = [("rung", "what it adds", "train acc", "val acc", "change", "notes", "seconds")]
-    for one in finished:
-        gained, notes = change(one, finished), one.rung.notes_accuracy
-        rows.append(
-            (
-                one.label,
-                one.rung.adds,
-                f"{one.outcome.train_accuracy:.1%}",
-                f"{one.outcome.val_accuracy:.1%}",
-                "" if gained is None else f"{100 * gained:+.1f}",
-                "" if notes is None else f"{100 * notes:g}%",
-                f"{one.outcome.seconds:.1f}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header = ["rung", "what it adds", "train", "val", "change", "notes", "earlier", "seconds"]
+    cells = [header, *(_cells(one, "%") for one in results["rungs"])]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    for row in cells:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join(left + right).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 
-def footnotes(run: dict[str, Any]) -> str:
+def rows(results: Content) -> list[list[str]]:
+    """The cells of the table, header first."""
+    header = ["rung", "what it adds", "train", "validation", "change", "notes, PyTorch", "notes, earlier", "seconds"]
+    return [header, *(_cells(one, " %") for one in results["rungs"])]
+
+
+def markdown(results: Content) -> str:
+    """The same as a Markdown table."""
+    header, *others = rows(results)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * 2 + ["---:"] * 6, *others))
+
+
+def footnotes(results: Content) -> str:
     """How to read the table."""
-    evaluated = min(TRAIN_EVAL_IMAGES, run["train_images"])
-    notes = f"The last epoch's weights in eval mode; train acc on {evaluated} training images as they are, val acc on "
-    notes += f"{run['val_images']} images; change in points against the rung before."
-    if run["dataset"] != "cifar10":
-        return notes + "\nSYNTHETIC IMAGES: these figures are not CIFAR-10's; the notes' are."
-    if run["preset"] == "quick":
-        notes += (
-            f"\nThe quick preset trains on {run['train_images']} images for {run['epochs']} epochs; "
-            "the notes' figures come from all 50000 and many more epochs."
-        )
-    return notes
-
-
-def results(finished: Sequence[Finished], run: dict[str, Any], interrupted: str | None) -> dict[str, Any]:
-    """The content of results.json: `run`, the interrupted rung's name or null, and one entry a finished rung.
-
-    Accuracies are in [0, 1]; `history` has one value an epoch.
-    """
-    rungs = [
-        {
-            "number": one.number,
-            "name": one.rung.name,
-            "adds": one.rung.adds,
-            "notes_accuracy": one.rung.notes_accuracy,
-            "change": change(one, finished),
-            **asdict(one.outcome),
-        }
-        for one in finished
+    evaluated = min(TRAIN_EVAL_IMAGES, results["train_images"])
+    lines = [
+        f"In eval mode, train on {evaluated} training images as they are, val on {results['val_images']} images.",
+        "Change in points of val against the rung that it stands on; notes and earlier: the course notes' figures.",
     ]
-    return {**run, "interrupted": interrupted, "rungs": rungs}
+    if results["dataset"] != "cifar10":
+        lines.append("SYNTHETIC IMAGES: these figures are not CIFAR-10's; the notes' are.")
+    elif results["train_images"] < 50_000:
+        lines.append(
+            f"Trained on {results['train_images']} images for {results['epochs']} epochs; the notes' figures come from "
+            "all 50000 and many more steps."
+        )
+    for one in results["rungs"]:
+        if one["seconds_to_94"] is not None:
+            lines.append(f"94 % of val after {one['seconds_to_94']:.1f} s of training steps: {one['label']}.")
+    return "\n".join(lines)
 
 
-def write_results(out: Path, finished: Sequence[Finished], run: dict[str, Any], interrupted: str | None = None) -> Path:
+def csv_text(results: Content) -> str:
+    """One line a rung: COLUMNS, then the notes' figures."""
+    out = io.StringIO()
+    versions = ("pytorch", "pytorch_train", "earlier", "earlier_train")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"notes_{version}" for version in versions)])
+    for one in results["rungs"]:
+        writer.writerow([*(one[name] for name in COLUMNS), *(one["notes"][version] for version in versions)])
+    return out.getvalue()
+
+
+def write_json(out: Path, results: Content) -> Path:
     """Writes results.json into `out`; it appears whole or not at all."""
     path = out / "results.json"
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(results(finished, run, interrupted), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
     return path
 
 
-def write_pictures(out: Path, finished: Sequence[Finished], run: dict[str, Any]) -> list[Path]:
-    """Writes curves.png and ladder.png into `out`, nothing where no rung is finished."""
-    if not finished:
-        return []
-    title = f"{_dataset_title(run)}, {run['preset']} preset, {run['train_images']} training images"
-    paths = [out / "curves.png", out / "ladder.png"]
-    for path, draw in zip(paths, (learning_curves, ladder_chart), strict=True):
-        draw(finished, title).savefig(path, dpi=150)
-    return paths
+def read_json(out: Path) -> dict[str, Any]:
+    """The content of `out`/results.json.
+
+    Raises:
+        ReportError: it is missing, truncated or something else.
+    """
+    path = out / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ReportError(f"{path}: missing") from error
+    except ValueError as error:
+        raise ReportError(f"{path}: truncated, or not a results.json: {error}") from error
+    if not isinstance(results, dict) or not isinstance(results.get("rungs"), list):
+        raise ReportError(f"{path}: not a results.json: has no list of rungs")
+    return results
 
 
-def _dataset_title(run: dict[str, Any]) -> str:
-    return "CIFAR-10" if run["dataset"] == "cifar10" else "Synthetic images (not CIFAR-10)"
-
-
-def learning_curves(finished: Sequence[Finished], title: str) -> Figure:
-    """Accuracy and loss by epoch, a column a rung; every panel of a kind has the same axis."""
-    columns = min(len(finished), PANELS_PER_ROW)
-    blocks = math.ceil(len(finished) / columns)
-    figure = Figure(figsize=(max(2.7 * columns, 5.5) + 0.6, 4.6 * blocks + 0.8), layout="constrained")
-    axes = figure.subplots(2 * blocks, columns, squeeze=False)
-    histories = [one.outcome.history for one in finished]
-    lowest = min(min(h.train_accuracy + h.val_accuracy) for h in histories)
-    losses = [value for h in histories for value in h.train_loss + h.val_loss]
-    for i in range(blocks * columns):
-        upper, lower = axes[2 * (i // columns)][i % columns], axes[2 * (i // columns) + 1][i % columns]
-        if i >= len(finished):
-            upper.set_axis_off()
-            lower.set_axis_off()
-            continue
-        history = histories[i]
-        upper.set_title(finished[i].label, fontsize=11)
-        _pair(upper, history.train_accuracy, history.val_accuracy)
-        _pair(lower, history.train_loss, history.val_loss)
-        upper.set_ylim(max(0.0, math.floor(10 * lowest) / 10), 1.0)
-        upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        lower.set_ylim(0.0, 1.05 * max(losses))
-        lower.set_xlabel("epoch")
-        if i % columns == 0:
-            upper.set_ylabel("accuracy")
-            lower.set_ylabel("cross-entropy (nats)")
-        else:
-            upper.tick_params(labelleft=False)
-            lower.tick_params(labelleft=False)
-        upper.tick_params(labelbottom=False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"Learning curves\n{title}", fontsize=12)
-    return figure
-
-
-def _pair(axes: Axes, training: Sequence[float], validation: Sequence[float]) -> None:
-    epochs = range(1, len(training) + 1)
-    marker = "o" if len(training) <= 20 else None
-    style = {"marker": marker, "markersize": 3, "linewidth": 1.6}
-    axes.plot(
-        epochs, training, color=TRAINING, linestyle="--", label="training (running, as augmented, dropout on)", **style
-    )
-    axes.plot(epochs, validation, color=VALIDATION, label="validation", **style)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def ladder_chart(finished: Sequence[Finished], title: str) -> Figure:
-    """Validation accuracy by rung as bars, with the training accuracy and the notes' figure marked on each."""
-    figure = Figure(figsize=(max(1.6 * len(finished), 4.5) + 1.2, 4.8), layout="constrained")
-    axes = figure.subplots()
-    positions = range(len(finished))
-    validation = [one.outcome.val_accuracy for one in finished]
-    training = [one.outcome.train_accuracy for one in finished]
-    notes = [(i, one.rung.notes_accuracy) for i, one in enumerate(finished) if one.rung.notes_accuracy is not None]
-    axes.bar(positions, validation, width=0.6, color=VALIDATION, label="validation")
-    axes.plot(positions, training, "D", color=TRAINING, markeredgecolor="black", markersize=7, label="training")
-    axes.hlines(
-        [value for _, value in notes],
-        [i - 0.38 for i, _ in notes],
-        [i + 0.38 for i, _ in notes],
-        color=NOTES,
-        linewidth=2,
-        linestyle=(0, (3, 1.5)),
-        label="validation, course notes (CIFAR-10, all 50000 images)",
-    )
-    for one, i in zip(finished, positions, strict=True):
-        gained = change(one, finished)
-        text = f"{one.outcome.val_accuracy:.1%}" + ("" if gained is None else f"\n{100 * gained:+.1f}")
-        # At the bar's foot, clear of the two kinds of mark.
-        axes.text(i, 0.03, text, ha="center", va="bottom", color="white", fontsize=10, fontweight="bold")
-    axes.set_xticks(positions, [f"{one.label}\n{_wrapped(one.rung.adds)}" for one in finished], fontsize=9)
-    axes.set_xlim(-0.6, len(finished) - 0.4)
-    axes.set_ylim(0.0, 1.0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("accuracy")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    axes.set_title(f"The ladder: each rung keeps the tricks before it\n{title}", fontsize=11)
-    return figure
-
-
-def _wrapped(text: str) -> str:
-    return text.replace(", ", ",\n")
+def write_report(out: Path, results: Content) -> list[Path]:
+    """Writes results.csv, table.md, the pictures and report.html into `out`; only the checks' where no rung is done."""
+    drawn = pictures.write_all(out, results)
+    if not results["rungs"]:
+        return drawn
+    texts = {
+        "results.csv": csv_text(results),
+        "table.md": markdown(results) + "\n",
+        "report.html": page.html_page(results, rows(results), footnotes(results), drawn),
+    }
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    return [*(out / name for name in texts), *drawn]

@@ -1,0 +1,37 @@
+"""Checkpoints: one file a rung, written whole or not at all, read without running code from it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CheckpointError(Exception):
+    """What is wrong with a checkpoint, in one line that names the file."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors, numbers, strings, lists and dicts of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    """What `save` wrote, its tensors on `device`.
+
+    Raises:
+        CheckpointError: the file is truncated or something else.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint: {reason}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a checkpoint: holds a {type(state).__name__}")
+    return state

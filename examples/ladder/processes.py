@@ -1,0 +1,79 @@
+"""Several processes under torchrun: who this one is, its share of the work, sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world` of them. The first one, rank 0, prints and writes."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Tensor) -> Tensor:
+        """Every `world`-th item; shares differ by one item at most, and may be empty."""
+        return items[self.rank :: self.world]
+
+    def add_up(self, *sums: Tensor) -> None:
+        """Replaces each tensor by its sum over the processes."""
+        if self.world > 1:
+            for tensor in sums:
+                dist.all_reduce(tensor)
+
+    def wait(self) -> None:
+        """Returns once every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model for training: with more than one process gradients, and BatchNorm's statistics, are those of all
+        their batches together. The model's own BatchNorm layers become fastnorm.SyncBatchNorm, in place.
+        """
+        if self.world == 1:
+            return model
+        import fastnorm
+
+        fastnorm.SyncBatchNorm.convert_sync_batchnorm(model)
+        device = next(model.parameters()).device
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+ALONE = Processes()
+
+
+def local_device(wanted: torch.device | None) -> torch.device:
+    """`wanted`, or a GPU where there is one (under torchrun one for each process of this machine), or the CPU."""
+    if wanted is not None:
+        return wanted
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """The processes that torchrun started, connected by NCCL on GPUs and gloo on CPUs; or this one alone."""
+    if not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
