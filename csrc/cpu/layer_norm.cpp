@@ -321,10 +321,11 @@ struct RowsBackward {
     return {{at(mean), at(rstd), at(rest)}, parameters};
   }
 
-  // The sums over n <= kChunk columns of g and g * xhat.
+  // The sums over n <= kChunk columns of g and g * xhat; dz, in whole packs, to `kept` if it is not null.
   // Scalar math: g = dz * weight;  sums.dz += g;  sums.dz_xhat += g * xhat
   template <Activation kAct>
-  FASTNORM_LOOP Sums reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters) const {
+  FASTNORM_LOOP Sums reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
+                            acc_t* kept = nullptr) const {
     constexpr int kUnroll = std::max(1, 4 / P::kVecs);
     const RunGradient<T> from = gradient(row, first);
     const Affine<RowWise<T>> z = affine(row, parameters);
@@ -332,7 +333,10 @@ struct RowsBackward {
     for (int u = 0; u < kUnroll; ++u) g_sum[u] = g_xhat_sum[u] = P(0);
     for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
       const P x_i = P::load(from.x + i, count);
-      const P g = from.template dz<kAct>(i, count, x_i, z) * z.parameters.weight[i];
+      const P dz = from.template dz<kAct>(i, count, x_i, z);
+      if constexpr (is_smooth(kAct))
+        if (kept) dz.store_acc(kept + i);
+      const P g = dz * z.parameters.weight[i];
       g_sum[u] = g_sum[u] + g;
       g_xhat_sum[u] = fmadd(g, z.standardize(x_i, i).keep(count), g_xhat_sum[u]);
     });
@@ -352,10 +356,12 @@ struct RowsBackward {
     return {a.subtract_mean ? static_cast<acc_t>(sums.dz / n) : acc_t(0), static_cast<acc_t>(sums.dz_xhat / n)};
   }
 
-  // Writes dx and dresidual of n columns; adds dz and dz * xhat to dbias[] and dweight[], in whole packs.
+  // Writes dx and dresidual of n columns; adds dz and dz * xhat to dbias[] and dweight[], in whole packs. dz is what
+  // reduce() kept, or computed again.
   template <Activation kAct>
   FASTNORM_LOOP void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
-                           const RowGradient& coefficients, acc_t* dweight, acc_t* dbias) const {
+                           const RowGradient& coefficients, acc_t* dweight, acc_t* dbias,
+                           const acc_t* kept = nullptr) const {
     const int64_t at = row * N + first;
     const RunGradient<T> from = gradient(row, first);
     const Affine<RowWise<T>> z = affine(row, parameters);
@@ -364,7 +370,7 @@ struct RowsBackward {
     const bool past_caches = stream && fills_lines(to, n), adds = wants_columns;
     for_packs<T>(n, [&](int64_t i, auto count, int) {
       const P x_i = P::load(from.x + i, count);
-      const P dz = from.template dz<kAct>(i, count, x_i, z);
+      const P dz = is_smooth(kAct) && kept ? P::load_acc(kept + i) : from.template dz<kAct>(i, count, x_i, z);
       const P xhat = z.standardize(x_i, i);
       if (adds) {
         (P::load_acc(dbias + i) + dz).store_acc(dbias + i);
@@ -406,6 +412,10 @@ struct RowsBackward {
     const ScratchArray<double> partial(wants_columns ? tasks.size() * 2 * N : 0);
     parallel_for(tasks.size(), M * N, [&](int64_t task) {
       const ColumnSums sums(wants_columns ? N : 0);
+      // A row's dz, where computing it again would take longer than reading it.
+      const bool keeps = is_smooth(kAct) && dx;
+      const ScratchArray<acc_t> row_dz(keeps ? N + P::kSize : 0);
+      acc_t* const kept = keeps ? row_dz.data() : nullptr;
       double *dweight = partial.data() + task * 2 * N, *dbias = dweight + N;
       for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kBlockRows) {
         const int64_t end = std::min(tasks.end(task), begin + kBlockRows);
@@ -414,9 +424,9 @@ struct RowsBackward {
           for (int64_t k = 0; k < (dx ? chunks : 0); ++k) {
             const ColumnParameters<T> at{PerColumn<T>((*parameters).weight.values + k * kChunk),
                                          PerColumn<T>((*parameters).bias.values + k * kChunk)};
-            total += reduce<kAct>(row, k * kChunk, chunk_length(k), at);
+            total += reduce<kAct>(row, k * kChunk, chunk_length(k), at, offset_by(kept, k * kChunk));
           }
-          write<kAct>(row, 0, N, *parameters, row_gradient(total), sums.dweight(), sums.dbias());
+          write<kAct>(row, 0, N, *parameters, row_gradient(total), sums.dweight(), sums.dbias(), kept);
         }
         if (wants_columns) sums.flush(begin == tasks.begin(task), N, dweight, dbias);
       }
