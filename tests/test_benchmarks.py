@@ -17,6 +17,9 @@ from torch import nn
 
 import fastnorm
 
+pytest.importorskip("matplotlib")
+pytest.importorskip("pytest_benchmark")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
