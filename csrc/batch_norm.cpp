@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <cmath>
@@ -29,6 +30,10 @@ static MaskRows mask_rows(const Tensor& input, const Shape& shape) {
 static void check_channels(const char* op, const Tensor& input) {
   TORCH_CHECK(input.dim() >= 2, op, ": input must have at least 2 dimensions (N, C, *), got ", input.dim(),
               " with shape ", input.sizes());
+}
+
+static OptionalTensor dense(const OptionalTensor& t) {
+  return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
@@ -90,9 +95,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const MaskRows rows = mask_rows(input, shape);
     mask = at::empty({rows.bytes()}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
   }
-  const auto dense = [](const OptionalTensor& t) {
-    return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
-  };
   const OptionalTensor w = dense(weight), b = dense(bias);
   const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
   const OptionalTensor rm = training ? running_mean : dense(running_mean),
@@ -133,65 +135,177 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   return {y, statistics, mask};
 }
 
+static void check_statistics(const char* op, const Tensor& statistics, int64_t rows, const Tensor& input) {
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == rows * input.size(1) &&
+                  statistics.is_contiguous() && statistics.device() == input.device(),
+              op, ": statistics must be what batch_norm_forward returned");
+}
+
+// What every backward reads: checked, in one layout, and kept alive as long as the pointers in `args` are used.
+struct BackwardOperands {
+  Tensor x, dy;
+  OptionalTensor weight, bias, residual;
+  BatchNormBackward args{};
+
+  BackwardOperands(const char* op, const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight_,
+                   const OptionalTensor& bias_, const OptionalTensor& residual_, const OptionalTensor& mask,
+                   const Tensor& statistics, std::optional<std::string_view> activation, bool corrected) {
+    check_supported(op, input);
+    check_channels(op, input);
+    check_like_input(op, "grad_output", grad_output, input);
+    check_per_channel(op, "weight", weight_, input);
+    check_per_channel(op, "bias", bias_, input);
+    check_like_input(op, "residual", residual_, input);
+    check_statistics(op, statistics, corrected ? 4 : 2, input);
+    args.activation = activation_of(op, activation);
+    args.shape = shape_of(input);
+    if (is_given(mask)) {
+      const MaskRows rows = mask_rows(input, args.shape);
+      TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.bytes() && mask->is_contiguous() &&
+                      mask->device() == input.device(),
+                  op, ": mask must be what batch_norm_forward returned");
+    }
+    const Layout layout = args.shape.layout;
+    x = in_layout(input, layout);
+    dy = in_layout(grad_output, layout);
+    weight = dense(weight_);
+    bias = dense(bias_);
+    if (is_given(residual_)) residual = in_layout(*residual_, layout);
+    args.dtype = dtype_of(x);
+    args.param_dtype = param_dtype(input, weight, bias);
+    args.x = x.const_data_ptr();
+    args.dy = dy.const_data_ptr();
+    args.residual = data_or_null(residual);
+    args.weight = data_or_null(weight);
+    args.bias = data_or_null(bias);
+    args.mean = statistics.const_data_ptr<double>();
+    args.rstd = args.mean + args.shape.C;
+    args.r = corrected ? args.rstd + args.shape.C : nullptr;
+    args.d = corrected ? args.r + args.shape.C : nullptr;
+    args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
+  }
+
+  // dx and dresidual, undefined where not wanted.
+  std::array<Tensor, 2> make_elements(const Tensor& grad_output, bool wants_dx, bool wants_dresidual) {
+    const bool passed_on = args.activation == Activation::kNone;  // dresidual = dz = dy
+    Tensor dx, dresidual;
+    if (wants_dx) dx = empty_in_layout(x, args.shape.layout);
+    if (wants_dresidual) dresidual = passed_on ? grad_output : empty_in_layout(x, args.shape.layout);
+    args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
+    args.dresidual = dresidual.defined() && !passed_on ? dresidual.mutable_data_ptr() : nullptr;
+    return {dx, dresidual};
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
   const bool corrected = statistics.dim() == 2 && statistics.size(0) == 4;
-  const char* op = corrected ? kRenorm : kOp;
-  check_supported(op, input);
-  check_channels(op, input);
-  check_like_input(op, "grad_output", grad_output, input);
-  check_per_channel(op, "weight", weight, input);
-  check_per_channel(op, "bias", bias, input);
-  check_like_input(op, "residual", residual, input);
-  const Activation act = activation_of(op, activation);
-  const Shape shape = shape_of(input);
-  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == (corrected ? 4 : 2) * shape.C &&
-                  statistics.is_contiguous() && statistics.device() == input.device(),
-              op, ": statistics must be what batch_norm_forward returned");
-  if (is_given(mask)) {
-    const MaskRows rows = mask_rows(input, shape);
-    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.bytes() && mask->is_contiguous() &&
-                    mask->device() == input.device(),
-                op, ": mask must be what batch_norm_forward returned");
-  }
-
-  const auto dense = [](const OptionalTensor& t) {
-    return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
-  };
-  const OptionalTensor w = dense(weight), b = dense(bias);
-  const Tensor x = in_layout(input, shape.layout), dy = in_layout(grad_output, shape.layout);
-  const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
-  Tensor dx, dweight, dbias, dresidual;
-  if (wanted[0]) dx = empty_in_layout(x, shape.layout);
-  if (wanted[1] && is_given(w)) dweight = input.numel() ? at::empty_like(*w) : at::zeros_like(*w);
-  if (wanted[2] && is_given(b)) dbias = input.numel() ? at::empty_like(*b) : at::zeros_like(*b);
-  if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, shape.layout);
+  BackwardOperands o(corrected ? kRenorm : kOp, grad_output, input, weight, bias, residual, mask, statistics,
+                     activation, corrected);
+  const auto [dx, dresidual] = o.make_elements(grad_output, wanted[0], wanted[3]);
+  Tensor dweight, dbias;
+  if (wanted[1] && is_given(weight)) dweight = input.numel() ? at::empty_like(*o.weight) : at::zeros_like(*o.weight);
+  if (wanted[2] && is_given(bias)) dbias = input.numel() ? at::empty_like(*o.bias) : at::zeros_like(*o.bias);
   if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
+  o.args.training = training;
+  o.args.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
+  o.args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
+  FASTNORM_RUN(batch_norm_backward, o.args, input);
+  return {dx, dweight, dbias, dresidual};
+}
 
-  BatchNormBackward args{};
+// ---- the four steps of batch normalisation over the batches of several processes
+
+Tensor batch_norm_statistics(const Tensor& input) {
+  check_supported(kOp, input);
+  check_channels(kOp, input);
+  const Shape shape = shape_of(input);
+  const auto per_channel = input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
+  if (input.numel() == 0) return at::zeros({2, shape.C}, per_channel);
+  const Tensor x = in_layout(input, shape.layout), statistics = at::empty({3, shape.C}, per_channel);
+  BatchNormForward args{};
   args.shape = shape;
-  args.dtype = dtype_of(x);
+  args.dtype = args.param_dtype = args.stats_dtype = dtype_of(x);
+  args.training = true;
+  args.x = x.const_data_ptr();
+  args.mean = statistics.mutable_data_ptr<double>();
+  args.variance = args.mean + shape.C;
+  args.rstd = args.variance + shape.C;
+  FASTNORM_RUN(batch_norm_forward, args, input);
+  return statistics.narrow(0, 0, 2);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_normalize(const Tensor& input, const OptionalTensor& weight,
+                                                const OptionalTensor& bias, const OptionalTensor& residual,
+                                                const Tensor& statistics, std::optional<std::string_view> activation,
+                                                bool keep_mask) {
+  check_supported(kOp, input);
+  check_channels(kOp, input);
+  check_per_channel(kOp, "weight", weight, input);
+  check_per_channel(kOp, "bias", bias, input);
+  check_same_type(kOp, "weight", weight, "bias", bias);
+  check_like_input(kOp, "residual", residual, input);
+  check_statistics(kOp, statistics, 2, input);
+  const Activation act = activation_of(kOp, activation);
+  const Shape shape = shape_of(input);
+  const Tensor x = in_layout(input, shape.layout), y = empty_in_layout(x, shape.layout);
+  Tensor mask;
+  if (input.numel() == 0) return {y, mask};
+  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
+    const MaskRows rows = mask_rows(input, shape);
+    mask = at::empty({rows.bytes()}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  }
+  const OptionalTensor w = dense(weight), b = dense(bias);
+  const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
+  BatchNormForward args{};
+  args.shape = shape;
+  args.dtype = args.stats_dtype = dtype_of(x);
   args.param_dtype = param_dtype(input, weight, bias);
   args.activation = act;
-  args.training = training;
   args.x = x.const_data_ptr();
-  args.dy = dy.const_data_ptr();
   args.residual = data_or_null(r);
   args.weight = data_or_null(w);
   args.bias = data_or_null(b);
-  args.mean = statistics.const_data_ptr<double>();
-  args.rstd = args.mean + shape.C;
-  args.r = corrected ? args.rstd + shape.C : nullptr;
-  args.d = corrected ? args.r + shape.C : nullptr;
-  args.mask = is_given(mask) ? mask->const_data_ptr<uint8_t>() : nullptr;
-  args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
-  args.dresidual = dresidual.defined() && act != Activation::kNone ? dresidual.mutable_data_ptr() : nullptr;
-  args.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
-  args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
-  FASTNORM_RUN(batch_norm_backward, args, input);
-  return {dx, dweight, dbias, dresidual};
+  args.y = y.mutable_data_ptr();
+  args.given_mean = statistics.const_data_ptr<double>();
+  args.given_rstd = args.given_mean + shape.C;
+  args.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  FASTNORM_RUN(batch_norm_forward, args, input);
+  return {y, mask};
+}
+
+Tensor batch_norm_backward_reduce(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                  const OptionalTensor& bias, const OptionalTensor& residual,
+                                  const OptionalTensor& mask, const Tensor& statistics,
+                                  std::optional<std::string_view> activation) {
+  BackwardOperands o(kOp, grad_output, input, weight, bias, residual, mask, statistics, activation, false);
+  const Tensor sums = at::zeros({2, input.size(1)}, statistics.options());
+  if (input.numel() == 0) return sums;
+  o.args.training = true;
+  o.args.sums = sums.mutable_data_ptr<double>();
+  FASTNORM_RUN(batch_norm_backward, o.args, input);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> batch_norm_backward_elements(const Tensor& grad_output, const Tensor& input,
+                                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                                        const OptionalTensor& residual, const OptionalTensor& mask,
+                                                        const Tensor& statistics, const Tensor& sums, double count,
+                                                        std::optional<std::string_view> activation,
+                                                        std::array<bool, 2> wanted) {
+  BackwardOperands o(kOp, grad_output, input, weight, bias, residual, mask, statistics, activation, false);
+  TORCH_CHECK(sums.scalar_type() == at::kDouble && sums.numel() == 2 * input.size(1) && sums.is_contiguous() &&
+                  sums.device() == input.device(),
+              kOp, ": sums must be what batch_norm_backward_reduce returned");
+  const auto [dx, dresidual] = o.make_elements(grad_output, wanted[0], wanted[1]);
+  if (input.numel() == 0) return {dx, dresidual};
+  o.args.training = true;
+  o.args.given_sums = sums.const_data_ptr<double>();
+  o.args.count = count;
+  FASTNORM_RUN(batch_norm_backward, o.args, input);
+  return {dx, dresidual};
 }
 
 Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {

@@ -44,12 +44,14 @@ struct BatchNormForward {
 
   const void *x, *residual;  // residual or null
   const void *weight, *bias;
-  void *running_mean, *running_var;  // [C] of stats_dtype; in training or null. The variance is the unbiased one
-  int64_t* num_batches_tracked;      // counted up in training, or null
+  void *running_mean, *running_var;       // [C] of stats_dtype; or null, if not kept. The variance is the unbiased one
+  int64_t* num_batches_tracked;           // counted up in training, or null
+  const double *given_mean, *given_rstd;  // [C], both or none: to normalise by; only without training
 
-  void* y;
-  double *mean, *rstd;
-  uint8_t* mask;  // or null
+  void* y;              // or null, in training: nothing but the statistics
+  double *mean, *rstd;  // or null, where they are given
+  double* variance;     // [C], biased, or null: not wanted; only in training
+  uint8_t* mask;        // or null
 
   double r_max, d_max;
   double *r, *d;  // [C], both or none: batch renormalisation; only in training and with running statistics
@@ -69,6 +71,11 @@ struct BatchNormBackward {
 
   void *dx, *dresidual;   // each or null: not wanted
   void *dweight, *dbias;  // of param_dtype, each or null
+
+  // For batches of several processes, what the sums are for is apart from where they come from.
+  double* sums;              // [2, C]: sum dz and sum dz * xhat, or null: not wanted
+  const double* given_sums;  // the same of `count` values a channel, for dx in training, or null: those of this batch
+  double count;              // with given_sums, when no other sums are wanted
 };
 
 namespace {  // internal linkage: see isa.h

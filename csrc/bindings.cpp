@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "device.h"
+#include "explain.h"
 #include "isa.h"
 #include "ops.h"
 
@@ -32,6 +33,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def("batch_norm_forward", wrap_pybind_function_no_gil(fastnorm::batch_norm_forward));
   m.def("batch_norm_backward", wrap_pybind_function_no_gil(fastnorm::batch_norm_backward));
+  m.def("batch_norm_statistics", wrap_pybind_function_no_gil(fastnorm::batch_norm_statistics));
+  m.def("batch_norm_normalize", wrap_pybind_function_no_gil(fastnorm::batch_norm_normalize));
+  m.def("batch_norm_backward_reduce", wrap_pybind_function_no_gil(fastnorm::batch_norm_backward_reduce));
+  m.def("batch_norm_backward_elements", wrap_pybind_function_no_gil(fastnorm::batch_norm_backward_elements));
   m.def("batch_norm_mask_slopes", wrap_pybind_function_no_gil(fastnorm::batch_norm_mask_slopes));
   m.def("dropout_state", wrap_pybind_function_no_gil(fastnorm::dropout_state));
   m.def("dropout", wrap_pybind_function_no_gil(fastnorm::dropout));
@@ -49,6 +54,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("group_norm_mask_slopes", wrap_pybind_function_no_gil(fastnorm::group_norm_mask_slopes));
   m.def("instance_norm_forward", wrap_pybind_function_no_gil(fastnorm::instance_norm_forward));
 
+  m.def("plan_slices", fastnorm::plan_slices);
+  m.def("plan_rows", fastnorm::plan_rows);
   m.def("instruction_set", instruction_set, "The instruction set that the kernels use in this process.");
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;

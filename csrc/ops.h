@@ -25,6 +25,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
+// Batch normalisation over the batches of several processes, between which statistics and sums are merged:
+// -> float64 [2, C]: mean and biased variance of this batch, zeros if it is empty.
+Tensor batch_norm_statistics(const Tensor& input);
+
+// -> y and mask, with given statistics: float64 [2, C], mean and rstd.
+std::tuple<Tensor, Tensor> batch_norm_normalize(const Tensor& input, const OptionalTensor& weight,
+                                                const OptionalTensor& bias, const OptionalTensor& residual,
+                                                const Tensor& statistics, std::optional<std::string_view> activation,
+                                                bool keep_mask);
+
+// -> float64 [2, C]: the sums over this batch that are dbias and dweight.
+Tensor batch_norm_backward_reduce(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                  const OptionalTensor& bias, const OptionalTensor& residual,
+                                  const OptionalTensor& mask, const Tensor& statistics,
+                                  std::optional<std::string_view> activation);
+
+// -> dx and dresidual from the sums over all batches, of `count` values a channel.
+std::tuple<Tensor, Tensor> batch_norm_backward_elements(const Tensor& grad_output, const Tensor& input,
+                                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                                        const OptionalTensor& residual, const OptionalTensor& mask,
+                                                        const Tensor& statistics, const Tensor& sums, double count,
+                                                        std::optional<std::string_view> activation,
+                                                        std::array<bool, 2> wanted);
+
 // -> the derivative of a piecewise linear activation at every element, in input's type, from the mask of
 // batch_norm_forward.
 Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation);

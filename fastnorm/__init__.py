@@ -7,6 +7,7 @@ from fastnorm.build import build_info
 from fastnorm.compile import enable_under_compile
 from fastnorm.convert import ConversionReport, conversion_report, convert, revert
 from fastnorm.dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
+from fastnorm.explain import explain_launch
 from fastnorm.fallback import FallbackWarning, set_fallback
 from fastnorm.fold import fold_batch_norm
 from fastnorm.fuse import fuse
@@ -50,6 +51,7 @@ __all__ = [
     "conversion_report",
     "convert",
     "enable_under_compile",
+    "explain_launch",
     "fold_batch_norm",
     "functional",
     "fuse",

@@ -15,9 +15,9 @@ from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNor
 class SyncBatchNormFunction(torch.autograd.Function):
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var over every process's x.
 
-    Forward gathers each process's count, mean and sum of squared deviations, backward adds up two sums a channel; the
-    rest is batch normalisation with given statistics. Kept for backward: as for BatchNormFunction. Not differentiable
-    twice.
+    mean and 1 / sqrt(var + eps) are ``statistics``, merged from each process's count, mean and sum of squared
+    deviations; backward adds up two sums a channel over the processes in between its two kernels. Kept for backward: as
+    for BatchNormFunction. Not differentiable twice.
     """
 
     @staticmethod
@@ -29,51 +29,36 @@ class SyncBatchNormFunction(torch.autograd.Function):
         residual: Tensor | None,
         statistics: Tensor,
         count: float,
-        eps: float,
         activation: str | None,
         group: Any,
     ) -> Tensor:
-        mean, var = statistics
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        # Backward needs the sums that are these two's gradients whether or not the layer has them.
-        w = torch.ones_like(mean, dtype=dtype) if weight is None else weight.to(dtype)
-        b = torch.zeros_like(mean, dtype=dtype) if bias is None else bias.to(dtype)
-        y, kept, mask = _C.batch_norm_forward(
-            input, w, b, residual, mean.to(dtype), var.to(dtype), None,
-            False, 0.0, eps, activation, False, None, True,
-        )  # fmt: skip
-        ctx.save_for_backward(input, w, b, residual if activation in ("silu", "gelu") else None, mask, kept)
+        y, mask = _C.batch_norm_normalize(input, weight, bias, residual, statistics, activation, True)
+        kept_residual = residual if activation in ("silu", "gelu") else None
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
         ctx.setting = count, activation, group
-        ctx.types = [None if t is None else t.dtype for t in (weight, bias)]
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        input, w, b, residual, mask, kept = ctx.saved_tensors
+        input, weight, bias, residual, mask, statistics = ctx.saved_tensors
         count, activation, group = ctx.setting
-        wants_input, _, _, wants_residual = ctx.needs_input_grad[:4]
-        dx, dweight, dbias, dresidual = _C.batch_norm_backward(
-            dy, input, w, b, residual, mask, kept, False, activation, (wants_input, True, True, wants_residual)
-        )
-        sums = torch.stack([dbias.double(), dweight.double()])
+        wants_input, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+        operands = dy, input, weight, bias, residual, mask, statistics
+        own = _C.batch_norm_backward_reduce(*operands, activation)
+        dbias, dweight = own
+        # Each process has dweight and dbias of its own batch, as of any other layer's parameters.
+        sums = own.clone()
         dist.all_reduce(sums, group=group)
-        if wants_input and input.numel():
-            # dx = weight * rstd * (dz - mean(dz) - xhat * mean(dz * xhat)), of which the kernel has done the first term
-            shape = [1, -1] + [1] * (input.dim() - 2)
-            mean, rstd = kept
-            mean_dz, mean_dz_xhat = sums / count
-            slope = w * rstd * rstd * mean_dz_xhat
-            constant = w * rstd * mean_dz
-            x = input.to(w.dtype) - mean.to(w.dtype).view(shape)
-            dx = (dx.to(w.dtype) - x * slope.to(w.dtype).view(shape) - constant.to(w.dtype).view(shape)).to(dx.dtype)
-        weight_type, bias_type = ctx.types
+        dx, dresidual = _C.batch_norm_backward_elements(
+            *operands, sums, count, activation, (wants_input, wants_residual)
+        )
         return (
             dx,
-            None if weight_type is None else dweight.to(weight_type),
-            None if bias_type is None else dbias.to(bias_type),
+            dweight.to(weight.dtype) if wants_weight else None,
+            dbias.to(bias.dtype) if wants_bias else None,
             dresidual,
-            *[None] * 5,
+            *[None] * 4,
         )
 
 
@@ -85,11 +70,8 @@ def _gather(input: Tensor, group: Any) -> tuple[float, Tensor]:
     """
     C = input.size(1)
     n = input.numel() // C
-    local = torch.zeros(2 * C + 1, dtype=torch.float64, device=input.device)
-    if n:
-        x = input if input.dtype == torch.float64 else input.float()
-        var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
-        local[0], local[1 : C + 1], local[C + 1 :] = n, mean, var.double() * n
+    mean, var = _C.batch_norm_statistics(input)
+    local = torch.cat([mean.new_tensor([n]), mean, var * n])
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, local, group=group)
     # an empty batch has no mean, and its zero must not be taken for one
@@ -166,8 +148,10 @@ class SyncBatchNorm(_BatchNorm):
                 raise ValueError("SyncBatchNorm: training needs more than one value per channel, got one in all")
             if count and self.track_running_stats:
                 self._track(count, statistics)
+        mean, var = statistics
+        kept = torch.stack([mean, (var + self.eps).rsqrt()])
         return SyncBatchNormFunction.apply(
-            input, self.weight, self.bias, residual, statistics, count, self.eps, self.activation, self.process_group
+            input, self.weight, self.bias, residual, kept, count, self.activation, self.process_group
         )
 
     def _track(self, count: float, statistics: Tensor) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import Any
 
 import reference
 import torch
@@ -74,6 +75,7 @@ class Case:
     saves_input: bool = True
     saves: tuple[int, ...] | None = None  # which of the parameters may be kept; None: all
     keeps_layout: bool = True  # the output lies as the input does; else it is contiguous
+    differentiable_twice: bool = True
     subtracts_mean: bool = True  # so that its errors do not grow with |mean| / std
     # Allowance in units in the last place, beside torch's own error, for results whose exact value is near zero; exp
     # and erf add their own two to four.
@@ -136,6 +138,38 @@ def _batch_norm_case(training: bool, act: str | None, residual: bool) -> Case:
         saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
         units=16 if act in ("silu", "gelu") else 4,
     )
+
+
+class _FourSteps(torch.autograd.Function):
+    """batch_norm as SyncBatchNorm takes it, of one process: its statistics and sums leave the kernels in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, act: str | None
+    ) -> Tensor:
+        mean, var = _C.batch_norm_statistics(x)
+        statistics = torch.stack([mean, (var + eps).rsqrt()])
+        y, mask = _C.batch_norm_normalize(x, weight, bias, residual, statistics, act, True)
+        ctx.save_for_backward(x, weight, bias, residual if act in ("silu", "gelu") else None, mask, statistics)
+        ctx.act = act
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *_ = operands = ctx.saved_tensors
+        sums = _C.batch_norm_backward_reduce(dy, *operands, ctx.act)
+        count, wanted = x.numel() / x.shape[1], (ctx.needs_input_grad[0], ctx.needs_input_grad[3])
+        dx, dresidual = _C.batch_norm_backward_elements(dy, *operands, sums, count, ctx.act, wanted)
+        dbias, dweight = sums.to(x.dtype)
+        return dx, dweight, dbias, dresidual, None, None
+
+
+def _in_four_steps(case: Case, act: str | None) -> Case:
+    def run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        return _FourSteps.apply(x, weight, bias, z, 1e-5, act)
+
+    return replace(case, name=f"sync_{case.name}", fastnorm=run, differentiable_twice=False)
 
 
 # ---- batch_renorm
@@ -476,6 +510,9 @@ CASES: tuple[Case, ...] = (
         for act in ACTIVATIONS
         for residual in (False, True)
     ),
+    _in_four_steps(_batch_norm_case(True, None, False), None),
+    _in_four_steps(_batch_norm_case(True, "relu", True), "relu"),
+    _in_four_steps(_batch_norm_case(True, "gelu", True), "gelu"),
     *(
         _row_norm_case(op, act, residual)
         for op in ("layer_norm", "rms_norm")
@@ -498,8 +535,6 @@ CASES: tuple[Case, ...] = (
     _dropout_case(0.3, "feature_alpha_dropout"),
     *(_dropout_case(p, "drop_path") for p in (0.25, 0.5)),
     *(_batch_renorm_case(act, residual) for act in (None, "relu", "gelu") for residual in (False, True)),
-    *(_dropout_case(p) for p in (0.001, 0.5, 1.0)),
-    _dropout_case(0.3, "dropout2d"),
     *(_spectral_norm_case(dim) for dim in (0, 1, 3)),
     *(_weight_norm_case(dim) for dim in (0, 1, 3, None)),
     _local_response_norm_case(1, 0.5, 0.75, 1.0),

@@ -9,6 +9,9 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_twice_differentiable_case = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.differentiable_twice], ids=str
+)
 every_device = pytest.mark.parametrize("device", DEVICES)
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 
@@ -204,14 +207,14 @@ def test_gradcheck(case: Case, device: str) -> None:
         assert torch.autograd.gradcheck(case.fastnorm, tensors, check_undefined_grad=True, fast_mode=device != "cpu")
 
 
-@every_case
+@every_twice_differentiable_case
 @every_device
 def test_gradgradcheck(case: Case, device: str) -> None:
     tensors = [t.requires_grad_() for t in case.inputs(case.small, torch.float64, device)]
     assert torch.autograd.gradgradcheck(case.fastnorm, tensors, fast_mode=device != "cpu")
 
 
-@every_case
+@every_twice_differentiable_case
 @every_device
 def test_third_derivative(case: Case, device: str) -> None:
     """create_graph twice: against the same derivative of the float64 reference."""

@@ -22,11 +22,17 @@ namespace {
 
 // ---- what both ways share
 
+double mean_of(const BatchNormForward& a, int64_t c) { return a.given_mean ? a.given_mean[c] : a.mean[c]; }
+double rstd_of(const BatchNormForward& a, int64_t c) { return a.given_rstd ? a.given_rstd[c] : a.rstd[c]; }
+double mean_of(const BatchNormBackward& a, int64_t c) { return a.mean[c]; }
+double rstd_of(const BatchNormBackward& a, int64_t c) { return a.rstd[c]; }
+
 template <typename acc_t, typename Args>
 SliceAffine<acc_t> channel_affine(const Args& a, int64_t c) {
+  const double mean = mean_of(a, c), rstd = rstd_of(a, c);
   const double weight = read(a.weight, a.param_dtype, c, 1.0), bias = read(a.bias, a.param_dtype, c, 0.0);
-  if (a.r) return {a.mean[c], a.rstd[c], weight * a.r[c], bias + weight * a.d[c]};  // xhat * r + d in place of xhat
-  return {a.mean[c], a.rstd[c], weight, bias};
+  if (a.r) return {mean, rstd, weight * a.r[c], bias + weight * a.d[c]};  // xhat * r + d in place of xhat
+  return {mean, rstd, weight, bias};
 }
 
 // Stores what backward keeps of channel c.
@@ -125,7 +131,8 @@ struct PlanesForward {
         for (int64_t k = 0; k < per_channel; ++k) m.merge(partial[c * per_channel + k]);
         finish(c, m);
       }
-      return normalize_all<kAct>();
+      if (a.y) normalize_all<kAct>();
+      return;
     }
     parallel_for(bundles.size(), numel, [&](int64_t bundle) {
       const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
@@ -133,6 +140,7 @@ struct PlanesForward {
       for (int64_t k = 0; k < per_channel; ++k)
         for (int64_t c = begin; c < end; ++c) m[c - begin].merge(chunk_moments(x + c * S, chunks[k]));
       for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
+      if (a.y == nullptr) return;
       for (int64_t k = 0; k < per_channel; ++k) {
         for (int64_t c = begin; c < end; ++c) {
           const SliceAffine<acc_t> affine = channel_affine<acc_t>(a, c);
@@ -145,13 +153,27 @@ struct PlanesForward {
 };
 
 // What the sums of a channel are for: parameter gradients now, dx coefficients later.
-void keep_parameter_gradients(const BatchNormBackward& a, int64_t c, const Sums& sums) {
+void keep_sums(const BatchNormBackward& a, int64_t c, const Sums& sums) {
   if (a.dweight) write(a.dweight, a.param_dtype, c, a.r ? a.r[c] * sums.dz_xhat + a.d[c] * sums.dz : sums.dz_xhat);
   if (a.dbias) write(a.dbias, a.param_dtype, c, sums.dz);
+  if (a.sums) {
+    a.sums[c] = sums.dz;
+    a.sums[a.shape.C + c] = sums.dz_xhat;
+  }
+}
+
+// Of channel c, before those of this batch are added.
+Sums given_sums(const BatchNormBackward& a, int64_t c) {
+  return a.given_sums ? Sums{a.given_sums[c], a.given_sums[a.shape.C + c]} : Sums{};
+}
+double count_of(const BatchNormBackward& a) {
+  return a.given_sums ? a.count : static_cast<double>(a.shape.N * a.shape.S);
 }
 
 // Which sweeps backward needs: with constant statistics dx does not depend on the sums.
-bool wants_sums(const BatchNormBackward& a) { return a.dweight || a.dbias || (a.training && a.dx); }
+bool wants_sums(const BatchNormBackward& a) {
+  return a.dweight || a.dbias || a.sums || (a.training && a.dx && a.given_sums == nullptr);
+}
 bool wants_elements(const BatchNormBackward& a) { return a.dx || a.dresidual; }
 
 template <typename T>
@@ -184,7 +206,7 @@ struct PlanesBackward {
   template <Activation kAct>
   void elements(int64_t c, int64_t chunk, const Sums& all) const {
     const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
-    const SliceGradient<acc_t> slice(static_cast<double>(a.shape.N * S), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
+    const SliceGradient<acc_t> slice(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
     const auto coefficient = uniform<T>(slice, !a.training);
     chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
       const int64_t i = c * S + offset;
@@ -199,12 +221,12 @@ struct PlanesBackward {
     const Bundles bundles(a.shape, sizeof(T));
     if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Sums> partial(C * per_channel), total(C);
-      for (int64_t c = 0; c < C; ++c) total[c] = Sums{};
+      for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
       if (wants_sums(a)) {
         parallel_for(C * per_channel, numel,
                      [&](int64_t i) { partial[i] = sums<kAct>(i / per_channel, i % per_channel); });
         for (int64_t i = 0; i < C * per_channel; ++i) total[i / per_channel] += partial[i];
-        for (int64_t c = 0; c < C; ++c) keep_parameter_gradients(a, c, total[c]);
+        for (int64_t c = 0; c < C; ++c) keep_sums(a, c, total[c]);
       }
       if (wants_elements(a)) {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
@@ -217,10 +239,11 @@ struct PlanesBackward {
     parallel_for(bundles.size(), numel, [&](int64_t bundle) {
       const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
       Sums total[Bundles::kMost];
+      for (int64_t c = begin; c < end; ++c) total[c - begin] = given_sums(a, c);
       if (wants_sums(a)) {
         for (int64_t k = 0; k < per_channel; ++k)
           for (int64_t c = begin; c < end; ++c) total[c - begin] += sums<kAct>(c, k);
-        for (int64_t c = begin; c < end; ++c) keep_parameter_gradients(a, c, total[c - begin]);
+        for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
       }
       if (!wants_elements(a)) return;
       for (int64_t k = 0; k < per_channel; ++k)
@@ -323,6 +346,7 @@ struct ColumnsForward {
   template <Activation kAct>
   void run(double* variance) const {
     if (a.training) statistics(variance);
+    if (a.y == nullptr) return;
     const ColumnArray<T> mean(width), scale(width), shift(width);
     for (int64_t c = 0; c < a.shape.C; ++c) {
       const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, c);
@@ -383,7 +407,7 @@ struct ColumnsBackward {
         for (int64_t part = 0; part < parts.size(); ++part)
           total[c] += Sums{dz[part * width + j], dz_xhat[part * width + j]};
       });
-      keep_parameter_gradients(a, c, total[c]);
+      keep_sums(a, c, total[c]);
     });
   }
 
@@ -404,13 +428,12 @@ struct ColumnsBackward {
     }
     const Affine<PerColumn<T>> affine{mean, scale, shift};
     const ScratchArray<Sums> total(C);
-    for (int64_t c = 0; c < C; ++c) total[c] = Sums{};
+    for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
     if (wants_sums(a)) channel_sums<kAct>(affine, Standardize<PerColumn<T>>{mean, rstd, rest}, total.data());
     if (!wants_elements(a)) return;
 
     for (int64_t c = 0; c < C; ++c) {
-      const double count = static_cast<double>(a.shape.N * a.shape.S);
-      const SliceGradient<acc_t> g(count, a.mean[c], a.rstd[c], total[c].dz, total[c].dz_xhat);
+      const SliceGradient<acc_t> g(count_of(a), a.mean[c], a.rstd[c], total[c].dz, total[c].dz_xhat);
       parts.for_columns(c, [&](int64_t j) {
         slope[j] = g.slope;
         offset[j] = g.offset;
@@ -431,8 +454,9 @@ struct ColumnsBackward {
 }  // namespace
 
 void batch_norm_forward(const BatchNormForward& a) {
-  const ScratchArray<double> variance(a.shape.C);
-  if (!a.training) {
+  const ScratchArray<double> scratch(a.variance ? 0 : a.shape.C);
+  double* const variance = a.variance ? a.variance : scratch.data();
+  if (!a.training && a.given_mean == nullptr) {
     for (int64_t c = 0; c < a.shape.C; ++c)
       keep_statistics(a, c, read(a.running_mean, a.stats_dtype, c, 0), read(a.running_var, a.stats_dtype, c, 1));
   }
@@ -440,13 +464,13 @@ void batch_norm_forward(const BatchNormForward& a) {
     using T = decltype(type);
     visit(a.activation, [&](auto act) {
       if (by_columns(a.shape)) {
-        ColumnsForward<T>{a}.template run<decltype(act)::value>(variance.data());
+        ColumnsForward<T>{a}.template run<decltype(act)::value>(variance);
       } else {
-        PlanesForward<T>{a}.template run<decltype(act)::value>(variance.data());
+        PlanesForward<T>{a}.template run<decltype(act)::value>(variance);
       }
     });
   });
-  if (a.training) update_running_statistics(a, variance.data());
+  if (a.training) update_running_statistics(a, variance);
 }
 
 void batch_norm_backward(const BatchNormBackward& a) {

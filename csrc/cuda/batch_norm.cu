@@ -44,7 +44,13 @@ SlicePlan plan(const BatchNormForward& a) {
   in.aligned = is_aligned(a.x, a.residual, a.y);
   in.arrays = 1;
   in.split_only = !a.training;
+  in.one_sweep = a.y == nullptr;
   return plan_forward(in, a.dtype);
+}
+
+// With given statistics or sums dx needs none of this batch.
+bool wants_sums(const BatchNormBackward& a) {
+  return a.dweight || a.dbias || a.sums || (a.training && a.dx && a.given_sums == nullptr);
 }
 
 SlicePlan plan(const BatchNormBackward& a) {
@@ -54,7 +60,7 @@ SlicePlan plan(const BatchNormBackward& a) {
   in.aligned = is_aligned(a.x, a.dy, a.residual, a.dx, a.dresidual);
   in.arrays = 2;
   in.backward = true;
-  in.split_only = !(a.dweight || a.dbias || (a.training && a.dx));  // no sums: with given statistics dx needs none
+  in.split_only = !wants_sums(a);
   return plan_backward(in, a.dtype);
 }
 
@@ -74,17 +80,19 @@ SliceForward arguments(const BatchNormForward& a, Workspace& workspace) {
   s.bias = a.bias;
   s.y = a.y;
   s.mask = a.mask;
-  s.mean = a.mean;
-  s.rstd = a.rstd;
+  // Given ones are only read.
+  s.mean = a.given_mean ? const_cast<double*>(a.given_mean) : a.mean;
+  s.rstd = a.given_rstd ? const_cast<double*>(a.given_rstd) : a.rstd;
   s.D = 1;
-  s.use_running = !a.training;
+  s.use_running = !a.training && a.given_mean == nullptr;
   s.running_mean = a.running_mean;
   s.running_var = a.running_var;
   s.r_max = a.r_max;
   s.d_max = a.d_max;
   s.r = a.r;
   s.d = a.d;
-  if (updates_running(a)) s.variance = workspace.take<double>(a.shape.C);
+  s.variance = a.variance;
+  if (updates_running(a) && s.variance == nullptr) s.variance = workspace.take<double>(a.shape.C);
   if (a.training && !s.plan.resident) s.partial = workspace.take<Moments>(s.plan.partials());
   return s;
 }
@@ -109,7 +117,8 @@ SliceBackward arguments(const BatchNormBackward& a, Workspace& workspace) {
   s.dx = a.dx;
   s.dresidual = a.dresidual;
   s.D = 1;
-  s.count = static_cast<double>(a.shape.N * a.shape.S);
+  s.count = a.given_sums ? a.count : static_cast<double>(a.shape.N * a.shape.S);
+  s.given_sums = a.given_sums;
   s.channel_sums = workspace.take<Sums>(a.shape.C);
   s.group_sums = workspace.take<Sums>(a.shape.C);
   if (!s.plan.resident) s.partial = workspace.take<Sums>(s.plan.partials());
@@ -144,9 +153,12 @@ void batch_norm_backward(const BatchNormBackward& a, const Queue& queue) {
   const auto stream = static_cast<cudaStream_t>(queue.stream);
   Workspace workspace(queue.workspace);
   const SliceBackward s = arguments(a, workspace);
-  const bool sums = a.dweight || a.dbias || (a.training && a.dx);
-  run_backward("batch_norm", a.dtype, s, sums, a.shape.C, stream);
-  run_parameter_gradients("batch_norm", s, 1, a.dweight, a.dbias, stream);
+  run_backward("batch_norm", a.dtype, s, wants_sums(a), a.shape.C, stream);
+  run_parameter_gradients("batch_norm", s, 1, a.dweight, a.dbias, a.param_dtype, stream);
+  if (a.sums == nullptr) return;
+  SliceBackward plain = s;  // dbias and dweight without batch renormalisation's r and d
+  plain.r = plain.d = nullptr;
+  run_parameter_gradients("batch_norm", plain, 1, a.sums + a.shape.C, a.sums, Dtype::kFloat64, stream);
 }
 
 }  // namespace fastnorm::cuda

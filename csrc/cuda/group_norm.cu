@@ -104,7 +104,7 @@ void group_norm_backward(const GroupNormBackward& a, const Queue& queue) {
   Workspace workspace(queue.workspace);
   const SliceBackward s = arguments(a, workspace);
   run_backward("group_norm", a.dtype, s, wants_sums(a), a.shape.N * a.G, stream);
-  run_parameter_gradients("group_norm", s, a.shape.N, a.dweight, a.dbias, stream);
+  run_parameter_gradients("group_norm", s, a.shape.N, a.dweight, a.dbias, a.param_dtype, stream);
 }
 
 }  // namespace fastnorm::cuda

@@ -13,13 +13,12 @@
 // Sums are of the arithmetic's type within a warp and float64 beyond. A row's result depends on nothing but the row.
 #include "../layer_norm.h"
 
-#include <algorithm>
-
 #include "../affine.h"
 #include "activation.cuh"
 #include "launch.cuh"
 #include "pack.cuh"
 #include "reduce.cuh"
+#include "row_plan.h"
 
 namespace fastnorm::cuda {
 namespace {
@@ -149,8 +148,6 @@ struct Forward {
 __device__ inline bool out_of_range(double m, double sum, double squares) {
   return !isfinite(squares) || (squares < 1e-30 && (sum != 0 || m != 0));
 }
-
-constexpr int kForwardThreads = 512;
 
 template <typename T, int kPack, int kPacks>
 __global__ void __launch_bounds__(kForwardThreads, 1) forward_rows(const __grid_constant__ Forward<T> a) {
@@ -317,10 +314,6 @@ struct Backward {
     Pack<T, kPack>::pack(g).store_streaming(dx + i);
   }
 };
-
-// The most threads a block: a thread's registers are 65536 by them.
-constexpr int backward_threads(bool is_float64) { return is_float64 ? 256 : 512; }
-constexpr int kLongRowThreads = 256;
 
 template <typename T, int kPack, int kPacks>
 __global__ void __launch_bounds__(backward_threads(std::is_same_v<T, double>), 1)
@@ -510,62 +503,10 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
 
 // ---- launches
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How rows are shared out. packs: of a thread, 0 for rows that are not kept in registers.
-struct Plan {
-  int packs, team, teams, cluster;
-  int64_t parts;  // backward: blocks, or clusters of them, that share the rows
-
-  int threads() const { return team * teams; }
-};
-
-// The fewest threads in whole warps that hold n packs.
-int threads_for(int64_t n, int packs) { return static_cast<int>(ceil_divide(n, kWarp * packs) * kWarp); }
-
-// A row of n packs, `most` of them a thread, `widest` threads a block.
-Plan plan(int64_t M, int64_t n, int most, int widest) {
-  Plan p{most, kWarp, 1, 1, 0};
-  if (n <= kWarp * most) {
-    p.packs = 1;
-    while (kWarp * p.packs < n) p.packs *= 2;
-    return p;
-  }
-  const auto threads = [&] { return threads_for(ceil_divide(n, p.cluster), most); };
-  constexpr int kLargestCluster = 8;  // that every device with clusters has
-  if (device().has_clusters()) {
-    while (p.cluster < kLargestCluster && threads() > widest) p.cluster *= 2;
-    // Few rows: more multiprocessors for each, while a block keeps four warps.
-    while (p.cluster < kLargestCluster && 2 * M * p.cluster <= device().multiprocessors && threads() >= 8 * kWarp)
-      p.cluster *= 2;
-  }
-  p.team = threads();
-  if (p.team > widest) p = {0, kLongRowThreads, 1, 1, 0};
-  return p;
-}
-
-constexpr int kForwardPacks = 4, kBackwardPacks = 2;  // of a thread: 16 bytes each
-constexpr int kForwardTeams = 4;                      // warps with a row each, of a block
-
-Plan forward_plan(int64_t M, int64_t N, int pack) {
-  Plan p = plan(M, ceil_divide(N, pack), kForwardPacks, kForwardThreads);
-  if (p.team == kWarp && p.cluster == 1) p.teams = kForwardTeams;
-  return p;
-}
-
-// Parts cost 8 bytes a column each, twice: so few blocks, each with several teams, as many as run at once.
-Plan backward_plan(int64_t M, int64_t N, int pack, Dtype dtype) {
-  constexpr int kThreads = 256, kThreadsAtOnce = 512;  // of a block; of a multiprocessor
-  Plan p = plan(M, ceil_divide(N, pack), kBackwardPacks, backward_threads(dtype == Dtype::kFloat64));
-  const int64_t multiprocessors = device().multiprocessors;
-  if (p.packs == 0) {
-    p.parts = std::min(M, std::max<int64_t>(1, 2 * multiprocessors / ceil_divide(N, int64_t{pack} * p.team)));
-    return p;
-  }
-  if (p.cluster == 1) p.teams = std::max(1, kThreads / p.team);
-  const int64_t blocks = multiprocessors * std::max(1, kThreadsAtOnce / p.threads());
-  p.parts = std::clamp<int64_t>(blocks / p.cluster, 1, ceil_divide(M, p.teams));
-  return p;
+template <typename Args>
+RowPlanInput plan_input(const Args& a, int pack) {
+  const Device& d = device();
+  return {a.M, a.N, pack, a.dtype == Dtype::kFloat64, d.has_clusters(), d.multiprocessors};
 }
 
 template <typename Args>
@@ -596,7 +537,7 @@ void visit_packs(int packs, const F& f) {
 constexpr const char* kOp = "layer_norm";
 
 int64_t parts_bytes(const LayerNormBackward& a, int pack) {
-  const int64_t bytes = backward_plan(a.M, a.N, pack, a.dtype).parts * a.N * (a.dtype == Dtype::kFloat64 ? 8 : 4);
+  const int64_t bytes = plan_rows_backward(plan_input(a, pack)).parts * a.N * (a.dtype == Dtype::kFloat64 ? 8 : 4);
   return ceil_divide(bytes, kAccess) * kAccess;
 }
 
@@ -611,7 +552,7 @@ void layer_norm_forward(const LayerNormForward& a, const Queue& queue) {
         using T = typename decltype(type)::type;
         using acc_t = acc_type<T>;
         constexpr int kPack = decltype(pack)::value;
-        const Plan p = forward_plan(a.M, a.N, kPack);
+        const RowPlan p = plan_rows_forward(plan_input(a, kPack));
         const Forward<T> call{static_cast<const T*>(a.x),
                               static_cast<const T*>(a.residual),
                               a.weight,
@@ -658,7 +599,7 @@ void layer_norm_backward(const LayerNormBackward& a, const Queue& queue) {
         using T = typename decltype(type)::type;
         using acc_t = acc_type<T>;
         constexpr int kPack = decltype(pack)::value;
-        const Plan p = backward_plan(a.M, a.N, kPack, a.dtype);
+        const RowPlan p = plan_rows_backward(plan_input(a, kPack));
         const auto stream = static_cast<cudaStream_t>(queue.stream);
         char* const workspace = static_cast<char*>(queue.workspace);
         Backward<T> call{static_cast<const T*>(a.x),

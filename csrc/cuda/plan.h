@@ -26,6 +26,7 @@ struct PlanInput {
   int arrays;       // tensors to keep on chip: x, or x and dy
   bool backward;
   bool split_only;   // statistics are given
+  bool one_sweep;    // statistics are all that is wanted
   bool bulk_copies;  // the device has them
   int multiprocessors;
   int64_t shared;  // bytes a block may have
@@ -302,7 +303,7 @@ inline SlicePlan plan_slices(const PlanInput& in) {
   p.strips = in.shape.layout == Layout::kChannelsLast || in.shape.S == 1;
   const bool in_windows = !p.strips || in.shape.C * in.element % 16 == 0;
   p.window = in.aligned && in_windows && in.element < 8 && !forced.scalar ? static_cast<int>(16 / in.element) : 1;
-  const bool may_stay = !in.split_only && forced.resident != 0;
+  const bool may_stay = !in.split_only && !in.one_sweep && forced.resident != 0;
   if (!may_stay || !plan_resident(p, in)) plan_split(p, in);
   return p;
 }

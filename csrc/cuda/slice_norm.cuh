@@ -652,10 +652,11 @@ struct SliceBackward {
   const uint8_t* mask;
   void *dx, *dresidual;
   int64_t D;
-  double count;        // elements of a group
-  Sums* partial;       // [slices][parts][entries], if split
-  Sums* channel_sums;  // [samples][C] of dz
-  Sums* group_sums;    // by group, of dz * weight; if split
+  double count;              // elements of a group
+  const double* given_sums;  // [2, C] as BatchNormBackward has them, or null
+  Sums* partial;             // [slices][parts][entries], if split
+  Sums* channel_sums;        // [samples][C] of dz
+  Sums* group_sums;          // by group, of dz * weight; if split
 };
 
 template <typename T, int kN, int kC>
@@ -789,6 +790,11 @@ class Backward {
     });
     __syncthreads();
     table_of_sums(walk, [&](int e, int64_t) { return shared.group_sums()[e / members]; });
+  }
+
+  // Of channel c, which is a group of its own.
+  __device__ Sums given_sums(int64_t c) const {
+    return {weight(c) * a.given_sums[c], weight(c) * a.given_sums[p.C + c]};
   }
 
   // dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
@@ -946,7 +952,9 @@ __global__ void __launch_bounds__(max_threads(kC, true), kBlocks)
       Sums* partial = a.partial + block * static_cast<int64_t>(p.entries);
       kernel.sums(walk, [&](int e, const Sums& s) { partial[e] = s; });
     } else {
-      kernel.table_of_sums(walk, [&](int, int64_t c) { return a.group_sums[walk.statistic(c, a.D)]; });
+      kernel.table_of_sums(walk, [&](int, int64_t c) {
+        return a.given_sums ? kernel.given_sums(c) : a.group_sums[walk.statistic(c, a.D)];
+      });
       kernel.elements(walk);
     }
   }
@@ -1090,17 +1098,17 @@ inline void run_forward(const char* op, Dtype dtype, const SliceForward& a, bool
       launch(op, kernel, split_grid(p), stream, a, Sweep::kReduce);
       launch(op, merge_statistics, merge_grid(groups), stream, a, groups);
     }
+    if (a.y == nullptr) return;
     launch(op, kernel, split_grid(p), stream, a, Sweep::kNormalize);
   });
 }
 
-// dweight and dbias, each or null, from the channel sums of `samples` samples.
+// dweight and dbias of `dtype`, each or null, from the channel sums of `samples` samples.
 inline void run_parameter_gradients(const char* op, const SliceBackward& a, int64_t samples, void* dweight, void* dbias,
-                                    cudaStream_t stream) {
+                                    Dtype dtype, cudaStream_t stream) {
   if (!dweight && !dbias) return;
   const Grid grid{dim3(static_cast<unsigned>(ceil_div(a.plan.C, kWarp))), kMergeThreads};
-  launch(op, parameter_gradients, grid, stream, a.channel_sums, samples, a.plan.C, a.r, a.d, dweight, dbias,
-         a.param_dtype);
+  launch(op, parameter_gradients, grid, stream, a.channel_sums, samples, a.plan.C, a.r, a.d, dweight, dbias, dtype);
 }
 
 // Channel sums if `sums`, dx and dresidual if wanted.

@@ -155,6 +155,90 @@ def batch_norm_backward(
     return _returned(gradients, grad_output, wanted, activation)
 
 
+def batch_norm_statistics(input):
+    shape = shape_of(input)
+    statistics = torch.empty(3, shape[1], dtype=torch.float64)
+    dtype = DTYPES[input.dtype]
+    driver.call(
+        "batch_norm_forward",
+        shape=shape,
+        dtype=dtype,
+        param_dtype=dtype,
+        stats_dtype=dtype,
+        training=True,
+        x=in_layout(input, shape[3]),
+        mean=statistics[0],
+        variance=statistics[1],
+        rstd=statistics[2],
+    )
+    return statistics[:2]
+
+
+def batch_norm_normalize(input, weight, bias, residual, statistics, activation, keep_mask):
+    shape = shape_of(input)
+    x = in_layout(input, shape[3])
+    y = empty_in_layout(x, shape[3])
+    mask = channel_mask(shape) if keep_mask and residual is not None and activation in PIECEWISE else None
+    driver.call(
+        "batch_norm_forward",
+        shape=shape,
+        dtype=DTYPES[x.dtype],
+        param_dtype=param_dtype(x, weight, bias),
+        stats_dtype=DTYPES[x.dtype],
+        activation=ACTIVATIONS[activation],
+        x=x,
+        residual=in_layout(residual, shape[3]),
+        weight=dense(weight),
+        bias=dense(bias),
+        y=y,
+        given_mean=statistics[0],
+        given_rstd=statistics[1],
+        mask=mask,
+    )
+    return y, mask
+
+
+def _sync_backward(grad_output, input, weight, bias, residual, mask, statistics, activation, **wanted):
+    shape = shape_of(input)
+    x = in_layout(input, shape[3])
+    driver.call(
+        "batch_norm_backward",
+        shape=shape,
+        dtype=DTYPES[x.dtype],
+        param_dtype=param_dtype(x, weight, bias),
+        activation=ACTIVATIONS[activation],
+        training=True,
+        x=x,
+        dy=in_layout(grad_output, shape[3]),
+        residual=in_layout(residual, shape[3]),
+        weight=dense(weight),
+        bias=dense(bias),
+        mean=statistics[0],
+        rstd=statistics[1],
+        mask=mask,
+        **wanted,
+    )
+
+
+def batch_norm_backward_reduce(grad_output, input, weight, bias, residual, mask, statistics, activation):
+    sums = torch.empty(2, input.shape[1], dtype=torch.float64)
+    _sync_backward(grad_output, input, weight, bias, residual, mask, statistics, activation, sums=sums)
+    return sums
+
+
+def batch_norm_backward_elements(
+    grad_output, input, weight, bias, residual, mask, statistics, sums, count, activation, wanted
+):  # fmt: skip
+    layout = shape_of(input)[3]
+    wanted = (wanted[0], False, False, wanted[1])
+    gradients = _gradients(input, grad_output, weight, bias, activation, wanted, layout)
+    _sync_backward(
+        grad_output, input, weight, bias, residual, mask, statistics, activation,
+        dx=gradients["dx"], dresidual=gradients["dresidual"], given_sums=sums, count=count,
+    )  # fmt: skip
+    return _returned(gradients, grad_output, wanted, activation)[::3]
+
+
 # ---- group_norm and instance_norm
 
 
@@ -514,6 +598,10 @@ def spectral_norm_backward(grad_output, weight, u, v, sigma, dim):
 FUNCTIONS = (
     batch_norm_forward,
     batch_norm_backward,
+    batch_norm_statistics,
+    batch_norm_normalize,
+    batch_norm_backward_reduce,
+    batch_norm_backward_elements,
     group_norm_forward,
     group_norm_backward,
     instance_norm_forward,

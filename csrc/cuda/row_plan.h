@@ -1,0 +1,88 @@
+// How rows of layer and RMS normalisation are given to warps, blocks and clusters. Plain C++, as plan.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastnorm::cuda {
+
+// What the choice depends on.
+struct RowPlanInput {
+  int64_t M, N;     // rows, elements of each
+  int pack;         // elements an access
+  bool is_float64;  // arithmetic
+  bool has_clusters;
+  int multiprocessors;
+};
+
+struct RowPlan {
+  int packs;          // of a thread, in registers; 0: rows too long for that are read again for each sweep
+  int team;           // threads of a block that share a row
+  int teams;          // of a block
+  int cluster;        // blocks that share a row
+  int64_t parts = 0;  // backward: blocks, or clusters of them, that share out the rows
+
+  int threads() const { return team * teams; }
+};
+
+// The most threads a block: a thread has 65536 registers by them.
+constexpr int kForwardThreads = 512, kLongRowThreads = 256;
+constexpr int backward_threads(bool is_float64) { return is_float64 ? 256 : 512; }
+
+namespace {  // internal linkage: see isa.h
+
+constexpr int kRowWarp = 32;
+constexpr int kForwardPacks = 4, kBackwardPacks = 2;  // of a thread: 16 bytes each
+constexpr int kForwardTeams = 4;                      // warps with a row each, of a block
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of `most` packs a thread, `widest` threads a block.
+inline RowPlan plan_rows(const RowPlanInput& in, int most, int widest) {
+  const int64_t n = ceil_divide(in.N, in.pack);
+  RowPlan p{most, kRowWarp, 1, 1};
+  if (n <= kRowWarp * most) {
+    p.packs = 1;
+    while (kRowWarp * p.packs < n) p.packs *= 2;
+    return p;
+  }
+  // The fewest threads in whole warps that hold a block's share.
+  const auto threads = [&] {
+    return static_cast<int>(ceil_divide(ceil_divide(n, p.cluster), kRowWarp * most) * kRowWarp);
+  };
+  constexpr int kLargestCluster = 8;  // that every device with clusters has
+  if (in.has_clusters) {
+    while (p.cluster < kLargestCluster && threads() > widest) p.cluster *= 2;
+    // Few rows: more multiprocessors for each, while a block keeps four warps.
+    while (p.cluster < kLargestCluster && 2 * in.M * p.cluster <= in.multiprocessors && threads() >= 8 * kRowWarp)
+      p.cluster *= 2;
+  }
+  p.team = threads();
+  if (p.team > widest) p = {0, kLongRowThreads, 1, 1};
+  return p;
+}
+
+}  // namespace
+
+inline RowPlan plan_rows_forward(const RowPlanInput& in) {
+  RowPlan p = plan_rows(in, kForwardPacks, kForwardThreads);
+  if (p.team == kRowWarp && p.cluster == 1) p.teams = kForwardTeams;
+  return p;
+}
+
+// Parts cost 8 bytes a column each, twice: so few blocks, each with several teams, as many as run at once.
+inline RowPlan plan_rows_backward(const RowPlanInput& in) {
+  constexpr int kThreads = 256, kThreadsAtOnce = 512;  // of a block; of a multiprocessor
+  RowPlan p = plan_rows(in, kBackwardPacks, backward_threads(in.is_float64));
+  if (p.packs == 0) {
+    p.parts =
+        std::min(in.M, std::max<int64_t>(1, 2 * in.multiprocessors / ceil_divide(in.N, int64_t{in.pack} * p.team)));
+    return p;
+  }
+  if (p.cluster == 1) p.teams = std::max(1, kThreads / p.team);
+  const int64_t blocks = int64_t{in.multiprocessors} * std::max(1, kThreadsAtOnce / p.threads());
+  p.parts = std::clamp<int64_t>(blocks / p.cluster, 1, ceil_divide(in.M, p.teams));
+  return p;
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,54 @@
+#include "explain.h"
+
+#include "cuda/plan.h"
+#include "cuda/row_plan.h"
+
+namespace fastnorm {
+
+static constexpr int kMajorWithClusters = 9;
+
+Decision plan_slices(int64_t N, int64_t C, int64_t S, bool channels_last, int64_t D, bool per_sample, int64_t element,
+                     bool backward, int multiprocessors, int64_t shared, int major) {
+  const bool has_clusters = major >= kMajorWithClusters;
+  cuda::PlanInput in{};
+  in.shape = {N, C, S, channels_last ? Layout::kChannelsLast : Layout::kContiguous};
+  in.D = D;
+  in.per_sample = per_sample;
+  in.element = element;
+  in.aligned = true;
+  in.arrays = backward ? 2 : 1;
+  in.backward = backward;
+  in.bulk_copies = has_clusters;
+  in.multiprocessors = multiprocessors;
+  in.shared = shared;
+  in.largest_cluster = has_clusters ? cuda::kMaxCluster : 1;
+  const cuda::SlicePlan p = cuda::plan_slices(in);
+  return {
+      {"resident", p.resident},
+      {"blocks", p.resident ? p.clusters * p.cluster : p.slices * p.parts},
+      {"threads", p.threads},
+      {"cluster", p.cluster},
+      {"parts", p.parts},
+      {"stages", p.stages},
+      {"bulk_copies", p.resident && p.bulk},
+      {"window", p.window},
+      {"shared", p.shared.all},
+      {"slices", p.slices},
+  };
+}
+
+Decision plan_rows(int64_t M, int64_t N, int64_t element, bool backward, int multiprocessors, int major) {
+  constexpr int64_t kAccess = 16;  // bytes
+  const int pack = N % (kAccess / element) == 0 ? static_cast<int>(kAccess / element) : 1;
+  const cuda::RowPlanInput in{M, N, pack, element == 8, major >= kMajorWithClusters, multiprocessors};
+  const cuda::RowPlan p = backward ? cuda::plan_rows_backward(in) : cuda::plan_rows_forward(in);
+  // Rows too long for registers: backward has a block a row for dx, the parts share them out for dweight and dbias.
+  const int64_t of_rows = p.packs == 0 ? M : backward ? p.parts : cuda::ceil_divide(M, p.teams);
+  return {
+      {"packs", p.packs},       {"window", pack},       {"blocks", of_rows * p.cluster},
+      {"threads", p.threads()}, {"cluster", p.cluster}, {"parts", p.parts},
+      {"teams", p.teams},
+  };
+}
+
+}  // namespace fastnorm

@@ -1,0 +1,105 @@
+"""explain_launch, against the launches that the emulator sees."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_on_cpu import driver, native
+from test_ops import channels_last
+
+import fastnorm
+import fastnorm.functional as fn
+from fastnorm.explain import H100, Device
+
+SMALL = Device("four multiprocessors", (9, 0), 4, 32 << 10)
+OLD = Device("without clusters", (8, 0), 4, 48 << 10)
+
+CALLS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
+    "batch_norm": (lambda x: fn.batch_norm(x, None, None, training=True), (6, 8, 12, 12), {}),
+    "group_norm": (lambda x: fn.group_norm(x, 2), (2, 8, 20, 20), {"num_groups": 2}),
+    "instance_norm": (fn.instance_norm, (2, 3, 70, 70), {}),
+    "layer_norm": (lambda x: fn.layer_norm(x, (24, 40)), (5, 24, 40), {"normalized_dims": 2}),
+    "rms_norm": (lambda x: fn.rms_norm(x, (16384,)), (2, 16384), {}),
+}
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("device", (SMALL, OLD), ids=lambda d: d.name)
+@pytest.mark.parametrize("op", CALLS)
+def test_as_it_is_launched(op: str, device: Device, last: bool) -> None:
+    function, shape, setting = CALLS[op]
+    if last and len(shape) < 4:
+        pytest.skip("rows have one layout")
+    x = torch.randn(shape).requires_grad_()
+    if last:
+        x = channels_last(x.detach()).requires_grad_()
+    limits = {
+        "multiprocessors": device.multiprocessors,
+        "shared_per_block": device.shared_memory,
+        "major": device.compute_capability[0],
+    }
+    with driver.settings(**limits) as reports, native.installed():
+        y = function(x)
+        y.backward(torch.randn(shape) if not last else channels_last(torch.randn(shape)))
+    assert len(reports) == 2
+    for direction, report in zip(("forward", "backward"), reports, strict=True):
+        told = fastnorm.explain_launch(op, shape, direction=direction, channels_last=last, device=device, **setting)
+        launches = [(launch.blocks[0], launch.threads, launch.cluster) for launch in report.launches]
+        assert (told.blocks, told.threads, told.cluster) in launches, told
+        if op not in ("layer_norm", "rms_norm"):
+            assert told.shared_memory in [launch.shared for launch in report.launches]
+            # split: reduced, merged and written by launches of their own
+            assert (told.path == "split") == (len(report.launches) >= 3), told
+
+
+def test_what_decides() -> None:
+    shape = (32, 64, 56, 56)
+    launch = fastnorm.explain_launch("batch_norm", shape, device=H100)
+    assert launch.path == "resident" and launch.cluster > 1 and launch.tensors_moved == 2
+    old = fastnorm.explain_launch("batch_norm", shape, device=OLD)
+    assert old.path == "split" and old.cluster == 1 and old.tensors_moved == 3
+    assert fastnorm.explain_launch("batch_norm", shape, dtype=torch.bfloat16, device=H100).window == 8
+    assert fastnorm.explain_launch("layer_norm", (8, 1027), device=H100).window == 1
+    assert fastnorm.explain_launch("layer_norm", (8, 1 << 20), direction="backward", device=OLD).path == "long rows"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting", "message"),
+    (
+        (("dropout", (4, 4)), {}, "op must be one of batch_norm, .*, got 'dropout'"),
+        (("batch_norm", (4, 4)), {"direction": "both"}, "direction must be 'forward' or 'backward', got 'both'"),
+        (("batch_norm", (4, 4)), {"dtype": torch.int8}, "dtype must be .*, got torch.int8"),
+        (("batch_norm", (4,)), {}, r"batch_norm cannot take shape \[4\]"),
+        (("instance_norm", (4, 0, 3)), {}, r"instance_norm cannot take shape \[4, 0, 3\]"),
+        (("group_norm", (2, 6, 4)), {"num_groups": 4}, "6 channels cannot be split into num_groups=4"),
+        (("layer_norm", (2, 6)), {"normalized_dims": 3}, r"layer_norm of 3 dimensions cannot take shape \[2, 6\]"),
+    ),
+    ids=str,
+)
+def test_what_it_does_not_know(arguments: tuple[Any, ...], setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^explain_launch: {message}"):
+        fastnorm.explain_launch(*arguments, device=H100, **setting)
+
+
+def test_the_clusters_in_the_documentation() -> None:
+    ops = {"BatchNorm": "batch_norm", "GroupNorm(32)": "group_norm", "InstanceNorm": "instance_norm"}
+    text = (Path(__file__).parent.parent / "docs" / "cuda_kernels.md").read_text()
+    row = r"^\| (\S+?),? [^|]*\| ([\dx]+) \| (\w*) ?\| [\d.]+ \| (\d+) / (\d+) \|"
+    rows = re.findall(row, text, re.M)
+    assert len(rows) > 10
+    for op, sizes, layout, *clusters in rows:
+        for direction, wanted in zip(("forward", "backward"), clusters, strict=True):
+            launch = fastnorm.explain_launch(
+                ops.get(op, "layer_norm"),
+                tuple(map(int, sizes.split("x"))),
+                dtype=torch.bfloat16,
+                direction=direction,
+                channels_last=layout == "channels_last",
+                num_groups=32,
+                device=H100,
+            )
+            assert int(wanted) == (0 if launch.path == "split" else launch.cluster), (op, sizes, layout, launch)
