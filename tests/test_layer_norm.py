@@ -182,3 +182,29 @@ def test_fallback_keeps_every_keyword() -> None:
         torch.testing.assert_close(by_torch(norm, x, z), norm(x, z))
     weight = torch.ones(16).double()
     torch.testing.assert_close(fn.rms_norm(x, (16,), weight), nn.functional.rms_norm(x, (16,), weight))
+
+
+@pytest.mark.parametrize("activation", ("gelu", "silu"))
+@pytest.mark.parametrize("shape", [(70, 100), (130, 4100)], ids=str)
+def test_smooth_activation_in_backward(shape: tuple[int, int], activation: str) -> None:
+    """dz is kept from the sums' sweep for the one that writes dx, also in rows that are summed in several chunks."""
+    x, dy = sample(*shape), sample(*shape, mean=0.0, std=1.0)
+    weight, bias = (sample(shape[1], mean=m, std=0.5) for m in (1.0, 0.0))
+
+    def gradients(layer_norm: object, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        x, weight, bias = (t.clone().requires_grad_() for t in inputs)
+        return torch.autograd.grad(layer_norm(x, (shape[1],), weight, bias), (x, weight, bias), dy.to(x.dtype))
+
+    got = gradients(lambda *args: fn.layer_norm(*args, activation=activation), [x, weight, bias])
+    act = getattr(nn.functional, activation)
+    wanted = gradients(lambda *args: act(nn.functional.layer_norm(*args)), [t.double() for t in (x, weight, bias)])
+    for a, b in zip(got, wanted, strict=True):
+        # float32's rounding, and in the parameters' sums over rows that of each term; 7.5e-8 is Phi's own error
+        assert (a.double() - b).norm() <= 1e-6 * b.norm()
+
+
+def test_gelu_keeps_its_left_tail() -> None:
+    """1 + erf cancels there, and from z = -5.5 on gives 0 in float32."""
+    z = torch.tensor([[-3.0, -4.0, -5.0, -6.0, -8.0]])
+    y = fn.batch_norm(z, torch.zeros(5), torch.ones(5), eps=0.0, activation="gelu")
+    torch.testing.assert_close(y.double(), nn.functional.gelu(z.double()), rtol=0.05, atol=0.0)
