@@ -7,6 +7,7 @@
 #   make accuracy largest errors of every op and type on hard inputs, beside torch's
 #   make slow     the tests of tensors beyond 2^31 elements: 16 GB of memory, half an hour
 #   make sanitize all kernels but the CUDA ones under AddressSanitizer and UndefinedBehaviorSanitizer: half an hour
+#   make package  a source distribution and a wheel, which is tried in an empty environment
 #   make mutate   bugs planted in the CUDA kernels, which the emulator must catch: an hour
 # and for NVIDIA GPUs, with a CUDA toolkit:
 #   make cuda-check          without a GPU: all CUDA kernels compile and none spills; the build passes the CPU's tests
@@ -27,7 +28,7 @@ CUDA_TREE := build/cuda
 CUDA_CHECKED := 8.0 9.0 10.0 12.0
 NVCC := $(shell command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc)
 
-.PHONY: ladder test lint format bench fuzz accuracy slow sanitize mutate build cuda-check gpu-check clean
+.PHONY: ladder test lint format bench fuzz accuracy slow sanitize package mutate build cuda-check gpu-check clean
 .DEFAULT_GOAL := build
 
 # torch first and by its exact version: an open range would pull the CUDA build, gigabytes of it.
@@ -35,7 +36,8 @@ $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" ninja pybind11 numpy \
-		"pytest>=8" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" ruff==0.17.5 clang-format==18.1.8 mypy==2.4.1
+		"pytest>=8" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" ruff==0.17.5 clang-format==18.1.8 mypy==2.4.1 \
+		"build>=1.2"
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastnorm.pth"
 	touch $@
 
@@ -81,6 +83,14 @@ sanitize: $(VENV)/.ready
 		$(CURDIR)/$(BIN)/python setup.py build_ext --inplace > log.txt 2>&1 || { cat log.txt; exit 1; }; }
 	cd $(SANITIZE_TREE) && $(CURDIR)/$(BIN)/python tests/sanitize.py $(ARGS)
 
+# Without isolation, which would download a torch to build with; the wheel belongs to the one in $(VENV).
+package: $(VENV)/.ready
+	rm -rf dist build/package
+	$(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/package
+	build/package/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) dist/*.whl
+	cd build/package && bin/python -m fastnorm
+
 mutate: build
 	PYTHONPATH=tests $(BIN)/python -m cuda_on_cpu.mutate $(ARGS)
 
@@ -93,7 +103,7 @@ $(CUDA_VENV)/.ready: Makefile
 
 # The objects of kernels are made anew: it is their compiler's words that are checked. Left out are the tests that repeat
 # others, or that have nothing to do with the build.
-CUDA_UNTESTED := benchmarks isa ladder ladder_data ladder_parts cuda_on_cpu cuda_emulator cuda_traffic
+CUDA_UNTESTED := benchmarks isa ladder ladder_data ladder_parts cuda_on_cpu cuda_emulator cuda_traffic adding_an_op packaging
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: needs a CUDA toolkit, but there is no nvcc"; exit 1; }
 	$(MAKE) $(CUDA_VENV)/.ready

@@ -16,7 +16,10 @@ HERE = Path(__file__).parent
 BEST = torch.backends.cpu.get_cpu_capability()
 LESSER = {"AVX512": ("avx2", "default"), "AVX2": ("default",)}.get(BEST, ())
 # What does not depend on the kernels' instruction set; and Inductor's code, which is for the processor as it is.
-LEFT_OUT = ("isa", "ladder", "compile", "cuda", "cuda_check", "cuda_emulator", "cuda_on_cpu", "cuda_traffic")
+LEFT_OUT = (
+    "isa", "ladder", "compile", "cuda", "cuda_check", "cuda_emulator", "cuda_on_cpu", "cuda_traffic", "adding_an_op",
+    "packaging", "threads",
+)  # fmt: skip
 NUMERICAL = "against_float64 or far_above or threads or strides or constant or scales or mask or in_place"
 
 
