@@ -34,7 +34,8 @@ class Device:
     def of(cls, device: torch.device | str | int | None = None) -> Device:
         """A CUDA device of this machine, the current one by default."""
         p = torch.cuda.get_device_properties(device)
-        return cls(p.name, (p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
+        shared_memory = p.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's hints lack it
+        return cls(p.name, (p.major, p.minor), p.multi_processor_count, shared_memory)
 
 
 H100 = Device("H100 SXM", (9, 0), 132, 227 << 10)
