@@ -29,9 +29,9 @@ class DropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, p, state, channel_dims, inplace = inputs
+        _, p, state, channel_dims, inplace = inputs
         if inplace:
-            ctx.mark_dirty(input)
+            ctx.mark_dirty(inputs[0])
         ctx.setting = p, state, channel_dims, False
 
     @staticmethod
@@ -103,12 +103,10 @@ class AlphaDropoutBackwardFunction(torch.autograd.Function):
         return loop_over_batch(AlphaDropoutBackwardFunction, info, in_dims, *args)
 
 
-# (input, p, training, inplace, generator, channel_dims) -> y
-_Dropping = Callable[[Tensor, float, bool, bool, torch.Generator | None, int], Tensor]
-
-
-def _dropping(name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor], alpha: bool = False) -> _Dropping:
-    """What a functional calls: the checks, then the kernel, the traced op or torch's own."""
+def _dropping(
+    name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor], alpha: bool = False
+) -> Callable[..., Tensor]:
+    """The op as a function of (input, p, channel_dims, inplace, generator), in training and with 0 < p <= 1."""
     native = _C.alpha_dropout if alpha else _C.dropout
     function = AlphaDropoutFunction if alpha else DropoutFunction
     apply = apply_of(function)
@@ -147,23 +145,14 @@ def _dropping(name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor]
             raise NotImplementedError(f"{name}: generator must be None, for torch's own op takes none")
         return torch_op(input, p, True, inplace)
 
-    op = carry(name, eager=eager, transformed=transformed, traced=traced, torch_op=torch_dropout)
+    return carry(name, eager=eager, transformed=transformed, traced=traced, torch_op=torch_dropout)
 
-    def dropping(
-        input: Tensor,
-        p: float,
-        training: bool,
-        inplace: bool,
-        generator: torch.Generator | None,
-        channel_dims: int,
-    ) -> Tensor:
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"{name}: p must be in [0, 1], got {p}")
-        if not training or p == 0.0:
-            return input
-        return op(input, p, channel_dims, inplace, generator)
 
-    return dropping
+def _whole(op: str, input: Tensor, p: float) -> Tensor:
+    """What comes of a call that drops nothing: the input, or an error."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: p must be in [0, 1], got {p}")
+    return input
 
 
 def _random_state(input: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -291,7 +280,9 @@ def dropout(
         >>> sorted(y.unique().tolist())
         [0.0, 1.3333333730697632]
     """
-    return _dropout(input, p, training, inplace, generator, 0)
+    if training and 0.0 < p <= 1.0:
+        return _dropout(input, p, 0, inplace, generator)
+    return _whole("dropout", input, p)
 
 
 _CHANNELS_DOC = """Zeroes whole channels with probability p and scales the others (Tompson et al. 2015,
@@ -319,7 +310,9 @@ def dropout1d(
 ) -> Tensor:
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: input must have shape (N, C, L) or (C, L), got {list(input.shape)}")
-    return _dropout1d(input, p, training, inplace, generator, input.dim() - 1)
+    if training and 0.0 < p <= 1.0:
+        return _dropout1d(input, p, input.dim() - 1, inplace, generator)
+    return _whole("dropout1d", input, p)
 
 
 def dropout2d(
@@ -331,7 +324,9 @@ def dropout2d(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     _check_channels("dropout2d", "(N, C, H, W)", input, (4,))
-    return _dropout2d(input, p, training, inplace, generator, 2)
+    if training and 0.0 < p <= 1.0:
+        return _dropout2d(input, p, 2, inplace, generator)
+    return _whole("dropout2d", input, p)
 
 
 def dropout3d(
@@ -343,7 +338,9 @@ def dropout3d(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     _check_channels("dropout3d", "(N, C, D, H, W) or (C, D, H, W)", input, (4, 5))
-    return _dropout3d(input, p, training, inplace, generator, 1 if input.dim() == 4 else 2)
+    if training and 0.0 < p <= 1.0:
+        return _dropout3d(input, p, 1 if input.dim() == 4 else 2, inplace, generator)
+    return _whole("dropout3d", input, p)
 
 
 def _check_channels(op: str, wanted: str, input: Tensor, ranks: tuple[int, ...]) -> None:
@@ -405,7 +402,9 @@ def alpha_dropout(
         >>> [round(value, 4) for value in sorted(y.unique().tolist())]
         [-0.7792, 1.6656]
     """
-    return _alpha_dropout(input, p, training, inplace, generator, 0)
+    if training and 0.0 < p <= 1.0:
+        return _alpha_dropout(input, p, 0, inplace, generator)
+    return _whole("alpha_dropout", input, p)
 
 
 def feature_alpha_dropout(
@@ -435,7 +434,9 @@ def feature_alpha_dropout(
     """
     if input.dim() < 2 and training and p != 0.0:
         raise RuntimeError(f"feature_alpha_dropout: input must have shape (N, C, *), got {list(input.shape)}")
-    return _feature_alpha_dropout(input, p, training, inplace, generator, 2)
+    if training and 0.0 < p <= 1.0:
+        return _feature_alpha_dropout(input, p, 2, inplace, generator)
+    return _whole("feature_alpha_dropout", input, p)
 
 
 def drop_path(
@@ -469,7 +470,9 @@ def drop_path(
     """
     if input.dim() < 1 and training and p != 0.0:
         raise RuntimeError(f"drop_path: input must have shape (N, *), got {list(input.shape)}")
-    return _drop_path(input, p, training, inplace, generator, 1)
+    if training and 0.0 < p <= 1.0:
+        return _drop_path(input, p, 1, inplace, generator)
+    return _whole("drop_path", input, p)
 
 
 _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels, see :func:`fastnorm.functional.{function}`.

@@ -17,8 +17,10 @@ import fastnorm
 import fastnorm.functional as fn
 from fastnorm.parametrizations import spectral_norm, weight_norm
 
-# The parametrizations go to torch's ops, see below; dropout is linear and has tests of its own.
-DIFFERENTIABLE = [c for c in CASES if "drop" not in c.name and c.op not in ("weight_norm", "spectral_norm")]
+# The parametrizations go to torch's ops, see below; dropout is linear and has tests of its own; what SyncBatchNorm does
+# among several processes is for ordinary backward alone.
+OTHERS = ("weight_norm", "spectral_norm", "sync_batch_norm")
+DIFFERENTIABLE = [c for c in CASES if "drop" not in c.name and not c.name.startswith(OTHERS)]
 # one of each op and way to normalise, with nothing and with everything fused
 FEW = [c for c in DIFFERENTIABLE if not c.name.endswith(("relu", "silu")) and "size1000" not in c.name]
 # running statistics that all elements of a batch share would have to be updated by each
