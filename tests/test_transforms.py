@@ -89,6 +89,22 @@ def test_backward_through_the_tangent(case: Case) -> None:
         close(got, wanted)
 
 
+def test_a_tangent_of_the_gradient() -> None:
+    """Of a forward without dual tensors, the backward with them: never dropped unseen."""
+    x, dy, tangent = torch.randn(3, 2, 6, 4, 5, dtype=torch.float64).unbind(0)
+    x.requires_grad_()
+
+    def backward(y: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, tangent), retain_graph=True)
+            return forward_ad.unpack_dual(dx).tangent
+
+    for y in (fn.dropout(x), fn.alpha_dropout(x, 0.5, True), fn.local_response_norm(x, 3)):
+        close(backward(y), torch.autograd.grad(y, x, tangent)[0])  # linear in dy
+    with pytest.raises(NotImplementedError, match="jvp"):
+        backward(fn.layer_norm(x, (5,)))
+
+
 # ---- reverse mode of torch.func
 
 
