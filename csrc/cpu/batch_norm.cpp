@@ -1,12 +1,11 @@
 // Batch normalisation on the CPU. Two ways through memory:
 //
-// planes   (contiguous, planes of 16 elements or more): a task owns a channel, reads it once from memory for its
-// moments and once
-//          more, backwards, from the cache to normalise it. Too few channels for the threads: the same chunks, in two
-//          parallel sweeps.
+// planes   (contiguous, planes of 16 elements or more): a task owns a channel, or some small ones, reads it once from
+//          memory for its moments and once more from the cache to normalise it. Too few channels for the threads: the
+//          same chunks, in two parallel sweeps.
 // columns  (channels_last, and contiguous with tiny planes): a matrix whose columns are channels. Blocks of rows give
-// partial moments
-//          of every column, merged in a fixed order; the second sweep goes backwards.
+//          partial moments of every column, merged in a fixed order; the second sweep takes the tasks' parts from the
+//          last to the first.
 //
 // Sums are float32 within a chunk or block and float64 beyond, in an order fixed by the shape alone.
 #include "../batch_norm.h"
