@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ladder.models import BACKENDS, build_model
-from ladder.rungs import LADDER, PRESETS, recipe_of
+from ladder.rungs import PRESETS, find, recipe_of
 from networks import ResidualBlock, ResNet, ViT, difference, images, outputs_and_gradients, randomize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -403,7 +403,7 @@ def test_a_wrong_fusion_would_be_seen() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_ladder(backend: str) -> None:
-    model = build_model(recipe_of(LADDER[2], PRESETS["quick"].recipe), backend, 0)
+    model = build_model(recipe_of(find("batchnorm"), PRESETS["quick"].recipe), backend, 0)
     check(model, images(4), **{f"stages.{i}.{j}.norm": "relu" for i in range(3) for j in range(2)})
 
 
