@@ -28,8 +28,8 @@ class BatchNormFunction(NormFunction):
     """
 
     op = "batch_norm"
-    native_forward = staticmethod(_C.batch_norm_forward)
-    native_backward = staticmethod(_C.batch_norm_backward)
+    native_forward = staticmethod(lambda *args: _C.batch_norm_forward(*args))
+    native_backward = staticmethod(lambda *args: _C.batch_norm_backward(*args))
     activation_at = 6
     tracked = 3
 

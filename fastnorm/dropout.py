@@ -107,7 +107,6 @@ def _dropping(
     name: str, torch_op: Callable[[Tensor, float, bool, bool], Tensor], alpha: bool = False
 ) -> Callable[..., Tensor]:
     """The op as a function of (input, p, channel_dims, inplace, generator), in training and with 0 < p <= 1."""
-    native = _C.alpha_dropout if alpha else _C.dropout
     function = AlphaDropoutFunction if alpha else DropoutFunction
     apply = apply_of(function)
 
@@ -119,7 +118,10 @@ def _dropping(
                 "needs"
             )
         state = _C.dropout_state(generator, input)
-        return (apply if differentiated else native)(input, p, state, channel_dims, inplace)
+        if differentiated:
+            return apply(input, p, state, channel_dims, inplace)
+        native = _C.alpha_dropout if alpha else _C.dropout
+        return native(input, p, state, channel_dims, inplace)
 
     def transformed(
         input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None

@@ -24,8 +24,8 @@ class InstanceNormFunction(NormFunction):
     """
 
     op = "instance_norm"
-    native_forward = staticmethod(_C.instance_norm_forward)
-    native_backward = staticmethod(_C.group_norm_backward)
+    native_forward = staticmethod(lambda *args: _C.instance_norm_forward(*args))
+    native_backward = staticmethod(lambda *args: _C.group_norm_backward(*args))
     activation_at = 4
     tracked = 2
 

@@ -35,6 +35,7 @@ class NormFunction(torch.autograd.Function):
     """
 
     op: ClassVar[str]  # of the dispatcher
+    # The two native functions look theirs up in _C at each call, where tests put those of an emulator.
     # (input, weight, bias, residual, *setting, keep) -> y, statistics, mask; the last two None unless kept
     native_forward: ClassVar[Callable[..., tuple[Any, ...]]]
     # (dy, input, weight, bias, residual, mask, statistics, *backward_setting, wanted) -> dx, dweight, dbias, dresidual

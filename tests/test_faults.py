@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -75,6 +75,15 @@ def test_exception_before_forward(name: str) -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also in a process that was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @every_layer
 @pytest.mark.parametrize("fault", (refuse, lambda *_: signal.raise_signal(signal.SIGINT)), ids=("hook", "interrupt"))
 def test_exception_in_backward(name: str, fault: Callable[..., None]) -> None:

@@ -620,12 +620,19 @@ FUNCTIONS = (
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """_C's functions are these."""
+    """_C's functions are these.
+
+    Raises:
+        RuntimeError: none of them was called, so that what was tested was not a CUDA kernel.
+    """
     before = {f.__name__: getattr(_C, f.__name__) for f in FUNCTIONS}
+    ran = len(driver.reports)
     try:
         for f in FUNCTIONS:
             setattr(_C, f.__name__, f)
         yield
+        if len(driver.reports) == ran:
+            raise RuntimeError("no kernel ran in the emulator")
     finally:
         for name, f in before.items():
             setattr(_C, name, f)
