@@ -82,7 +82,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """The case of the page, after all its steps."""
     folder = tmp_path_factory.mktemp("adding_an_op")
     native = _load("layer_scale_native", _compile(folder))
+    # The page's ops are registered in a library that is taken down: other tests look at all ops that there are.
+    library = torch.library.Library("fastnorm", "FRAGMENT")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastnorm.compile, "_library", library)
         for name in ("layer_scale_forward", "layer_scale_backward"):
             patch.setattr(fastnorm._C, name, getattr(native, name), raising=False)
         source = folder / "layer_scale.py"
@@ -91,6 +94,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
         patch.setattr(fn, "layer_scale", module.layer_scale, raising=False)
         patch.setattr(fastnorm, "LayerScale", module.LayerScale, raising=False)
         yield eval(CODE["tests/cases.py"], {**vars(cases)})
+    library._destroy()
     del sys.modules["fastnorm.layer_scale"], sys.modules["layer_scale_native"]
 
 
