@@ -184,7 +184,8 @@ def _short_of_memory() -> None:
 def test_short_of_memory() -> None:
     """The allocations of an op fail one after another: each time an error, and nothing written."""
     command = [sys.executable, "-c", "import test_faults; test_faults._short_of_memory()"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": str(Path(fastnorm.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
     assert done.stdout == "through\n", done.stdout + done.stderr
 
 
