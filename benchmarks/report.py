@@ -80,21 +80,34 @@ class Row:
         return 2 * self.tensor_bytes > cache_mib * 2**20
 
 
+class ReportError(Exception):
+    """What is wrong with the results, in one line."""
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(values)
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Row], dict[str, Any], dict[str, Any]]:
-    """The rows in the order of the files, and what the last file says of the machine and of the commit."""
+    """The rows in the order of the files, and what the last file says of the machine and of the commit.
+
+    Raises:
+        ReportError: a file is missing or holds no results; in one line.
+    """
     rows: dict[tuple[Any, ...], Row] = {}
     content: dict[str, Any] = {}
     for path in paths:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for benchmark in content["benchmarks"]:
-            row = Row.of(benchmark["extra_info"])
-            rows[row.key] = row
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for benchmark in content["benchmarks"]:
+                row = Row.of(benchmark["extra_info"])
+                rows[row.key] = row
+        except OSError as error:
+            raise ReportError(f"{path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(f"{path}: not results of pytest benchmarks ({error!r})") from error
     if not rows:
-        raise ValueError(f"no rows in {', '.join(map(str, paths))}")
+        raise ReportError(f"no rows in {', '.join(map(str, paths))}")
     return list(rows.values()), content["machine_info"], content["commit_info"]
 
 
@@ -385,7 +398,11 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of pytest-benchmark")
     parser.add_argument("--out", type=Path, help="folder to write into; by default that of the first file")
     args = parser.parse_args()
-    for path in write(args.results, args.out or args.results[0].parent):
+    try:
+        written = write(args.results, args.out or args.results[0].parent)
+    except ReportError as error:
+        parser.error(str(error))
+    for path in written:
         print(path)
 
 

@@ -27,6 +27,11 @@ static MaskRows mask_rows(const Tensor& input, const Shape& shape) {
   return input.is_cuda() ? cuda_mask_rows(shape) : mask_rows(shape);
 }
 
+static Tensor new_mask(const Tensor& input, const Shape& shape) {
+  return at::empty({mask_rows(input, shape).bytes()},
+                   input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+}
+
 static void check_channels(const char* op, const Tensor& input) {
   TORCH_CHECK(input.dim() >= 2, op, ": input must have at least 2 dimensions (N, C, *), got ", input.dim(),
               " with shape ", input.sizes());
@@ -91,10 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     if (training && is_given(num_batches_tracked)) num_batches_tracked->add_(1);
     return {y, statistics, mask};
   }
-  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
-    const MaskRows rows = mask_rows(input, shape);
-    mask = at::empty({rows.bytes()}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
-  }
+  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) mask = new_mask(input, shape);
   const OptionalTensor w = dense(weight), b = dense(bias);
   const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
   const OptionalTensor rm = training ? running_mean : dense(running_mean),
@@ -253,10 +255,7 @@ std::tuple<Tensor, Tensor> batch_norm_normalize(const Tensor& input, const Optio
   const Tensor x = in_layout(input, shape.layout), y = empty_in_layout(x, shape.layout);
   Tensor mask;
   if (input.numel() == 0) return {y, mask};
-  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
-    const MaskRows rows = mask_rows(input, shape);
-    mask = at::empty({rows.bytes()}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
-  }
+  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) mask = new_mask(input, shape);
   const OptionalTensor w = dense(weight), b = dense(bias);
   const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
   BatchNormForward args{};

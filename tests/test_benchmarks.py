@@ -69,6 +69,14 @@ def test_results_name_the_machine_but_not_the_host(results: Path) -> None:
     assert "node" not in machine and f'"{platform.node()}"' not in text
 
 
+def test_report_of_what_is_none(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for path, message in ((tmp_path / "missing.json", "No such file"), (other, "not results of pytest benchmarks")):
+        with pytest.raises(report.ReportError, match=message):
+            report.write([path], tmp_path)
+
+
 def test_report(results: Path, tmp_path: Path) -> None:
     """Losses are listed as such, and a file that comes later replaces rows of those before it."""
     content = json.loads(results.read_text())
@@ -88,7 +96,7 @@ def test_report(results: Path, tmp_path: Path) -> None:
     text = report.write(paths, tmp_path / "both")[0].read_text()
     assert "## Slower than torch: 0 of 2 rows" in text
     assert "| LayerNorm | 2 | 7.00 | 7.00 | 0 |" in text
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(report.ReportError, match="no rows"):
         report.write([_without_rows(content, tmp_path)], tmp_path)
 
 

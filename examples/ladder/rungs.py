@@ -251,8 +251,8 @@ def select(wanted: str, rungs: Sequence[Rung] | None = None) -> list[Rung]:
             i for i, rung in enumerate(rungs) if entry and entry in (rung.number, rung.name, *rung.groups, "all")
         ]
         if not matches:
-            groups = dict.fromkeys(group for rung in rungs for group in rung.groups)
-            known = ", ".join([*(rung.label for rung in rungs), *groups, "all"])
+            names = [*(rung.label for rung in rungs), *(group for rung in rungs for group in rung.groups), "all"]
+            known = ", ".join(dict.fromkeys(names))
             raise ValueError(f"unknown rung {entry!r}, known: {known}")
         chosen.update(matches)
     return [rungs[i] for i in sorted(chosen)]

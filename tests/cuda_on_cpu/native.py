@@ -126,12 +126,9 @@ def batch_norm_forward(
     return y, statistics, mask
 
 
-def batch_norm_backward(
-    grad_output, input, weight, bias, residual, mask, statistics, training, activation, wanted
-):  # fmt: skip
+def _batch_norm_gradients(grad_output, input, weight, bias, residual, mask, statistics, activation, **rest):
     shape = shape_of(input)
     x = in_layout(input, shape[3])
-    gradients = _gradients(x, grad_output, weight, bias, activation, wanted, shape[3])
     corrected = len(statistics) == 4
     driver.call(
         "batch_norm_backward",
@@ -139,7 +136,6 @@ def batch_norm_backward(
         dtype=DTYPES[x.dtype],
         param_dtype=param_dtype(x, weight, bias),
         activation=ACTIVATIONS[activation],
-        training=training,
         x=x,
         dy=in_layout(grad_output, shape[3]),
         residual=in_layout(residual, shape[3]),
@@ -150,8 +146,16 @@ def batch_norm_backward(
         r=statistics[2] if corrected else None,
         d=statistics[3] if corrected else None,
         mask=mask,
-        **gradients,
+        **rest,
     )
+
+
+def batch_norm_backward(
+    grad_output, input, weight, bias, residual, mask, statistics, training, activation, wanted
+):  # fmt: skip
+    gradients = _gradients(input, grad_output, weight, bias, activation, wanted, shape_of(input)[3])
+    operands = grad_output, input, weight, bias, residual, mask, statistics
+    _batch_norm_gradients(*operands, activation, training=training, **gradients)
     return _returned(gradients, grad_output, wanted, activation)
 
 
@@ -198,44 +202,20 @@ def batch_norm_normalize(input, weight, bias, residual, statistics, activation, 
     return y, mask
 
 
-def _sync_backward(grad_output, input, weight, bias, residual, mask, statistics, activation, **wanted):
-    shape = shape_of(input)
-    x = in_layout(input, shape[3])
-    driver.call(
-        "batch_norm_backward",
-        shape=shape,
-        dtype=DTYPES[x.dtype],
-        param_dtype=param_dtype(x, weight, bias),
-        activation=ACTIVATIONS[activation],
-        training=True,
-        x=x,
-        dy=in_layout(grad_output, shape[3]),
-        residual=in_layout(residual, shape[3]),
-        weight=dense(weight),
-        bias=dense(bias),
-        mean=statistics[0],
-        rstd=statistics[1],
-        mask=mask,
-        **wanted,
-    )
-
-
 def batch_norm_backward_reduce(grad_output, input, weight, bias, residual, mask, statistics, activation):
     sums = torch.empty(2, input.shape[1], dtype=torch.float64)
-    _sync_backward(grad_output, input, weight, bias, residual, mask, statistics, activation, sums=sums)
+    operands = grad_output, input, weight, bias, residual, mask, statistics
+    _batch_norm_gradients(*operands, activation, training=True, sums=sums)
     return sums
 
 
 def batch_norm_backward_elements(
     grad_output, input, weight, bias, residual, mask, statistics, sums, count, activation, wanted
 ):  # fmt: skip
-    layout = shape_of(input)[3]
     wanted = (wanted[0], False, False, wanted[1])
-    gradients = _gradients(input, grad_output, weight, bias, activation, wanted, layout)
-    _sync_backward(
-        grad_output, input, weight, bias, residual, mask, statistics, activation,
-        dx=gradients["dx"], dresidual=gradients["dresidual"], given_sums=sums, count=count,
-    )  # fmt: skip
+    gradients = _gradients(input, grad_output, weight, bias, activation, wanted, shape_of(input)[3])
+    operands = grad_output, input, weight, bias, residual, mask, statistics
+    _batch_norm_gradients(*operands, activation, training=True, given_sums=sums, count=count, **gradients)
     return _returned(gradients, grad_output, wanted, activation)[::3]
 
 
