@@ -110,19 +110,9 @@ struct ColumnAffine {
 
 // ---- what the columns of a row belong to
 
-// for_tiles() with one kind of tile less to compile: a pack may be partial and yet full.
-template <typename T, typename F>
-void for_group_tiles(int64_t width, const F& f) {
-  constexpr int64_t kSize = Pack<T>::kSize, kTile = tile_packs<T>();
-  int64_t j = 0;
-  for (; j + kTile * kSize <= width; j += kTile * kSize) f(j, std::integral_constant<int, kTile>{}, Full{});
-  for (; j < width; j += kSize)
-    f(j, std::integral_constant<int, 1>{}, Partial{static_cast<int>(std::min(kSize, width - j))});
-}
-
 // channels_last: rows of a sample in parts. The row that is not full, if any, is a part of its own.
 struct Parts {
-  static constexpr int64_t kElements = 1 << 16;
+  static constexpr int64_t kElements = 1 << 17;
   SampleRows sample;
   int64_t rows_per_part = std::clamp(kElements / sample.width / kBlockRows * kBlockRows, 2 * kBlockRows, kShiftRows);
   int64_t full = (sample.rows + rows_per_part - 1) / rows_per_part;
@@ -131,23 +121,6 @@ struct Parts {
   int64_t begin(int64_t part) const { return std::min(sample.rows, part * rows_per_part); }
   int64_t rows(int64_t part) const { return part == full ? 1 : begin(part + 1) - begin(part); }
   int64_t width(int64_t part) const { return part == full ? sample.rest : sample.width; }
-
-  // Calls f(row, rows, column, tile, count), a few rows at a time: enough of them to keep a tile's coefficients in
-  // registers, few enough for the prefetchers to follow.
-  template <typename T, typename F>
-  void for_tiles(int64_t part, const F& f) const {
-    constexpr int64_t kRows = 16;
-    const int64_t end = begin(part) + rows(part);
-    for (int64_t row = begin(part); row < end; row += kRows) {
-      const int64_t here = std::min(kRows, end - row);
-      for_group_tiles<T>(width(part), [&](int64_t j, auto tile, auto count) { f(row, here, j, tile, count); });
-    }
-  }
-};
-
-// From row to row of a matrix: elements, and bytes of the mask.
-struct Strides {
-  int64_t elements, mask_bytes;
 };
 
 // a * b - c
@@ -156,33 +129,30 @@ Pack<T> fmsub(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c) {
   return map<T>([](auto x, auto y, auto z) { return at::vec::fmsub(x, y, z); }, a, b, c);
 }
 
-// normalize_run() for `rows` rows of a tile, the pointers those of its first row's first column.
-template <Activation kAct, int kTile, typename T, typename Count>
-FASTNORM_LOOP void normalize_tile(const T* x, const T* residual, T* y, uint8_t* mask, const Strides& stride,
-                                  int64_t rows, int64_t j, Count count, const Affine<PerColumn<T>>& affine,
-                                  bool stream) {
+// normalize_run() for `rows` rows, the pointers those of the first.
+template <Activation kAct, typename T>
+FASTNORM_LOOP void normalize_rows(const T* x, const T* residual, T* y, uint8_t* mask, const Strides& stride,
+                                  int64_t rows, int64_t columns, const Affine<PerColumn<T>>& affine, bool stream) {
   using P = Pack<T>;
-  P mean[kTile], scale[kTile], shift[kTile];
-  for (int t = 0; t < kTile; ++t) {
-    const int64_t i = j + t * P::kSize;
-    mean[t] = affine.mean[i];
-    scale[t] = affine.scale[i];
-    shift[t] = affine.shift[i];
-  }
-  stream = stream && fills_lines(y, stride.elements);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int t = 0; t < kTile; ++t) {
-      const int64_t i = j + t * P::kSize;
-      P z = fmadd(P::load(x + i, count) - mean[t], scale[t], shift[t]);
-      if (residual) z = z + P::load(residual + i, count);
-      if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
-      put(activate<kAct>(z), y + i, count, stream);
-    }
-    x += stride.elements;
-    y += stride.elements;
-    residual = offset_by(residual, stride.elements);
-    mask = offset_by(mask, stride.mask_bytes);
-  }
+  const Affine<PerColumn<T>> local = affine;
+  const Strides to_next = stride;
+  stream = stream && fills_lines(y, to_next.elements);
+  for_row_groups(rows, [&](int64_t row, auto group) {
+    constexpr int kRows = decltype(group)::value;
+    const int64_t first = row * to_next.elements;
+    for_packs<T>(columns, [&](int64_t i, auto count, int) {
+      const P mean = local.mean[i], scale = local.scale[i], shift = local.shift[i];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t at = first + r * to_next.elements + i;
+        prefetch(x + at + kRows * to_next.elements);
+        P z = fmadd(P::load(x + at, count) - mean, scale, shift);
+        if (residual) z = z + P::load(residual + at, count);
+        if (mask) store_bits<T>(mask + (row + r) * to_next.mask_bytes + i / 8, positive_bits(z), count);
+        put(activate<kAct>(z), y + at, count, stream);
+      }
+    });
+  });
 }
 
 // ---- forward
@@ -279,10 +249,8 @@ struct FlatForward : ForwardGroups {
     }
     const int64_t i = (n * G + begin) * L;
     const Affine<PerColumn<T>> coefficients = columns;
-    for_group_tiles<T>(width, [&](int64_t j, auto tile, auto count) {
-      normalize_tile<kAct, decltype(tile)::value>(x + i, offset_by(residual, i), y + i, mask(i), Strides{width, 0}, 1,
-                                                  j, count, coefficients, stream);
-    });
+    normalize_rows<kAct>(x + i, offset_by(residual, i), y + i, mask(i), Strides{width, 0}, 1, width, coefficients,
+                         stream);
   }
 };
 
@@ -341,83 +309,44 @@ struct ColumnsForward : ForwardGroups {
       for (int64_t j = c; j < columns; j += C) affines.set(j, channel);
     }
     const Affine<PerColumn<T>> coefficients = affines;
-    parts.for_tiles<T>(part, [&](int64_t row, int64_t rows, int64_t j, auto tile, auto count) {
-      const int64_t i = n * C * S + row * sample.width;
-      normalize_tile<kAct, decltype(tile)::value>(
-          x + i, offset_by(residual, i), y + i, offset_by(a.mask, (n * sample.size() + row) * mask.bytes_per_row()),
-          Strides{sample.width, mask.bytes_per_row()}, rows, j, count, coefficients, stream);
-    });
+    const int64_t row = parts.begin(part), i = n * C * S + row * sample.width;
+    normalize_rows<kAct>(x + i, offset_by(residual, i), y + i,
+                         offset_by(a.mask, (n * sample.size() + row) * mask.bytes_per_row()),
+                         Strides{sample.width, mask.bytes_per_row()}, parts.rows(part), columns, coefficients, stream);
   }
 };
 
 // ---- backward
 
-template <typename T>
-void next_row(RunGradient<T>& g, const Strides& stride) {
-  g.x += stride.elements;
-  g.dy += stride.elements;
-  g.residual = offset_by(g.residual, stride.elements);
-  g.mask = offset_by(g.mask, stride.mask_bytes);
-}
-
-// Adds the sums of dz and dz * xhat over `rows` rows of a tile to dz[] and dz_xhat[]; g is at the first row's first
-// column.
-template <Activation kAct, int kTile, typename T, typename Count>
-FASTNORM_LOOP void add_tile_gradients(RunGradient<T> g, const Strides& stride, int64_t rows, int64_t j, Count count,
-                                      const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
-                                      double* dz, double* dz_xhat) {
-  using P = Pack<T>;
-  P mean[kTile], rstd[kTile], rest[kTile], s[kTile], sx[kTile];
-  for (int t = 0; t < kTile; ++t) {
-    const int64_t i = j + t * P::kSize;
-    mean[t] = standardize.mean[i];
-    rstd[t] = standardize.rstd[i];
-    rest[t] = standardize.rest[i];
-    s[t] = sx[t] = P(0);
-  }
-  for (int64_t row = 0; row < rows; ++row, next_row(g, stride)) {
-    for (int t = 0; t < kTile; ++t) {
-      const int64_t i = j + t * P::kSize;
-      const P x = P::load(g.x + i, count);
-      const P d = g.template dz<kAct>(i, count, x, affine);
-      s[t] = s[t] + d;
-      sx[t] = fmadd(d, fmadd(x - mean[t], rstd[t], rest[t]), sx[t]);
-    }
-  }
-  acc_type<T> lane[kTile * P::kSize];
-  const int columns = tile_columns<kTile, T>(count);
-  for (int t = 0; t < kTile; ++t) s[t].store_acc(lane + t * P::kSize);
-  for (int i = 0; i < columns; ++i) dz[i] += lane[i];
-  for (int t = 0; t < kTile; ++t) sx[t].store_acc(lane + t * P::kSize);
-  for (int i = 0; i < columns; ++i) dz_xhat[i] += lane[i];
-}
-
-// group_gradient_run() for `rows` rows of a tile, the pointers those of its first row's first column.
-template <Activation kAct, int kTile, typename T, typename Count>
-FASTNORM_LOOP void group_gradient_tile(RunGradient<T> g, T* dx, T* dresidual, const Strides& stride, int64_t rows,
-                                       int64_t j, Count count, const Affine<PerColumn<T>>& affine,
+// group_gradient_run() for `rows` rows, the pointers those of the first.
+template <Activation kAct, typename T>
+FASTNORM_LOOP void group_gradient_rows(const RunGradient<T>& g, T* dx, T* dresidual, const Strides& stride,
+                                       int64_t rows, int64_t columns, const Affine<PerColumn<T>>& affine,
                                        const PerColumn<T>& slopes, const PerColumn<T>& offsets, bool stream) {
   using P = Pack<T>;
-  P mean[kTile], scale[kTile], slope[kTile], offset[kTile];
-  for (int t = 0; t < kTile; ++t) {
-    const int64_t i = j + t * P::kSize;
-    mean[t] = affine.mean[i];
-    scale[t] = affine.scale[i];
-    slope[t] = slopes[i];
-    offset[t] = offsets[i];
-  }
-  stream = stream && fills_lines(dx, stride.elements);
-  for (int64_t row = 0; row < rows; ++row, next_row(g, stride)) {
-    for (int t = 0; t < kTile; ++t) {
-      const int64_t i = j + t * P::kSize;
-      const P x = P::load(g.x + i, count);
-      const P dz = g.template dz<kAct>(i, count, x, affine);
-      if (dresidual) dz.store(dresidual + i, count);
-      if (dx) put(fmsub(dz, scale[t], fmadd(x - mean[t], slope[t], offset[t])), dx + i, count, stream);
-    }
-    dx = offset_by(dx, stride.elements);
-    dresidual = offset_by(dresidual, stride.elements);
-  }
+  const Affine<PerColumn<T>> local = affine;
+  const PerColumn<T> slope_of = slopes, offset_of = offsets;
+  const Strides to_next = stride;
+  stream = stream && fills_lines(dx, to_next.elements);
+  for_row_groups(rows, [&](int64_t row, auto group) {
+    constexpr int kRows = decltype(group)::value;
+    RunGradient<T> from[kRows];
+    for (int r = 0; r < kRows; ++r)
+      from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
+    for_packs<T>(columns, [&](int64_t i, auto count, int) {
+      const P mean = local.mean[i], scale = local.scale[i], slope = slope_of[i], offset = offset_of[i];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t at = (row + r) * to_next.elements + i;
+        prefetch(from[r].x + i + kRows * to_next.elements);
+        prefetch(from[r].dy + i + kRows * to_next.elements);
+        const P x = P::load(from[r].x + i, count);
+        const P dz = from[r].template dz<kAct>(i, count, x, local);
+        if (dresidual) dz.store(dresidual + at, count);
+        if (dx) put(fmsub(dz, scale, fmadd(x - mean, slope, offset)), dx + at, count, stream);
+      }
+    });
+  });
 }
 
 // Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
@@ -630,10 +559,8 @@ struct FlatBackward : BackwardGroups<T> {
         const auto coefficients = Base::input_gradient(n * G + g0, all);
         for (int64_t j = at; j < at + L; ++j) columns.set(j, coefficients);
       }
-      for_group_tiles<T>(width, [&](int64_t j, auto tile, auto count) {
-        group_gradient_tile<kAct, decltype(tile)::value>(g, offset_by(dx, first), offset_by(dresidual, first),
-                                                         Strides{width, 0}, 1, j, count, affine, slope, offset, stream);
-      });
+      group_gradient_rows<kAct>(g, offset_by(dx, first), offset_by(dresidual, first), Strides{width, 0}, 1, width,
+                                affine, slope, offset, stream);
     }
     if (stream) stream_fence();
     for (int64_t c = begin * D; c < end * D; ++c) {
@@ -685,12 +612,8 @@ struct ColumnsBackward : BackwardGroups<T> {
     std::fill(&dz_xhat[0], &dz_xhat[columns], 0.0);
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const auto standardize = coefficients.standardize();
-    for_row_blocks(begin, begin + parts.rows(part), [&](int64_t row, int64_t rows) {
-      for_group_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-        add_tile_gradients<kAct, decltype(tile)::value>(row_gradient(n, row), strides, rows, j, count, affine,
-                                                        standardize, &dz[j], &dz_xhat[j]);
-      });
-    });
+    add_column_gradients<kAct>(row_gradient(n, begin), strides, parts.rows(part), columns, affine, standardize, &dz[0],
+                               &dz_xhat[0]);
     Sums* out = &partial[(n * parts.size() + part) * C];
     for (int64_t c = 0; c < C; ++c) {
       out[c] = Sums{};
@@ -722,11 +645,9 @@ struct ColumnsBackward : BackwardGroups<T> {
     }
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const PerColumn<T> slope = coefficients.slope, offset = coefficients.offset;
-    parts.for_tiles<T>(part, [&](int64_t row, int64_t rows, int64_t j, auto tile, auto count) {
-      const int64_t i = n * C * S + row * sample.width;
-      group_gradient_tile<kAct, decltype(tile)::value>(row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i),
-                                                       strides, rows, j, count, affine, slope, offset, stream);
-    });
+    const int64_t row = parts.begin(part), i = n * C * S + row * sample.width;
+    group_gradient_rows<kAct>(row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i), strides,
+                              parts.rows(part), columns, affine, slope, offset, stream);
   }
 };
 

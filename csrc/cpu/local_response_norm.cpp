@@ -199,22 +199,25 @@ struct Plan {
 };
 
 constexpr int64_t kTile = 1 << 13;         // elements of a buffer where the tile is free to choose: 32 KiB of float32
-constexpr int64_t kLargestTile = 1 << 16;  // where it is not, elements before a tile is cut across the window
-constexpr int64_t kNarrowest = 32;         // elements of a strip, at least: two lines of float32
+constexpr int64_t kLargeTile = 1 << 14;    // where its rows are short runs far from each other
+constexpr int64_t kLargestTile = 1 << 16;  // where it is not free, before a tile is cut across the window
+constexpr int64_t kStrip = 128;            // elements of a strip of positions, at least: two or three lines a row would
+                                           // be lost among lines fetched for nothing
+constexpr int64_t kLine = 64;              // bytes of a strip of channels: a cache line, and a whole pack
 constexpr int64_t kTaskElements = 1 << 15;
 
 Window window_of(const LocalResponseNormSetting& setting, int64_t length, int64_t shift) {
   return {std::min(setting.before, length - 1), std::min(setting.after, length - 1), shift};
 }
 
-// Rows a tile, where those around it that the windows reach are read and summed once more.
-int64_t rows_per_tile(const Plan& p) {
+// Rows a tile of at most so many elements, where those around it that the windows reach are read and summed once more.
+int64_t rows_per_tile(const Plan& p, int64_t elements) {
   const int64_t around = p.outer.count() - 1;
-  if ((p.rows + around) * p.row_pitch <= kLargestTile) return p.rows;
-  return std::clamp(kLargestTile / p.row_pitch - around, std::min(p.rows, std::max<int64_t>(4, 2 * around)), p.rows);
+  if ((p.rows + around) * p.row_pitch <= elements) return p.rows;
+  return std::clamp(elements / p.row_pitch - around, std::min(p.rows, std::max<int64_t>(4, 2 * around)), p.rows);
 }
 
-Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetting& setting) {
+Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetting& setting, int64_t element_size) {
   const int64_t N = shape.N, C = shape.C, S = shape.S;
   const bool last = shape.layout == Layout::kChannelsLast;
   Plan p{};
@@ -222,10 +225,10 @@ Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetti
   if (setting.region == Region::kInter && !last) {  // rows are channels
     const int64_t around = window_of(setting, C, 1).count() - 1;
     p.slices = N, p.slice_stride = C * S, p.extent = S;
-    p.width = std::min(S, std::max(kNarrowest, kTile / (C + around) / kNarrowest * kNarrowest));
+    p.width = std::min(S, std::max(kStrip, kTile / (C + around) / kStrip * kStrip));
     p.rows = C, p.row_stride = S, p.row_pitch = p.width;
     p.outer = window_of(setting, C, p.row_pitch);
-    p.chunk = rows_per_tile(p);
+    p.chunk = rows_per_tile(p, kLargeTile);
   } else if (setting.region == Region::kInter) {  // rows are positions
     p.inner = window_of(setting, C, 1);
     p.slices = 1, p.extent = p.width = C;
@@ -236,16 +239,16 @@ Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetti
     p.slices = N * C, p.slice_stride = S, p.extent = p.width = W;
     p.rows = H, p.row_stride = W, p.row_pitch = W + p.inner.reach();
     p.outer = window_of(setting, H, p.row_pitch);
-    p.chunk = rows_per_tile(p);
+    p.chunk = rows_per_tile(p, kLargestTile);
   } else {  // likewise, of strips of channels; a strip of all channels has whole rows contiguous
-    const bool whole = C <= kNarrowest;
-    const int64_t strip = whole ? C : kNarrowest / 2;
+    const bool whole = C * element_size <= 2 * kLine;
+    const int64_t strip = whole ? C : kLine / element_size;
     p.inner = window_of(setting, W, strip);
     p.slices = N, p.slice_stride = S * C, p.extent = whole ? W * C : C, p.width = whole ? W * C : strip;
     p.rows = H, p.row_stride = W * C, p.row_pitch = W * strip + p.inner.reach();
     if (!whole) p.runs = W, p.run_stride = C, p.run_pitch = strip;
     p.outer = window_of(setting, H, p.row_pitch);
-    p.chunk = rows_per_tile(p);
+    p.chunk = rows_per_tile(p, kLargestTile);
   }
   return p;
 }
@@ -441,7 +444,7 @@ void local_response_norm_forward(const LocalResponseNormForward& args) {
     using T = decltype(type);
     const int64_t numel = args.shape.numel();
     const Kernel<T> kernel{args.setting,
-                           plan(args.shape, args.H, args.W, args.setting),
+                           plan(args.shape, args.H, args.W, args.setting, size_of(args.dtype)),
                            numel,
                            static_cast<const T*>(args.x),
                            nullptr,
@@ -460,7 +463,7 @@ void local_response_norm_backward(const LocalResponseNormBackward& args) {
     using T = decltype(type);
     const int64_t numel = args.shape.numel();
     const Kernel<T> kernel{args.setting,
-                           plan(args.shape, args.H, args.W, args.setting),
+                           plan(args.shape, args.H, args.W, args.setting, size_of(args.dtype)),
                            numel,
                            static_cast<const T*>(args.x),
                            static_cast<const T*>(args.dy),

@@ -55,8 +55,8 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
   return {static_cast<double>(n), m + d, m2 < 0 ? 0 : m2};
 }
 
-// Rows that one shift may serve: sixteen blocks, the first of which gives it.
-constexpr int64_t kShiftRows = 16 * kBlockRows;
+// Rows that one shift may serve; it is the mean of the first sixteenth of them, or of the first few.
+constexpr int64_t kShiftRows = 16 * kBlockRows, kLeastShiftRows = 16;
 
 // Calls f(first row, rows) for blocks of kBlockRows rows to twice as many less one: a few rows alone would cost as
 // much.
@@ -79,35 +79,42 @@ void for_row_groups(int64_t rows, const F& f) {
   for (; row < rows; ++row) f(row, std::integral_constant<int, 1>{});
 }
 
-// Adds kRows rows of `columns` elements to sum[].
-template <int kRows, typename T>
-FASTNORM_LOOP void add_rows(const T* x, int64_t stride, int64_t columns, acc_type<T>* sum) {
+// Adds `rows` rows of `columns` elements to sum[].
+template <typename T>
+FASTNORM_LOOP void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, acc_type<T>* sum) {
   using P = Pack<T>;
-  for_packs<T>(columns, [&](int64_t i, auto count, int) {
-    P s = P::load_acc(sum + i);
+  for_row_groups(rows, [&](int64_t row, auto group) {
+    const T* const first = x + row * stride;
+    for_packs<T>(columns, [&](int64_t i, auto count, int) {
+      P s = P::load_acc(sum + i);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) s = s + P::load(x + r * stride + i, count);
-    s.store_acc(sum + i);
+      for (int r = 0; r < decltype(group)::value; ++r) s = s + P::load(first + r * stride + i, count);
+      s.store_acc(sum + i);
+    });
   });
 }
 
 // Scalar math: s1[j] += sum_r (x[r][j] - shift[j]);  s2[j] += sum_r (x[r][j] - shift[j])^2
-template <int kRows, typename T>
-FASTNORM_LOOP void add_row_deviations(const T* x, int64_t stride, int64_t columns, const acc_type<T>* shift,
-                                      acc_type<T>* s1, acc_type<T>* s2) {
+template <typename T>
+FASTNORM_LOOP void add_deviations(const T* x, int64_t stride, int64_t rows, int64_t columns, const acc_type<T>* shift,
+                                  acc_type<T>* s1, acc_type<T>* s2) {
   using P = Pack<T>;
-  for_packs<T>(columns, [&](int64_t i, auto count, int) {
-    const P m = P::load_acc(shift + i);
-    P sum = P::load_acc(s1 + i), squares = P::load_acc(s2 + i);
+  for_row_groups(rows, [&](int64_t row, auto group) {
+    constexpr int kRows = decltype(group)::value;
+    const T* const first = x + row * stride;
+    for_packs<T>(columns, [&](int64_t i, auto count, int) {
+      const P m = P::load_acc(shift + i);
+      P sum = P::load_acc(s1 + i), squares = P::load_acc(s2 + i);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      prefetch(x + (r + kRows) * stride + i);
-      const P d = P::load(x + r * stride + i, count) - m;
-      sum = sum + d;
-      squares = fmadd(d, d, squares);
-    }
-    sum.store_acc(s1 + i);
-    squares.store_acc(s2 + i);
+      for (int r = 0; r < kRows; ++r) {
+        prefetch(first + (r + kRows) * stride + i);
+        const P d = P::load(first + r * stride + i, count) - m;
+        sum = sum + d;
+        squares = fmadd(d, d, squares);
+      }
+      sum.store_acc(s1 + i);
+      squares.store_acc(s2 + i);
+    });
   });
 }
 
@@ -118,26 +125,24 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns, a
                     double* m2) {
   using acc_t = acc_type<T>;
   double *s1 = mean, *s2 = m2;
+  const int64_t shift_rows = std::min(rows, std::max(kLeastShiftRows, rows / 16));
   std::fill(s1, s1 + columns, 0.0);
   std::fill(s2, s2 + columns, 0.0);
   for (int64_t first = 0; first < columns; first += kStrip) {
     const int64_t n = std::min(kStrip, columns - first);
     acc_t sum[kStrip + Pack<T>::kSize], squares[kStrip + Pack<T>::kSize];
+    {
+      acc_t* m = shift + first;
+      std::fill(m, m + n, acc_t(0));
+      add_rows(x + first, stride, shift_rows, n, m);
+      for (int64_t j = 0; j < n; ++j) m[j] *= static_cast<acc_t>(1.0 / static_cast<double>(shift_rows));
+    }
     for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
       const T* block = x + row * stride + first;
       const auto clear = [&](acc_t* sums) { std::fill(sums, sums + n + Pack<T>::kSize, acc_t(0)); };
-      if (row == 0) {
-        acc_t* m = shift + first;
-        std::fill(m, m + n, acc_t(0));
-        for_row_groups(
-            here, [&](int64_t r, auto group) { add_rows<decltype(group)::value>(block + r * stride, stride, n, m); });
-        for (int64_t j = 0; j < n; ++j) m[j] *= static_cast<acc_t>(1.0 / static_cast<double>(here));
-      }
       clear(sum);
       clear(squares);
-      for_row_groups(here, [&](int64_t r, auto group) {
-        add_row_deviations<decltype(group)::value>(block + r * stride, stride, n, shift + first, sum, squares);
-      });
+      add_deviations(block, stride, here, n, shift + first, sum, squares);
       for (int64_t j = 0; j < n; ++j) s1[first + j] += sum[j];
       for (int64_t j = 0; j < n; ++j) s2[first + j] += squares[j];
     });
@@ -159,6 +164,71 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns, a
                                                                 : shifted_moments(n, shift[j], s1[j], s2[j]);
     mean[j] = column.mean;
     m2[j] = column.m2;
+  }
+}
+
+// From row to row of a matrix: elements, and bytes of the mask.
+struct Strides {
+  int64_t elements, mask_bytes;
+};
+
+template <typename T>
+RunGradient<T> offset_by(const RunGradient<T>& g, int64_t elements, int64_t mask_bytes) {
+  return {g.x + elements, g.dy + elements, offset_by(g.residual, elements), offset_by(g.mask, mask_bytes)};
+}
+
+// Scalar math: s[j] += sum_r dz[r][j];  sx[j] += sum_r dz[r][j] * xhat[r][j]
+template <Activation kAct, typename T>
+FASTNORM_LOOP void add_row_gradients(const RunGradient<T>& g, const Strides& stride, int64_t rows, int64_t columns,
+                                     const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
+                                     acc_type<T>* dz, acc_type<T>* dz_xhat) {
+  using P = Pack<T>;
+  const Affine<PerColumn<T>> z = affine;
+  const Standardize<PerColumn<T>> xhat = standardize;
+  const Strides to_next = stride;
+  for_row_groups(rows, [&](int64_t row, auto group) {
+    constexpr int kRows = decltype(group)::value;
+    RunGradient<T> from[kRows];
+    for (int r = 0; r < kRows; ++r)
+      from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
+    for_packs<T>(columns, [&](int64_t i, auto count, int) {
+      P s = P::load_acc(dz + i), sx = P::load_acc(dz_xhat + i);
+      const P mean = xhat.mean[i], rstd = xhat.rstd[i], rest = xhat.rest[i];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        prefetch(from[r].x + i + kRows * to_next.elements);
+        prefetch(from[r].dy + i + kRows * to_next.elements);
+        const P x = P::load(from[r].x + i, count);
+        const P d = from[r].template dz<kAct>(i, count, x, z);
+        s = s + d;
+        sx = fmadd(d, fmadd(x - mean, rstd, rest), sx);
+      }
+      s.store_acc(dz + i);
+      sx.store_acc(dz_xhat + i);
+    });
+  });
+}
+
+// The sums over rows of dz and dz * xhat of each column, added to dz[] and dz_xhat[]; g is at the first row.
+template <Activation kAct, typename T>
+void add_column_gradients(const RunGradient<T>& g, const Strides& stride, int64_t rows, int64_t columns,
+                          const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize, double* dz,
+                          double* dz_xhat) {
+  using acc_t = acc_type<T>;
+  for (int64_t first = 0; first < columns; first += kStrip) {
+    const int64_t n = std::min(kStrip, columns - first);
+    acc_t s[kStrip + Pack<T>::kSize], sx[kStrip + Pack<T>::kSize];
+    const auto at = [&](const PerColumn<T>& c) { return PerColumn<T>(c.values + first); };
+    const Affine<PerColumn<T>> z{at(affine.mean), at(affine.scale), at(affine.shift)};
+    const Standardize<PerColumn<T>> xhat{at(standardize.mean), at(standardize.rstd), at(standardize.rest)};
+    for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
+      std::fill(s, s + n + Pack<T>::kSize, acc_t(0));
+      std::fill(sx, sx + n + Pack<T>::kSize, acc_t(0));
+      add_row_gradients<kAct>(offset_by(g, row * stride.elements + first, row * stride.mask_bytes + first / 8), stride,
+                              here, n, z, xhat, s, sx);
+      for (int64_t j = 0; j < n; ++j) dz[first + j] += s[j];
+      for (int64_t j = 0; j < n; ++j) dz_xhat[first + j] += sx[j];
+    });
   }
 }
 
