@@ -5,29 +5,42 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import fastnorm
 
-def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
+
+def saved_bytes(
+    forward: Callable[[], Any], parameters: Iterable[Tensor], context: fastnorm.recompute | None = None
+) -> int:
     """Bytes that a forward pass keeps for backward, parameters left out.
 
     Each storage counts once, however many tensors of it are kept, and whole: it stays as long as one of them does.
-    Inputs count: in a network nothing but the layer that keeps them makes them stay.
+    Inputs count: in a network nothing but the layer that keeps them makes them stay. ``context`` is what the forward
+    pass is to run in; of an output that it computes again, the residual counts if that is kept.
     """
     kept: dict[int, tuple[Tensor, int]] = {}
     left_out = {p.untyped_storage().data_ptr() for p in parameters}
 
-    def pack(t: Tensor) -> Tensor:
+    def pack(t: Any) -> Any:
+        if context is not None:
+            t = context.pack_hook(t)
+            while not isinstance(t, Tensor | None):
+                t = t.node.packed_residual
+        if t is None:
+            return t
         storage = t.untyped_storage()
         if storage.nbytes() > 0 and storage.data_ptr() not in left_out:
             kept[storage.data_ptr()] = (t, storage.nbytes())  # t is held, so that no other storage gets its address
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with context or nullcontext(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = forward()
     del y
     return sum(nbytes for _, nbytes in kept.values())

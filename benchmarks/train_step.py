@@ -1,9 +1,9 @@
 """``python benchmarks/train_step.py [--out DIR]``: training steps on torch.nn, converted, and converted and fused.
 
-For each network and layout: the time of a step (zero_grad, forward, loss, backward, SGD), the three by turns in one
-process; the share of torch's step that normalisation, activation, addition and dropout take, by torch's profiler; the
-most memory allocated in a step; and the bytes kept for backward. Prints a Markdown table; with ``--out`` it also writes
-train_step.md and train_step.json there.
+For each network and layout: the time of a step (zero_grad, forward, loss, backward, SGD), on torch.nn, converted,
+converted and fused, and that under :class:`fastnorm.recompute`, by turns in one process; the share of torch's step that
+normalisation, activation, addition and dropout take, by torch's profiler; the most memory allocated in a step; and the
+bytes kept for backward. Prints a Markdown table; with ``--out`` it also writes train_step.md and train_step.json there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ TRAININGS = (
     Training("ViT, 6 blocks of 192", vit, 256, ("contiguous",)),
 )
 
+RECOMPUTED = "fused, outputs recomputed"  # under fastnorm.recompute
+
 # torch's names of what fastnorm takes over.
 OURS = re.compile(r"aten::(native_)?(batch_norm|layer_norm|relu|threshold|gelu|add|dropout|bernoulli)_?(_backward)?")
 
@@ -94,19 +97,28 @@ class Result:
 
 
 def variants(training: Training) -> dict[str, nn.Module]:
-    """The same network with the same weights on torch.nn, converted, and converted and fused."""
+    """The same network with the same weights on torch.nn, converted, converted and fused, and that for RECOMPUTED."""
     torch.manual_seed(0)
     model = training.make().train()
     converted = fastnorm.convert(copy.deepcopy(model))
-    return {"torch": model, "converted": converted, "fused": fastnorm.fuse(copy.deepcopy(converted))}
+    fused = fastnorm.fuse(copy.deepcopy(converted))
+    return {"torch": model, "converted": converted, "fused": fused, RECOMPUTED: copy.deepcopy(fused)}
 
 
-def step_of(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], Any]:
+def context_of(library: str) -> fastnorm.recompute | None:
+    """What its forward pass runs in."""
+    return fastnorm.recompute() if library == RECOMPUTED else None
+
+
+def step_of(library: str, model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    context = context_of(library) or nullcontext()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), labels).backward()
+        with context:
+            loss = F.cross_entropy(model(x), labels)
+        loss.backward()
         optimizer.step()
 
     return step
@@ -131,7 +143,7 @@ def measure(training: Training, layout: str, device: str, seconds: float) -> lis
     x = torch.randn(training.batch, 3, 32, 32, generator=generator).to(device, memory_format=memory_format)
     labels = torch.randint(10, (training.batch,), generator=generator).to(device)
     models = {name: m.to(device, memory_format=memory_format) for name, m in variants(training).items()}
-    steps = {name: step_of(model, x, labels) for name, model in models.items()}
+    steps = {name: step_of(name, model, x, labels) for name, model in models.items()}
     times = by_turns({name: lambda step=step: step for name, step in steps.items()}, clock_of(device), seconds=seconds)
     return [
         Result(
@@ -145,7 +157,7 @@ def measure(training: Training, layout: str, device: str, seconds: float) -> lis
             len(times[name].rounds),
             share_in_norms(steps[name], device) if name == "torch" else None,
             peak_bytes(steps[name], device),
-            saved_bytes(lambda model=model: F.cross_entropy(model(x), labels), model.parameters()),
+            saved_bytes(lambda model=model: F.cross_entropy(model(x), labels), model.parameters(), context_of(name)),
         )
         for name, model in models.items()
     ]

@@ -16,6 +16,7 @@ from fastnorm.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3
 from fastnorm.layer_norm import LayerNorm
 from fastnorm.local_response_norm import LocalResponseNorm
 from fastnorm.mc_dropout import MCPrediction, mc_dropout, mc_predict
+from fastnorm.recomputation import recompute
 from fastnorm.rms_norm import RMSNorm
 from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.version import __version__
@@ -58,6 +59,7 @@ __all__ = [
     "mc_dropout",
     "mc_predict",
     "parametrizations",
+    "recompute",
     "revert",
     "set_fallback",
 ]

@@ -38,6 +38,22 @@ class BatchNormFunction(NormFunction):
         return setting[3]
 
     @staticmethod
+    def is_repeatable(setting: Setting) -> bool:
+        return setting[8] is None  # r and d of batch_renorm would have to be merged into weight and bias
+
+    @classmethod
+    def again(
+        cls,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        statistics: Tensor,
+        setting: Setting,
+    ) -> Tensor:
+        return _C.batch_norm_normalize(input, weight, bias, residual, statistics, setting[6], False)[0]
+
+    @staticmethod
     def backward_setting(input: Tensor, setting: Setting) -> Setting:
         return setting[3], setting[6]
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastnorm import compile
+from fastnorm import compile, recomputation
 from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch
@@ -52,6 +52,11 @@ class NormFunction(torch.autograd.Function):
     @staticmethod
     def updates(setting: Setting) -> bool:
         """Whether a call with this setting updates the tracked tensors."""
+        return True
+
+    @staticmethod
+    def is_repeatable(setting: Setting) -> bool:
+        """Whether :meth:`again` covers this setting."""
         return True
 
     @staticmethod
@@ -120,7 +125,23 @@ class NormFunction(torch.autograd.Function):
         kept_residual = residual if setting[cls.activation_at] in ("silu", "gelu") else None
         ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
         ctx.setting = setting
+        if recomputation.contexts and cls.is_repeatable(setting):
+            recomputation.note(ctx, residual)
         return y
+
+    @classmethod
+    def again(
+        cls,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        statistics: Tensor,
+        setting: Setting,
+    ) -> Tensor:
+        """What forward returned, bit for bit, with no tracked tensor updated."""
+        own = setting[cls.tracked :]
+        return cls.native_forward(input, weight, bias, residual, *[None] * cls.tracked, *own, False)[0]
 
     @classmethod
     def backward(cls, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,100 @@
+"""Outputs of normalisations computed again in backward instead of kept for it."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_local = threading.local()
+contexts = 0  # entered and not left, by any thread: forward passes outside of all pay for no more than a look at this
+
+
+class recompute(torch.autograd.graph.saved_tensors_hooks):
+    """Context in which what later layers keep of a normalisation's output is not the output but how to compute it.
+
+    A convolution after ``y = relu(norm(x))`` keeps ``y`` for its backward, while the normalisation keeps ``x``. Run the
+    forward pass in this context and only ``x`` stays: ``y`` is computed again, bit for bit, when backward comes to the
+    convolution, which costs one more pass of the normalisation. So it is for linear layers, pooling and every other
+    layer that keeps its input. What a residual branch adds is treated likewise::
+
+        with fastnorm.recompute():
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
+
+    Outputs of BatchNorm, LayerNorm, RMSNorm, GroupNorm and InstanceNorm are computed again, of BatchRenorm and
+    SyncBatchNorm kept. Not for forward passes under torch.compile, whose partitioner decides what is kept, or under
+    other ``saved_tensors_hooks`` entered later. A checkpoint (``torch.utils.checkpoint``) inside of it works.
+
+    Args:
+        depth: how many normalisations may be computed to get one output. The output of a residual block needs the one
+            before it: of a chain of such outputs 1 keeps every second, 2 every third.
+
+    Source: the idea of Rota Bulo, Porzi and Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
+    of DNNs" (2018), from the other end: they keep y and invert the activation to get x, here x is kept and y computed.
+    """
+
+    def __init__(self, depth: int = 2) -> None:
+        if isinstance(depth, bool) or not isinstance(depth, int):
+            raise TypeError(f"recompute: depth must be an int, got {type(depth).__name__}")
+        if depth < 1:
+            raise ValueError(f"recompute: depth must be at least 1, got {depth}")
+        super().__init__(lambda t: packed(t, depth), unpacked)
+        self.depth = depth
+
+    def __enter__(self) -> None:
+        global contexts
+        super().__enter__()
+        contexts += 1
+        self._outer = getattr(_local, "depth", 0)
+        _local.depth = self.depth
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        global contexts
+        _local.depth = self._outer
+        contexts -= 1
+        super().__exit__(kind, value, traceback)
+
+
+class Output(NamedTuple):
+    """An output of a normalisation, as what computes it."""
+
+    node: Any  # of the autograd graph, which holds what the normalisation keeps for its own backward
+    depth: int  # normalisations to compute for it
+
+
+def note(node: Any, residual: Tensor | None) -> None:
+    """Makes the output of a normalisation one that can be computed again, if this thread is in the context."""
+    depth = getattr(_local, "depth", 0)
+    if depth:
+        node.packed_residual = None if residual is None else packed(residual, depth)
+        node.is_recomputable = True
+
+
+def packed(t: Tensor, depth: int) -> Tensor | Output:
+    """What is kept of ``t``."""
+    node = t.grad_fn  # of a view, another one
+    if not getattr(node, "is_recomputable", False):
+        return t
+    residual = node.packed_residual  # type: ignore[union-attr]
+    needed = 1 + (residual.depth if isinstance(residual, Output) else 0)
+    return Output(node, needed) if needed <= depth else t
+
+
+def unpacked(kept: Tensor | Output) -> Tensor:
+    """The tensor that :func:`packed` was given."""
+    if isinstance(kept, Tensor):
+        return kept
+    node = kept.node
+    input, weight, bias, _, _, statistics = node.saved_tensors
+    residual = None if node.packed_residual is None else unpacked(node.packed_residual)
+    with torch.no_grad():
+        return type(node)._forward_cls.again(input, weight, bias, residual, statistics, node.setting)

@@ -1,0 +1,207 @@
+"""fastnorm.recompute: less is kept for backward, and every number stays as it is."""
+
+import contextlib
+from collections import Counter
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastnorm
+
+
+def gradients(model, x, **options):
+    """The loss's gradients, forward in the context if it is given a depth."""
+    model.zero_grad()
+    if options:
+        with fastnorm.recompute(**options):
+            y = model(x)
+    else:
+        y = model(x)
+    y.square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def kept(model, x, depth=None):
+    """Bytes that a forward pass keeps for backward, parameters left out, and how many outputs are computed again."""
+    context = fastnorm.recompute(depth) if depth else contextlib.nullcontext()
+    storages, outputs = {}, 0
+
+    def add(t):
+        storages[t.untyped_storage().data_ptr()] = t  # held, so that no other gets its address
+
+    def pack(t):
+        nonlocal outputs
+        t = context.pack_hook(t) if depth else t
+        outputs += not isinstance(t, torch.Tensor)
+        while not isinstance(t, torch.Tensor | None):
+            t = t.node.packed_residual
+        if t is not None:
+            add(t)
+        return t
+
+    with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    del y
+    for p in model.parameters():
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    return sum(t.untyped_storage().nbytes() for t in storages.values()), outputs
+
+
+class Residual(nn.Module):
+    """Blocks conv, norm + relu, conv, norm + add + relu: each needs the one before it."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.convolutions = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2 * blocks))
+        self.norms = nn.ModuleList(fastnorm.BatchNorm2d(8, activation="relu") for _ in range(2 * blocks + 1))
+
+    def forward(self, x):
+        x = self.norms[-1](self.stem(x))
+        for i in range(0, len(self.convolutions), 2):
+            y = self.norms[i](self.convolutions[i](x))
+            x = self.norms[i + 1](self.convolutions[i + 1](y), residual=x)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "group", "instance"])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_the_same_bit_for_bit(norm, activation, training):
+    layers = {
+        "batch": lambda: fastnorm.BatchNorm2d(8, activation=activation),
+        "layer": lambda: fastnorm.LayerNorm([8, 6, 6], activation=activation),
+        "rms": lambda: fastnorm.RMSNorm([8, 6, 6], activation=activation),
+        "group": lambda: fastnorm.GroupNorm(2, 8, activation=activation),
+        "instance": lambda: fastnorm.InstanceNorm2d(8, affine=True, track_running_stats=True, activation=activation),
+    }
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), layers[norm](), nn.Conv2d(8, 4, 3))
+    model.train(training)
+    x = torch.randn(2, 3, 8, 8)
+    buffers = [b.clone() for b in model.buffers()]
+    expected = gradients(model, x)
+    after_one = [b.clone() for b in model.buffers()]
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    got = gradients(model, x, depth=1)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), after_one, strict=True))  # updated once
+
+
+@pytest.mark.parametrize("depth, expected_outputs", [(1, 8), (2, 9), (9, 10)])
+def test_residual_blocks(depth, expected_outputs):
+    """Of the ten inputs of convolutions, five come from norms with a chain of residuals."""
+    torch.manual_seed(0)
+    model, x = Residual(5), torch.randn(2, 3, 8, 8)
+    expected = gradients(model, x)
+    got = gradients(model, x, depth=depth)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert kept(model, x, depth)[1] == expected_outputs
+
+
+def test_a_resnet_keeps_at_most_70_percent_of_torch():
+    torch.manual_seed(0)
+    model = networks.ResNet()
+    x = torch.randn(4, 3, 32, 32)
+    before, _ = kept(model, x)
+    model = fastnorm.fuse(fastnorm.convert(model))
+    after, _ = kept(model, x, depth=2)
+    assert after <= 0.7 * before, f"{after / before:.2f}"
+
+
+def test_each_output_is_computed_again_only_when_backward_needs_it(monkeypatch):
+    calls = Counter()
+    again = fastnorm.autograd.BatchNormFunction.again
+    monkeypatch.setattr(
+        fastnorm.autograd.BatchNormFunction, "again", lambda *args: (calls.update(again=1), again(*args))[1]
+    )
+    model, x = Residual(1), torch.randn(2, 3, 8, 8)
+    with fastnorm.recompute():
+        y = model(x)
+    assert calls["again"] == 0
+    y.sum().backward()
+    assert calls["again"] == 2  # the inputs of two convolutions; the last output goes to a mean, which keeps nothing
+
+
+def test_outside_of_the_context_all_is_kept():
+    model, x = Residual(1), torch.randn(2, 3, 8, 8)
+    with fastnorm.recompute():
+        pass
+    y = model.norms[-1](model.stem(x))
+    with fastnorm.recompute():
+        z = model.convolutions[0](y)
+    assert z.grad_fn._saved_input is not None
+    assert not hasattr(y.grad_fn, "is_recomputable")
+    z.sum().backward()
+
+
+def test_context_is_the_threads_own():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, x = Residual(1), torch.randn(2, 3, 8, 8)
+    with fastnorm.recompute(), ThreadPoolExecutor(1) as pool:
+        y = pool.submit(lambda: model.norms[-1](model.stem(x))).result()
+    assert not hasattr(y.grad_fn, "is_recomputable")
+
+
+def test_views_batch_renorm_and_changed_outputs_are_kept():
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    norm, renorm, linear = fastnorm.BatchNorm2d(8), fastnorm.BatchRenorm2d(8), nn.Linear(36, 2)
+    with fastnorm.recompute():
+        y = linear(norm(x).flatten(2))
+        z = F.conv2d(renorm(x), torch.ones(1, 8, 1, 1))
+        changed = F.conv2d(norm(x).mul_(2), torch.ones(1, 8, 1, 1, requires_grad=True))
+    (y.sum() + z.sum() + changed.sum()).backward()
+    plain = x.grad.clone()
+    x.grad = None
+    (linear(norm(x).flatten(2)).sum() + F.conv2d(renorm(x), torch.ones(1, 8, 1, 1)).sum()
+     + F.conv2d(norm(x).mul_(2), torch.ones(1, 8, 1, 1)).sum()).backward()  # fmt: skip
+    torch.testing.assert_close(x.grad, plain)
+
+
+def test_double_backward():
+    torch.manual_seed(0)
+    norm = fastnorm.BatchNorm2d(3, activation="silu", dtype=torch.float64)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for context in (torch.enable_grad(), fastnorm.recompute()):
+        with context:
+            loss = F.conv2d(norm(x), weight).square().sum()
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        results.append(torch.autograd.grad(g.square().sum(), (x, weight)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_retained_graph_and_checkpoint():
+    torch.manual_seed(0)
+    model, x = Residual(2), torch.randn(2, 3, 8, 8)
+    expected = gradients(model, x)
+    model.zero_grad()
+    with fastnorm.recompute():
+        loss = model(x).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert all(torch.allclose(p.grad, 2 * e) for p, e in zip(model.parameters(), expected, strict=True))
+    model.zero_grad()
+    with fastnorm.recompute():
+        loss = checkpoint(model, x, use_reentrant=False).square().mean()
+    loss.backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("depth, error", [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_bad_depth(depth, error):
+    with pytest.raises(error, match="recompute: depth must be"):
+        fastnorm.recompute(depth)
+
+
+def test_readme():
+    exec(networks.readme_code("recompute"), names := {})
+    assert names["model"][0].weight.grad is not None
