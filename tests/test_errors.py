@@ -440,6 +440,11 @@ WRONG = {
         ValueError,
         "convert: skip must name modules of the model, got '7'",
     ),
+    "explain_launch: no such device": (
+        lambda: fastnorm.explain_launch("batch_norm", (4, 3), device="cuda:99"),
+        RuntimeError,
+        "explain_launch: device must be a CUDA device that torch has here, or .*H100, got 'cuda:99'",
+    ),
     "set_fallback": (lambda: fastnorm.set_fallback("loud"), ValueError, "set_fallback: mode must be"),
 }
 
