@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1, op,
                 ": num_batches_tracked must be one number of type Long, got shape ", num_batches_tracked->sizes(),
                 " of type ", num_batches_tracked->scalar_type());
-    check_same_device(op, "num_batches_tracked", *num_batches_tracked, input);
+    check_place(op, "num_batches_tracked", *num_batches_tracked, input);
   }
   TORCH_CHECK_VALUE(momentum || !training || !is_given(running_mean) || is_given(num_batches_tracked), op,
                     ": momentum=None (cumulative average) needs num_batches_tracked");

@@ -53,9 +53,13 @@ def uses_ops(input: Tensor) -> bool:
 
 def uncovered_input(input: Tensor) -> str | None:
     """Why no kernel takes the input, of which a trace has no more than the description; None if one does."""
-    if input.device.type not in _DEVICES or input.layout != torch.strided:
-        return f"no kernel for a {input.layout} tensor on {input.device}"
-    return None if input.dtype in _DTYPES else f"no kernel for {input.dtype}"
+    if input.layout != torch.strided:
+        return f"no kernel for input of layout {input.layout}, wanted torch.strided"
+    if input.device.type not in _DEVICES:
+        return f"no kernel for input on {input.device}, wanted {' or '.join(_DEVICES)}"
+    if input.dtype not in _DTYPES:
+        return f"no kernel for input of type {input.dtype}, wanted float64, float32, bfloat16 or float16"
+    return None
 
 
 def register(
@@ -86,7 +90,9 @@ def register(
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError("fastnorm: a traced graph can be differentiated once; use eager mode for higher orders")
+    raise NotImplementedError(
+        "fastnorm: a traced graph can be differentiated once; use eager mode for higher orders"
+    )
 
 
 def defined(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
