@@ -11,7 +11,6 @@
 
 #include "checks.h"
 #include "device.h"
-#include "mask_slopes.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -305,13 +304,6 @@ std::tuple<Tensor, Tensor> batch_norm_backward_elements(const Tensor& grad_outpu
   o.args.count = count;
   FASTNORM_RUN(batch_norm_backward, o.args, input);
   return {dx, dresidual};
-}
-
-Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {
-  const Shape shape = shape_of(input);
-  const MaskRows rows = mask_rows(input, shape);
-  return mask_slopes(input, mask, activation_of(kOp, activation), rows,
-                     [&rows](int64_t i) { return MaskBit{i / rows.length, i % rows.length}; });
 }
 
 }  // namespace fastnorm

@@ -91,7 +91,7 @@ def register(
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError(
-        "fastnorm: a traced graph can be differentiated once; use eager mode for higher orders"
+        "fastnorm: this op can be differentiated once when traced; use eager mode for higher orders"
     )
 
 
