@@ -127,7 +127,9 @@ struct WeightNormFunction : torch::autograd::Function<WeightNormFunction> {
                                                  const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &g = saved[0], &v = saved[1], &norm = saved[2];
-    if (at::GradMode::is_enabled()) return differentiable_backward(grads[0], g, v);
+    // A tensor of vmap has no storage.
+    const bool transformed = !grads[0].has_storage() || grads[0]._fw_grad(/*level=*/0).defined();
+    if (at::GradMode::is_enabled() || transformed) return differentiable_backward(grads[0], g, v);
     return fastnorm::backward(grads[0], g, v, norm, {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
   }
 };
