@@ -246,8 +246,9 @@ def test_first_and_second_derivatives(name: str) -> None:
         return y[0] if isinstance(y, tuple | list) else y
 
     leaves = [args[i] for i in at]
-    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+    # second derivatives may be small: spectral_norm's divide by the square of sigma
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True, atol=1e-8)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True, atol=1e-8)
 
 
 def test_a_second_derivative_without_the_first() -> None:
