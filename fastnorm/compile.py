@@ -4,6 +4,9 @@ Eager calls go through the autograd functions, which cost less; where a compiler
 registered here. They are torch.ops.fastnorm.<name>: functional, so what they would update they return, and the
 functional writes it back, as torch's own batch normalisation does when it is traced. For a registered autograd formula
 must not mutate anything.
+
+They have derivatives of every order. Not so what torch makes of them: AOTAutograd differentiates a compiled graph once,
+and torch.func takes no op whose derivative torch.library.register_autograd gave; it takes the functionals.
 """
 
 from __future__ import annotations

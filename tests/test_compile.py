@@ -367,15 +367,18 @@ def test_every_norm_with_residual_and_activation(training: bool, last: bool) -> 
     assert_equal_to_eager(model, x, backend="aot_eager")
 
 
-def residual_block() -> nn.Module:
-    return nn.Sequential(ResidualBlock(3, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "ResNet": (lambda: ResidualBlock(8, 8, 1), (4, 8, 6, 6)),
+    "ViT": (lambda: TransformerBlock(16, 4, p=0.0), (2, 9, 16)),
+}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("make", [residual_block, lambda: ViT(dim=16, depth=1)], ids=["ResNet", "ViT"])
-def test_inductor_against_torch(make: Callable[[], nn.Module], training: bool) -> None:
-    """The converted network, compiled, against torch.nn's, eager; running statistics after two batches too."""
-    model, x = make(), images(4)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_inductor_against_torch(name: str, training: bool) -> None:
+    """A converted block, compiled, against torch.nn's, eager; running statistics after two batches too."""
+    make, shape = BLOCKS[name]
+    model, x = make(), tensor(*shape)
     randomize(model)
     model.train(training)
     converted = fastnorm.convert(copy.deepcopy(model))
