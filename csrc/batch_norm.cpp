@@ -11,7 +11,6 @@
 
 #include "checks.h"
 #include "device.h"
-#include "mask_slopes.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1, op,
                 ": num_batches_tracked must be one number of type Long, got shape ", num_batches_tracked->sizes(),
                 " of type ", num_batches_tracked->scalar_type());
-    check_same_device(op, "num_batches_tracked", *num_batches_tracked, input);
+    check_place(op, "num_batches_tracked", *num_batches_tracked, input);
   }
   TORCH_CHECK_VALUE(momentum || !training || !is_given(running_mean) || is_given(num_batches_tracked), op,
                     ": momentum=None (cumulative average) needs num_batches_tracked");
@@ -305,13 +304,6 @@ std::tuple<Tensor, Tensor> batch_norm_backward_elements(const Tensor& grad_outpu
   o.args.count = count;
   FASTNORM_RUN(batch_norm_backward, o.args, input);
   return {dx, dresidual};
-}
-
-Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {
-  const Shape shape = shape_of(input);
-  const MaskRows rows = mask_rows(input, shape);
-  return mask_slopes(input, mask, activation_of(kOp, activation), rows,
-                     [&rows](int64_t i) { return MaskBit{i / rows.length, i % rows.length}; });
 }
 
 }  // namespace fastnorm

@@ -37,7 +37,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm_normalize", wrap_pybind_function_no_gil(fastnorm::batch_norm_normalize));
   m.def("batch_norm_backward_reduce", wrap_pybind_function_no_gil(fastnorm::batch_norm_backward_reduce));
   m.def("batch_norm_backward_elements", wrap_pybind_function_no_gil(fastnorm::batch_norm_backward_elements));
-  m.def("batch_norm_mask_slopes", wrap_pybind_function_no_gil(fastnorm::batch_norm_mask_slopes));
   m.def("dropout_state", wrap_pybind_function_no_gil(fastnorm::dropout_state));
   m.def("dropout", wrap_pybind_function_no_gil(fastnorm::dropout));
   m.def("alpha_dropout", wrap_pybind_function_no_gil(fastnorm::alpha_dropout));
@@ -51,7 +50,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("weight_norm", wrap_pybind_function_no_gil(fastnorm::weight_norm));
   m.def("group_norm_forward", wrap_pybind_function_no_gil(fastnorm::group_norm_forward));
   m.def("group_norm_backward", wrap_pybind_function_no_gil(fastnorm::group_norm_backward));
-  m.def("group_norm_mask_slopes", wrap_pybind_function_no_gil(fastnorm::group_norm_mask_slopes));
   m.def("instance_norm_forward", wrap_pybind_function_no_gil(fastnorm::instance_norm_forward));
 
   m.def("plan_slices", fastnorm::plan_slices);

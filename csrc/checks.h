@@ -9,26 +9,29 @@
 namespace fastnorm {
 
 // NotImplementedError, which Python turns into a call of torch's own op: work that no kernel covers.
-inline void check_supported(const char* op, const Tensor& input) {
-  check_device(op, input);
-  TORCH_CHECK_NOT_IMPLEMENTED(input.layout() == at::kStrided && !input.is_quantized(), op, ": no kernel for a ",
-                              input.layout(), " tensor on ", input.device());
+inline void check_supported(const char* op, const Tensor& input, const char* name = "input") {
+  TORCH_CHECK_NOT_IMPLEMENTED(input.layout() == at::kStrided, op, ": no kernel for ", name, " of layout ",
+                              input.layout(), ", wanted Strided");
+  check_device(op, input, name);
   const auto type = input.scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-                              op, ": no kernel for ", type);
-  TORCH_CHECK_NOT_IMPLEMENTED(!input.is_conj() && !input.is_neg(), op,
-                              ": no kernel for a lazily conjugated or negated tensor");
+                              op, ": no kernel for ", name, " of type ", type,
+                              ", wanted Double, Float, BFloat16 or Half");
+  TORCH_CHECK_NOT_IMPLEMENTED(!input.is_conj() && !input.is_neg(), op, ": no kernel for ", name,
+                              " that is lazily conjugated or negated");
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
+// Of a tensor beside the input.
+inline void check_place(const char* op, const char* name, const Tensor& t, const Tensor& input) {
   TORCH_CHECK(t.device() == input.device(), op, ": ", name, " must be on ", input.device(), " like input, got ",
               t.device());
+  TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a strided tensor, got ", t.layout());
 }
 
 // A parameter or statistic: one number a channel, in the input's type or float32.
 inline void check_per_channel(const char* op, const char* name, const OptionalTensor& t, const Tensor& input) {
   if (!is_given(t)) return;
-  check_same_device(op, name, *t, input);
+  check_place(op, name, *t, input);
   TORCH_CHECK(t->dim() == 1 && t->size(0) == input.size(1), op, ": ", name, " must have shape [", input.size(1),
               "] (input.size(1)), got ", t->sizes());
   const auto type = t->scalar_type(), wanted = input.scalar_type();
@@ -46,8 +49,7 @@ inline void check_same_type(const char* op, const char* name_a, const OptionalTe
 
 inline void check_like_input(const char* op, const char* name, const OptionalTensor& t, const Tensor& input) {
   if (!is_given(t)) return;
-  check_same_device(op, name, *t, input);
-  TORCH_CHECK(t->layout() == at::kStrided, op, ": ", name, " must be a strided tensor, got ", t->layout());
+  check_place(op, name, *t, input);
   TORCH_CHECK(t->sizes() == input.sizes(), op, ": ", name, " must have input's shape ", input.sizes(), ", got ",
               t->sizes());
   TORCH_CHECK(t->scalar_type() == input.scalar_type(), op, ": ", name, " must be of input's type ", input.scalar_type(),

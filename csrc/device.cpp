@@ -21,10 +21,10 @@ namespace fastnorm {
 
 #ifndef FASTNORM_WITH_CUDA
 
-void check_device(const char* op, const at::Tensor& t) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!t.is_cuda(), op, ": no kernel for a tensor on ", t.device(),
+void check_device(const char* op, const at::Tensor& t, const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!t.is_cuda(), op, ": no kernel for ", name, " on ", t.device(),
                               ": this build of fastnorm is for the CPU alone");
-  TORCH_CHECK_NOT_IMPLEMENTED(t.is_cpu(), op, ": no kernel for a ", t.layout(), " tensor on ", t.device());
+  TORCH_CHECK_NOT_IMPLEMENTED(t.is_cpu(), op, ": no kernel for ", name, " on ", t.device(), ", wanted cpu");
 }
 
 const CudaBuild& cuda_build() {
@@ -64,14 +64,14 @@ static bool runs_on(c10::DeviceIndex index) {
   return answer == kYes;
 }
 
-void check_device(const char* op, const at::Tensor& t) {
-  TORCH_CHECK_NOT_IMPLEMENTED(t.is_cpu() || t.is_cuda(), op, ": no kernel for a ", t.layout(), " tensor on ",
-                              t.device());
+void check_device(const char* op, const at::Tensor& t, const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(t.is_cpu() || t.is_cuda(), op, ": no kernel for ", name, " on ", t.device(),
+                              ", wanted cpu or cuda");
   if (t.is_cpu() || runs_on(t.get_device())) return;
   const int capability = capability_of(t.get_device());
   const CudaBuild& build = cuda_build();
-  TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": no kernel for ", t.device(), " of compute capability ", capability / 10,
-                              ".", capability % 10, ": this build has machine code for [",
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": no kernel for ", name, " on ", t.device(), " of compute capability ",
+                              capability / 10, ".", capability % 10, ": this build has machine code for [",
                               c10::Join(", ", build.binaries), "] and PTX for [", c10::Join(", ", build.ptx), "]");
 }
 

@@ -13,8 +13,8 @@
 
 namespace fastnorm {
 
-// NotImplementedError unless this build has kernels for the device that `t` is on.
-void check_device(const char* op, const at::Tensor& t);
+// NotImplementedError unless this build has kernels for the device that `t` is on, the op's argument of that name.
+void check_device(const char* op, const at::Tensor& t, const char* name);
 
 // What this build has for CUDA; nothing in a build for the CPU alone.
 struct CudaBuild {

@@ -8,7 +8,6 @@
 #include "checks.h"
 #include "device.h"
 #include "groups.h"
-#include "mask_slopes.h"
 #include "ops.h"
 
 namespace fastnorm {
@@ -154,19 +153,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
   FASTNORM_RUN(group_norm_backward, args, input);
   return {dx, dweight, dbias, dresidual};
-}
-
-Tensor group_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation) {
-  const Shape shape = shape_of(input);
-  const MaskRows rows = mask_rows(input, shape);
-  const SampleRows sample = sample_rows(shape);
-  const int64_t per_sample = shape.C * shape.S;
-  const bool by_sample = !input.is_cuda();  // on the CPU a sample's last row may be shorter than the others
-  return mask_slopes(input, mask, activation_of(kOp, activation), rows, [&](int64_t i) {
-    if (!by_sample) return MaskBit{i / rows.length, i % rows.length};
-    const int64_t j = i % per_sample;
-    return MaskBit{i / per_sample * sample.size() + j / sample.width, j % sample.width};
-  });
 }
 
 }  // namespace fastnorm

@@ -18,7 +18,7 @@ static const char* op_name(bool subtract_mean) { return subtract_mean ? "layer_n
 static void check_parameter(const char* op, const char* name, const OptionalTensor& t, const Tensor& input,
                             at::IntArrayRef normalized_shape, bool torch_promotes) {
   if (!is_given(t)) return;
-  check_same_device(op, name, *t, input);
+  check_place(op, name, *t, input);
   TORCH_CHECK(t->sizes() == normalized_shape, op, ": ", name, " must have shape ", normalized_shape,
               " (normalized_shape), got ", t->sizes());
   const auto type = t->scalar_type(), wanted = input.scalar_type();

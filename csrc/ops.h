@@ -49,10 +49,6 @@ std::tuple<Tensor, Tensor> batch_norm_backward_elements(const Tensor& grad_outpu
                                                         std::optional<std::string_view> activation,
                                                         std::array<bool, 2> wanted);
 
-// -> the derivative of a piecewise linear activation at every element, in input's type, from the mask of
-// batch_norm_forward.
-Tensor batch_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation);
-
 // -> int64 [2]: the seed and offset of one mask for `input`, taken from `generator`: one of the CPU or of input's
 // device, the default one of that device if none is given.
 Tensor dropout_state(const std::optional<at::Generator>& generator, const Tensor& input);
@@ -111,9 +107,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted);
-
-// -> as batch_norm_mask_slopes, from the mask of group_norm_forward or instance_norm_forward.
-Tensor group_norm_mask_slopes(const Tensor& input, const Tensor& mask, std::optional<std::string_view> activation);
 
 // -> y, statistics (float64 [2, N, C]), mask. The running statistics, where given, are updated.
 std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, const OptionalTensor& weight,

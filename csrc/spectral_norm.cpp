@@ -23,7 +23,7 @@ static int64_t checked_dim(const Tensor& weight, int64_t dim) {
 }
 
 static void check_vector(const char* name, const Tensor& t, int64_t size, at::ScalarType type, const Tensor& weight) {
-  check_same_device(kOp, name, t, weight);
+  check_place(kOp, name, t, weight);
   TORCH_CHECK(t.dim() == 1 && t.size(0) == size, kOp, ": ", name, " must have shape [", size,
               "] for a weight of shape ", weight.sizes(), ", got ", t.sizes());
   TORCH_CHECK(t.scalar_type() == type, kOp, ": ", name, " must be of type ", type, " for a weight of type ",
@@ -54,7 +54,7 @@ static void from_memory_order(const Tensor& row, const Tensor& weight, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& weight_, const Tensor& u,
                                                                  const Tensor& v, int64_t iterations, int64_t dim,
                                                                  double eps) {
-  check_supported(kOp, weight_);
+  check_supported(kOp, weight_, "weight");
   dim = checked_dim(weight_, dim);
   const int64_t h = weight_.size(dim), w = h ? weight_.numel() / h : v.numel();
   check_vector("u", u, h, weight_.scalar_type(), weight_);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& w
 
 Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight_, const Tensor& u, const Tensor& v,
                               const Tensor& sigma, int64_t dim) {
-  check_supported(kOp, weight_);
+  check_supported(kOp, weight_, "weight");
   dim = checked_dim(weight_, dim);
   check_like_input(kOp, "grad_output", grad_output, weight_);
   const int64_t h = weight_.size(dim), w = h ? weight_.numel() / h : v.numel();

@@ -33,7 +33,7 @@ static void check_magnitude(const Tensor& v, const Tensor& g, int64_t dim) {
   const bool scalar = dim == -1 && g.numel() == 1 && g.dim() <= v.dim();
   TORCH_CHECK(scalar || g.sizes() == at::IntArrayRef(wanted), kOp, ": g must have shape ", at::IntArrayRef(wanted),
               dim == -1 ? " or []" : "", " for v of shape ", v.sizes(), " and dim=", dim, ", got ", g.sizes());
-  check_same_device(kOp, "g", g, v);
+  check_place(kOp, "g", g, v);
   const bool low_precision = v.scalar_type() == at::kBFloat16 || v.scalar_type() == at::kHalf;
   TORCH_CHECK(g.scalar_type() == v.scalar_type() || (low_precision && g.scalar_type() == at::kFloat), kOp,
               ": g must be of v's type ", v.scalar_type(), low_precision ? " or Float" : "", ", got ", g.scalar_type());
@@ -127,7 +127,9 @@ struct WeightNormFunction : torch::autograd::Function<WeightNormFunction> {
                                                  const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &g = saved[0], &v = saved[1], &norm = saved[2];
-    if (at::GradMode::is_enabled()) return differentiable_backward(grads[0], g, v);
+    // A tensor of vmap has no storage.
+    const bool transformed = !grads[0].has_storage() || grads[0]._fw_grad(/*level=*/0).defined();
+    if (at::GradMode::is_enabled() || transformed) return differentiable_backward(grads[0], g, v);
     return fastnorm::backward(grads[0], g, v, norm, {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
   }
 };
@@ -135,7 +137,7 @@ struct WeightNormFunction : torch::autograd::Function<WeightNormFunction> {
 }  // namespace
 
 Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim) {
-  check_supported(kOp, v);
+  check_supported(kOp, v, "v");
   check_magnitude(v, g, checked_dim(v, dim));
   if (at::GradMode::is_enabled() && (g.requires_grad() || v.requires_grad())) return WeightNormFunction::apply(g, v);
   return std::get<0>(forward(g, v));

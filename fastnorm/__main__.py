@@ -6,16 +6,31 @@ import copy
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations as torch_parametrizations
 
 import fastnorm
 from fastnorm.build import devices
 
-# Each op as a pair of modules that must agree, in training, on an input of this shape.
+
+class _BatchRenorm(nn.BatchNorm2d):
+    """A first step of batch renormalisation in torch's ops, with the limits that fastnorm's has by default."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            sigma = (1 + self.eps) ** 0.5  # of the running variance as it is made
+            r, d = ((var + self.eps).sqrt() / sigma).clamp(1 / 3, 3), (mean / sigma).clamp(-5, 5)
+        return F.batch_norm(x, None, None, self.weight * r, self.weight * d + self.bias, training=True, eps=self.eps)
+
+
+# Each op as a pair of modules that must agree, in training and with the same state, on an input of this shape.
 PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "BatchNorm1d": (fastnorm.BatchNorm1d(16), nn.BatchNorm1d(16), (32, 16)),
     "BatchNorm2d": (fastnorm.BatchNorm2d(16), nn.BatchNorm2d(16), (8, 16, 9, 9)),
     "BatchNorm3d": (fastnorm.BatchNorm3d(16), nn.BatchNorm3d(16), (4, 16, 3, 5, 5)),
+    "BatchRenorm2d": (fastnorm.BatchRenorm2d(16), _BatchRenorm(16), (8, 16, 9, 9)),
     "LayerNorm": (fastnorm.LayerNorm(100), nn.LayerNorm(100), (32, 100)),
     "RMSNorm": (fastnorm.RMSNorm(100), nn.RMSNorm(100), (32, 100)),
     "GroupNorm": (fastnorm.GroupNorm(4, 16), nn.GroupNorm(4, 16), (8, 16, 9, 9)),
@@ -23,6 +38,16 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "InstanceNorm2d": (fastnorm.InstanceNorm2d(16), nn.InstanceNorm2d(16), (8, 16, 9, 9)),
     "InstanceNorm3d": (fastnorm.InstanceNorm3d(16), nn.InstanceNorm3d(16), (4, 16, 3, 5, 5)),
     "LocalResponseNorm": (fastnorm.LocalResponseNorm(5), nn.LocalResponseNorm(5), (8, 16, 9, 9)),
+    "weight_norm": (
+        fastnorm.parametrizations.weight_norm(nn.Linear(100, 20)),
+        torch_parametrizations.weight_norm(nn.Linear(100, 20)),
+        (32, 100),
+    ),
+    "spectral_norm": (
+        fastnorm.parametrizations.spectral_norm(nn.Linear(100, 20)),
+        torch_parametrizations.spectral_norm(nn.Linear(100, 20)),
+        (32, 100),
+    ),
 }
 
 
@@ -37,6 +62,7 @@ def check_norms(device: torch.device) -> dict[str, float]:
     """The largest difference to torch, output and gradients, relative to the largest magnitude."""
     errors = {}
     for name, (ours, theirs, shape) in PAIRS.items():
+        ours.load_state_dict(theirs.state_dict())
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 1).to(device)
         pairs = zip(*(gradients(copy.deepcopy(module).to(device), x) for module in (ours, theirs)), strict=True)
         errors[name] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)

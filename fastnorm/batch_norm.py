@@ -13,8 +13,7 @@ from fastnorm.norm import (
     Setting,
     along_channels,
     norm_op,
-    register_backward,
-    register_forward,
+    register_ops,
     scale_and_shift,
 )
 from fastnorm.norm_module import RankedNormModule
@@ -76,10 +75,6 @@ class BatchNormFunction(NormFunction):
             r, d = (s.to(x.dtype) for s in statistics[2:])
             z = scale_and_shift(z, r, d)
         return scale_and_shift(z, weight, bias).to(input.dtype)
-
-    @staticmethod
-    def mask_slopes(input: Tensor, mask: Tensor, setting: Setting) -> Tensor:
-        return _C.batch_norm_mask_slopes(input, mask, setting[6])
 
     @staticmethod
     def torch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, setting: Setting) -> Tensor:
@@ -151,12 +146,11 @@ def _renormalized(
     return scale, shift if bias is None else bias + shift
 
 
-BatchNormFunction.forward_op = register_forward(
+register_ops(
     BatchNormFunction,
     "Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, bool training, float? momentum, "
     "float eps, str? activation, bool skip_nonfinite_stats, float[]? renorm",
 )
-BatchNormFunction.backward_op = register_backward(BatchNormFunction, "bool training, str? activation")
 _batch_norm = norm_op("batch_norm", BatchNormFunction)
 
 

@@ -4,6 +4,9 @@ Eager calls go through the autograd functions, which cost less; where a compiler
 registered here. They are torch.ops.fastnorm.<name>: functional, so what they would update they return, and the
 functional writes it back, as torch's own batch normalisation does when it is traced. For a registered autograd formula
 must not mutate anything.
+
+They have derivatives of every order. Not so what torch makes of them: AOTAutograd differentiates a compiled graph once,
+and torch.func takes no op whose derivative torch.library.register_autograd gave; it takes the functionals.
 """
 
 from __future__ import annotations
@@ -53,9 +56,13 @@ def uses_ops(input: Tensor) -> bool:
 
 def uncovered_input(input: Tensor) -> str | None:
     """Why no kernel takes the input, of which a trace has no more than the description; None if one does."""
-    if input.device.type not in _DEVICES or input.layout != torch.strided:
-        return f"no kernel for a {input.layout} tensor on {input.device}"
-    return None if input.dtype in _DTYPES else f"no kernel for {input.dtype}"
+    if input.layout != torch.strided:
+        return f"no kernel for input of layout {input.layout}, wanted torch.strided"
+    if input.device.type not in _DEVICES:
+        return f"no kernel for input on {input.device}, wanted {' or '.join(_DEVICES)}"
+    if input.dtype not in _DTYPES:
+        return f"no kernel for input of type {input.dtype}, wanted float64, float32, bfloat16 or float16"
+    return None
 
 
 def register(
@@ -86,7 +93,9 @@ def register(
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError("fastnorm: a traced graph can be differentiated once; use eager mode for higher orders")
+    raise NotImplementedError(
+        "fastnorm: this op can be differentiated once when traced; use eager mode for higher orders"
+    )
 
 
 def defined(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,50 +13,25 @@ from torch import Tensor, nn
 
 from fastnorm import _C, compile
 from fastnorm.op import apply_of, carry
-from fastnorm.transforms import inside_vmap, is_differentiated_again, loop_over_batch, outside_transforms
+from fastnorm.transforms import (
+    inside_vmap,
+    is_batch_of_gradients,
+    is_differentiated_again,
+    loop_over_batch,
+    outside_transforms,
+)
 
 
-class DropoutFunction(torch.autograd.Function):
-    """y = input * mask / (1 - p), the mask a function of ``state`` (seed and offset) and the element's index alone.
+class MaskFunction(torch.autograd.Function):
+    """A function of (input, p, state, channel_dims, inplace) whose mask is one of ``state`` (seed and offset) and the
+    element's index alone. Kept for backward: the state.
 
-    Kept for backward: the state. The map is linear and its own adjoint, so backward and forward mode are the same
-    function of the gradient and of the tangent, and derivatives of every order are.
+    Its derivative is linear and its own adjoint, so backward and forward mode are the same function of the gradient and
+    of the tangent, and derivatives of every order are.
     """
 
-    @staticmethod
-    def forward(input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
-        return _C.dropout(input, p, state, channel_dims, inplace)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, p, state, channel_dims, inplace = inputs
-        if inplace:
-            ctx.mark_dirty(inputs[0])
-        ctx.setting = p, state, channel_dims, False
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        function = DropoutFunction.apply if is_differentiated_again() else _C.dropout
-        return function(dy, *ctx.setting), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
-        return DropoutFunction.apply(dx, *ctx.setting)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return loop_over_batch(DropoutFunction, info, in_dims, *args)
-
-
-class AlphaDropoutFunction(torch.autograd.Function):
-    """y = a * (input where mask, else alpha') + b, see :func:`alpha_dropout`; the mask as in :class:`DropoutFunction`.
-
-    Kept for backward: the state.
-    """
-
-    @staticmethod
-    def forward(input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
-        return _C.alpha_dropout(input, p, state, channel_dims, inplace)
+    derivative: ClassVar[type[MaskFunction]]
+    op: ClassVar[Callable[..., Tensor]]  # of the dispatcher
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -65,42 +40,54 @@ class AlphaDropoutFunction(torch.autograd.Function):
             ctx.mark_dirty(input)
         ctx.setting = p, state, channel_dims
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        function = AlphaDropoutBackwardFunction.apply if is_differentiated_again() else _C.alpha_dropout_backward
-        return function(dy, *ctx.setting), None, None, None, None
+    @classmethod
+    def backward(cls, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        derivative = cls.derivative
+        if is_batch_of_gradients(dy):
+            dx = derivative.op(dy, *ctx.setting)
+        elif is_differentiated_again():
+            dx = derivative.apply(dy, *ctx.setting, False)
+        else:
+            dx = derivative.forward(dy, *ctx.setting, False)
+        return dx, None, None, None, None
+
+    @classmethod
+    def jvp(cls, ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        if is_batch_of_gradients(dx):
+            return cls.derivative.op(dx, *ctx.setting)
+        return cls.derivative.apply(dx, *ctx.setting, False)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return loop_over_batch(cls, info, in_dims, *args)
+
+
+class DropoutFunction(MaskFunction):
+    """y = input * mask / (1 - p)."""
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
-        return AlphaDropoutBackwardFunction.apply(dx, *ctx.setting)
+    def forward(input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
+        return _C.dropout(input, p, state, channel_dims, inplace)
+
+
+class AlphaDropoutFunction(MaskFunction):
+    """y = a * (input where mask, else alpha') + b, see :func:`alpha_dropout`."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return loop_over_batch(AlphaDropoutFunction, info, in_dims, *args)
+    def forward(input: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
+        return _C.alpha_dropout(input, p, state, channel_dims, inplace)
 
 
-class AlphaDropoutBackwardFunction(torch.autograd.Function):
-    """dx = a * mask * dy: linear and its own adjoint, so derivatives of every order are this function too."""
+class AlphaDropoutBackwardFunction(MaskFunction):
+    """dx = a * mask * dy."""
 
     @staticmethod
-    def forward(dy: Tensor, p: float, state: Tensor, channel_dims: int) -> Tensor:
+    def forward(dy: Tensor, p: float, state: Tensor, channel_dims: int, inplace: bool) -> Tensor:
         return _C.alpha_dropout_backward(dy, p, state, channel_dims)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *ctx.setting = inputs
 
-    @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        return AlphaDropoutBackwardFunction.apply(ddx, *ctx.setting), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return AlphaDropoutBackwardFunction.apply(tangent, *ctx.setting)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return loop_over_batch(AlphaDropoutBackwardFunction, info, in_dims, *args)
+DropoutFunction.derivative = DropoutFunction
+AlphaDropoutFunction.derivative = AlphaDropoutBackwardFunction.derivative = AlphaDropoutBackwardFunction
 
 
 def _dropping(
@@ -108,7 +95,8 @@ def _dropping(
 ) -> Callable[..., Tensor]:
     """The op as a function of (input, p, channel_dims, inplace, generator), in training and with 0 < p <= 1."""
     function = AlphaDropoutFunction if alpha else DropoutFunction
-    apply = apply_of(function)
+    # looked up here, for Dynamo, which follows ``traced``, looks nothing up on an autograd function
+    apply, op = apply_of(function), function.op
 
     def eager(input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None) -> Tensor:
         differentiated = input.requires_grad and torch.is_grad_enabled()
@@ -120,8 +108,7 @@ def _dropping(
         state = _C.dropout_state(generator, input)
         if differentiated:
             return apply(input, p, state, channel_dims, inplace)
-        native = _C.alpha_dropout if alpha else _C.dropout
-        return native(input, p, state, channel_dims, inplace)
+        return (_C.alpha_dropout if alpha else _C.dropout)(input, p, state, channel_dims, inplace)
 
     def transformed(
         input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None
@@ -137,7 +124,7 @@ def _dropping(
     def traced(input: Tensor, p: float, channel_dims: int, inplace: bool, generator: torch.Generator | None) -> Tensor:
         if generator is not None:
             raise NotImplementedError(f"{name}: generator must be None under torch.compile and torch.export")
-        y = (_alpha_dropout_op if alpha else _dropout_op)(input, p, _traced_state(input), channel_dims)
+        y = op(input, p, _traced_state(input), channel_dims)
         return input.copy_(y) if inplace else y
 
     def torch_dropout(
@@ -185,18 +172,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(state)
 
 
-def _dropout_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _dropout_op(dy, ctx.p, *ctx.saved_tensors, ctx.channel_dims), None, None, None
-
-
-def _alpha_dropout_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _alpha_dropout_backward_op(dy, ctx.p, *ctx.saved_tensors, ctx.channel_dims), None, None, None
-
-
-def _fake(input: Tensor, p: float, state: Tensor, channel_dims: int) -> Tensor:
-    return compile.empty_in_layout(input)
-
-
 _dropout_state_op = compile.register(
     "dropout_state(Tensor input, int site) -> Tensor",
     lambda input, site: _C.dropout_state(None, input),
@@ -205,28 +180,20 @@ _dropout_state_op = compile.register(
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
-_SCHEMA = "float p, Tensor state, int channel_dims) -> Tensor"
-_dropout_op = compile.register(
-    f"dropout(Tensor input, {_SCHEMA}",
-    lambda *args: _C.dropout(*args, False),
-    _fake,
-    _dropout_gradient,
-    _setup_context,
-)
-_alpha_dropout_op = compile.register(
-    f"alpha_dropout(Tensor input, {_SCHEMA}",
-    lambda *args: _C.alpha_dropout(*args, False),
-    _fake,
-    _alpha_dropout_gradient,
-    _setup_context,
-)
-_alpha_dropout_backward_op = compile.register(
-    f"alpha_dropout_backward(Tensor grad_output, {_SCHEMA}",
-    _C.alpha_dropout_backward,
-    _fake,
-    _alpha_dropout_gradient,
-    _setup_context,
-)
+
+def _register(name: str, function: type[MaskFunction]) -> None:
+    function.op = compile.register(
+        f"{name}(Tensor input, float p, Tensor state, int channel_dims) -> Tensor",
+        lambda *args: function.forward(*args, False),
+        lambda input, *_: compile.empty_in_layout(input),
+        lambda ctx, dy: (function.derivative.op(dy, ctx.p, *ctx.saved_tensors, ctx.channel_dims), None, None, None),
+        _setup_context,
+    )
+
+
+_register("dropout", DropoutFunction)
+_register("alpha_dropout", AlphaDropoutFunction)
+_register("alpha_dropout_backward", AlphaDropoutBackwardFunction)
 
 
 def _torch_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:

@@ -33,7 +33,13 @@ class Device:
     @classmethod
     def of(cls, device: torch.device | str | int | None = None) -> Device:
         """A CUDA device of this machine, the current one by default."""
-        p = torch.cuda.get_device_properties(device)
+        try:
+            p = torch.cuda.get_device_properties(device)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise RuntimeError(
+                "explain_launch: device must be a CUDA device that torch has here, or a fastnorm.explain.Device such "
+                f"as fastnorm.explain.H100, got {device!r}"
+            ) from error
         shared_memory = p.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's hints lack it
         return cls(p.name, (p.major, p.minor), p.multi_processor_count, shared_memory)
 
@@ -112,6 +118,7 @@ def explain_launch(
 
     Raises:
         ValueError: an op, direction or type that is none of these, or a shape that the op does not take.
+        RuntimeError: a device that torch does not have here.
 
     Example:
         >>> from fastnorm.explain import H100

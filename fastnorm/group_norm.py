@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastnorm import _C, compile
 from fastnorm.activation import check_activation
-from fastnorm.norm import NormFunction, Setting, norm_op, register_backward, register_forward, scale_and_shift
+from fastnorm.norm import NormFunction, Setting, norm_op, register_ops, scale_and_shift
 from fastnorm.norm_module import ChannelNormModule
 
 
@@ -34,10 +34,6 @@ class GroupNormFunction(NormFunction):
     ) -> Tensor:
         num_groups, eps, _ = setting
         return normalize_groups(input, weight, bias, num_groups, eps)
-
-    @staticmethod
-    def mask_slopes(input: Tensor, mask: Tensor, setting: Setting) -> Tensor:
-        return _C.group_norm_mask_slopes(input, mask, setting[2])
 
     @staticmethod
     def torch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, setting: Setting) -> Tensor:
@@ -78,8 +74,7 @@ def normalize_groups(input: Tensor, weight: Tensor | None, bias: Tensor | None, 
     return scale_and_shift((centred * rstd).view(x.shape), weight, bias).to(input.dtype)
 
 
-GroupNormFunction.forward_op = register_forward(GroupNormFunction, "SymInt num_groups, float eps, str? activation")
-GroupNormFunction.backward_op = register_backward(GroupNormFunction, "SymInt num_groups, str? activation")
+register_ops(GroupNormFunction, "SymInt num_groups, float eps, str? activation")
 _group_norm = norm_op("group_norm", GroupNormFunction, autocast_as=("group_norm",))
 
 

@@ -12,7 +12,7 @@ from fastnorm import _C
 from fastnorm.activation import check_activation
 from fastnorm.batch_norm import batch_norm
 from fastnorm.group_norm import GroupNormFunction, normalize_groups
-from fastnorm.norm import NormFunction, Setting, norm_op, register_forward
+from fastnorm.norm import NormFunction, Setting, norm_op, register_ops
 from fastnorm.norm_module import RankedNormModule
 
 
@@ -40,10 +40,6 @@ class InstanceNormFunction(NormFunction):
         return normalize_groups(input, weight, bias, input.size(1), setting[3])
 
     @staticmethod
-    def mask_slopes(input: Tensor, mask: Tensor, setting: Setting) -> Tensor:
-        return _C.group_norm_mask_slopes(input, mask, setting[4])
-
-    @staticmethod
     def torch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, setting: Setting) -> Tensor:
         running_mean, running_var, momentum, eps, _ = setting
         return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
@@ -55,10 +51,9 @@ class InstanceNormFunction(NormFunction):
     fake_mask = staticmethod(GroupNormFunction.fake_mask)
 
 
-InstanceNormFunction.forward_op = register_forward(
+register_ops(
     InstanceNormFunction, "Tensor? running_mean, Tensor? running_var, float momentum, float eps, str? activation"
 )
-InstanceNormFunction.backward_op = GroupNormFunction.backward_op
 _instance_norm = norm_op("instance_norm", InstanceNormFunction)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastnorm import _C, compile
 from fastnorm.activation import check_activation
-from fastnorm.norm import NormFunction, Setting, norm_op, register_backward, register_forward
+from fastnorm.norm import NormFunction, Setting, norm_op, register_ops
 from fastnorm.norm_module import NormModule
 
 
@@ -44,16 +44,7 @@ class LayerNormFunction(NormFunction):
         if subtract_mean:
             x = x - x.mean(dims, keepdim=True)
         z = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
-        z = z if weight is None else z * weight
-        return (z if bias is None else z + bias).to(input.dtype)
-
-    @staticmethod
-    def mask_slopes(input: Tensor, mask: Tensor, setting: Setting) -> Tensor:
-        """The mask has a row of bits for each row."""
-        normalized_shape, _, activation, _ = setting
-        bits = mask.unsqueeze(-1) >> torch.arange(8, device=mask.device, dtype=torch.uint8) & 1
-        positive = bits.flatten(1)[:, : math.prod(normalized_shape)].reshape(input.shape).bool()
-        return torch.where(positive, 1.0, 0.0 if activation == "relu" else 0.01).to(input.dtype)
+        return LayerNormFunction.scale_and_shift(z, weight, bias).to(input.dtype)
 
     @staticmethod
     def torch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, setting: Setting) -> Tensor:
@@ -96,12 +87,7 @@ class LayerNormFunction(NormFunction):
         return f"no kernel for a weight of type {weight.dtype} with an input of type {input.dtype}"
 
 
-LayerNormFunction.forward_op = register_forward(
-    LayerNormFunction, "SymInt[] normalized_shape, float eps, str? activation, bool subtract_mean"
-)
-LayerNormFunction.backward_op = register_backward(
-    LayerNormFunction, "SymInt[] normalized_shape, str? activation, bool subtract_mean"
-)
+register_ops(LayerNormFunction, "SymInt[] normalized_shape, float eps, str? activation, bool subtract_mean")
 _layer_norm = norm_op("layer_norm", LayerNormFunction, autocast_as=("layer_norm",))
 
 

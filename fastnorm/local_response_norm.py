@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnorm import _C, compile
+from fastnorm.double_backward import double_backward
 from fastnorm.op import apply_of, carry
 from fastnorm.transforms import (
     fold_samples,
+    is_batch_of_gradients,
     is_differentiated_again,
     pull_back,
     push_forward,
@@ -45,6 +47,8 @@ class LocalResponseNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (input,) = ctx.saved_tensors
+        if is_batch_of_gradients(dy):
+            return _backward_op(dy, input, *ctx.setting), None
         if is_differentiated_again():
             return LocalResponseNormBackwardFunction.apply(dy, input, ctx.setting), None
         return _C.local_response_norm_backward(dy, input, *ctx.setting), None
@@ -212,6 +216,18 @@ def _op_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _SCHEMA = "int size, float alpha, float beta, float k, str region, str convention) -> Tensor"
+
+
+def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, input, *ctx.setting = inputs
+    ctx.save_for_backward(dy, input)
+
+
+def _second_gradients(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    dy, input = ctx.saved_tensors
+    return *double_backward(lambda x: _composite(x, *ctx.setting), [input], dy, [ddx]), *[None] * 6
+
+
 _forward_op = compile.register(
     f"local_response_norm(Tensor input, {_SCHEMA}",
     _C.local_response_norm_forward,
@@ -223,6 +239,8 @@ _backward_op = compile.register(
     f"local_response_norm_backward(Tensor grad_output, Tensor input, {_SCHEMA}",
     _C.local_response_norm_backward,
     lambda dy, input, *_: compile.empty_in_layout(input),
+    _second_gradients,
+    _keep_for_second,
 )
 # torch's own pools (N, C, L) otherwise than (N, C, *), which autocast on a CPU can tell
 _local_response_norm, _local_response_norm_of_sequences = (

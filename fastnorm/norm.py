@@ -18,7 +18,7 @@ from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch
 from fastnorm.normalize import NormalizeFunction
 from fastnorm.op import apply_of, carry
-from fastnorm.transforms import is_differentiated_again
+from fastnorm.transforms import is_batch_of_gradients, is_differentiated_again, loop_over_batch
 
 # What no gradient goes to, in the order in which the native forward takes it after (input, weight, bias, residual). One
 # argument, for each argument of an autograd function costs time.
@@ -46,8 +46,8 @@ class NormFunction(torch.autograd.Function):
     folds_into_channels: ClassVar[bool] = (
         True  # inputs are normalised together as one of more channels, or of more rows
     )
-    forward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]  # of register_forward
-    backward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]  # of register_backward
+    forward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]  # of register_ops
+    backward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]
 
     @staticmethod
     def updates(setting: Setting) -> bool:
@@ -69,11 +69,6 @@ class NormFunction(torch.autograd.Function):
         input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, setting: Setting
     ) -> Tensor:
         """norm(input) * weight + bias in elementary ops, differentiable any number of times."""
-        raise NotImplementedError
-
-    @staticmethod
-    def mask_slopes(input: Tensor, mask: Tensor, setting: Setting) -> Tensor:
-        """The activation's derivative at every element, from the mask that was kept."""
         raise NotImplementedError
 
     @staticmethod
@@ -145,46 +140,98 @@ class NormFunction(torch.autograd.Function):
 
     @classmethod
     def backward(cls, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = NormBackwardFunction.apply if is_differentiated_again() else _native_gradients
-        return *gradients(cls, dy, *ctx.saved_tensors, ctx.setting, ctx.needs_input_grad[:4]), None
+        wanted = ctx.needs_input_grad[:4]
+        if is_batch_of_gradients(dy):
+            return *cls.op_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors), None
+        if is_differentiated_again():
+            return *NormBackwardFunction.apply(cls, ctx.setting, wanted, dy, *ctx.saved_tensors), None
+        return *cls.native_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors), None
+
+    @classmethod
+    def native_gradients(
+        cls, setting: Setting, wanted: Sequence[bool], dy: Tensor, input: Tensor, *saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Of input, weight, bias and residual, by the kernel; ``saved`` as forward saves it."""
+        return cls.native_backward(dy, input, *saved, *cls.backward_setting(input, setting), wanted)
+
+    @classmethod
+    def op_gradients(
+        cls, setting: Setting, wanted: Sequence[bool], dy: Tensor, input: Tensor, *saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """The same by the op of the dispatcher."""
+        *parameters, mask, statistics = saved
+        mask = input.new_empty(0, dtype=torch.uint8) if mask is None else mask
+        # Without an activation the residual's gradient is dy, and an op must not return its argument.
+        passed_on = wanted[3] and setting[cls.activation_at] is None
+        asked = [*wanted[:3], wanted[3] and not passed_on]
+        gradients = cls.backward_op(dy, input, *parameters, mask, statistics, *setting[cls.tracked :], asked)
+        dx, dweight, dbias, dresidual = (g if is_asked else None for g, is_asked in zip(gradients, asked, strict=True))
+        return dx, dweight, dbias, dy if passed_on else dresidual
 
 
 class NormBackwardFunction(torch.autograd.Function):
     """The gradients of a :class:`NormFunction` as a function that can itself be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, norm: type[NormFunction], dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        *saved, setting, _ = args
-        ctx.save_for_backward(dy, *saved)
-        ctx.norm, ctx.setting = norm, setting
-        ctx.set_materialize_grads(False)
-        gradients = _native_gradients(norm, dy, *args)
+    def forward(
+        norm: type[NormFunction],
+        setting: Setting,
+        wanted: Sequence[bool],
+        dy: Tensor,
+        input: Tensor,
+        *saved: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        gradients = norm.native_gradients(setting, wanted, dy, input, *saved)
         # an input may not be returned as it is: it would be taken for the output's own history
         return tuple(g.view_as(g) if g is dy else g for g in gradients)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.norm, ctx.setting, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, input, weight, bias, residual, mask, statistics = ctx.saved_tensors
-        norm, setting = ctx.norm, ctx.setting
-        slopes = None if mask is None else norm.mask_slopes(input, mask, setting)
-        # Where the residual was not kept, its value does not matter: what follows is linear in it.
-        stand_in = residual is None and grad_grads[3] is not None
-        if stand_in:
-            residual = torch.zeros_like(input).requires_grad_()
+        again = _second_gradients(ctx.norm.native_gradients, ctx.norm, ctx.setting, grad_grads, *ctx.saved_tensors)
+        return None, None, None, *again, None, None
 
-        def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            z = norm.composite(input, weight, bias, statistics, setting)
-            if slopes is None:
-                return add_and_activate(z, residual, setting[norm.activation_at])
-            return (z if residual is None else z + residual) * slopes
-
-        ddy, dx, dweight, dbias, dresidual = double_backward(forward, [input, weight, bias, residual], dy, grad_grads)
-        return None, ddy, dx, dweight, dbias, None if stand_in else dresidual, None, None, None, None
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return loop_over_batch(NormBackwardFunction, info, in_dims, *args)
 
 
-def _native_gradients(norm: type[NormFunction], dy: Tensor, input: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    *saved, setting, wanted = args
-    return norm.native_backward(dy, input, *saved, *norm.backward_setting(input, setting), wanted)
+def _second_gradients(
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+    norm: type[NormFunction],
+    setting: Setting,
+    grad_grads: Sequence[Tensor | None],
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+) -> list[Tensor | None]:
+    """Of (dy, input, weight, bias, residual), where grad_grads are those of what ``gradients`` makes of these."""
+    slopes = None
+    if mask is not None and mask.numel():  # the activation's derivative is the residual's gradient where dy is 1
+        saved = input.detach(), weight, bias, residual, mask, statistics
+        slopes = gradients(setting, (False, False, False, True), torch.ones_like(dy), *saved)[3]
+    # Where the residual was not kept, its value does not matter: what follows is linear in it.
+    stand_in = residual is None and grad_grads[3] is not None
+    if stand_in:
+        residual = torch.zeros_like(input).requires_grad_()
+
+    def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        z = norm.composite(input, weight, bias, statistics, setting)
+        if slopes is None:
+            return add_and_activate(z, residual, setting[norm.activation_at])
+        return (z if residual is None else z + residual) * slopes
+
+    found = double_backward(forward, [input, weight, bias, residual], dy, grad_grads)
+    return [*found[:4], None] if stand_in else found
 
 
 def norm_op(name: str, norm: type[NormFunction], autocast_as: tuple[str, ...] = ()) -> Callable[..., Tensor]:
@@ -258,12 +305,18 @@ def norm_op(name: str, norm: type[NormFunction], autocast_as: tuple[str, ...] = 
 # ---- as ops of the dispatcher
 
 
-def register_forward(norm: type[NormFunction], setting: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The op (input, weight, bias, residual, *setting, keep) -> (y, statistics, mask, *updated tracked tensors).
+def register_ops(norm: type[NormFunction], setting: str) -> None:
+    """Registers the two ops of a norm, ``forward_op`` and ``backward_op``.
 
     Args:
-        setting: the part of the schema that is the norm's own.
+        setting: the part of the forward's schema that is the norm's own; the backward has it but for tracked tensors.
     """
+    norm.forward_op = _register_forward(norm, setting)
+    norm.backward_op = _register_backward(norm, ", ".join(setting.split(", ")[norm.tracked :]))
+
+
+def _register_forward(norm: type[NormFunction], setting: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The op (input, weight, bias, residual, *setting, keep) -> (y, statistics, mask, *updated tracked tensors)."""
 
     def kernel(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
@@ -287,21 +340,17 @@ def register_forward(norm: type[NormFunction], setting: str) -> Callable[..., tu
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, weight, bias, residual, *setting, _ = inputs
         _, statistics, mask, *_ = output
-        ctx.activation = setting[norm.activation_at]
-        ctx.setting = norm.backward_setting(input, tuple(setting))
-        kept_residual = residual if ctx.activation in ("silu", "gelu") else None
+        ctx.setting = (None,) * norm.tracked + tuple(setting[norm.tracked :])
+        kept_residual = residual if setting[norm.activation_at] in ("silu", "gelu") else None
         ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        needed = list(ctx.needs_input_grad[:4])
-        # Without an activation the residual's gradient is dy, and an op must not return its argument.
-        passed_on = needed[3] and ctx.activation is None
-        wanted = [*needed[:3], needed[3] and not passed_on]
-        gradients = norm.backward_op(dy, *ctx.saved_tensors, *ctx.setting, wanted)
-        found = [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
-        return *found[:3], dy if passed_on else found[3], *[None] * (len(ctx.needs_input_grad) - 4)
+    def gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needed, not_differentiable = ctx.needs_input_grad[:4], ctx.needs_input_grad[4:]
+        return *norm.op_gradients(ctx.setting, needed, dy, *ctx.saved_tensors), *[None] * len(not_differentiable)
 
     return compile.register(
         f"{norm.op}(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, {setting}, bool keep) "
@@ -313,17 +362,14 @@ def register_forward(norm: type[NormFunction], setting: str) -> Callable[..., tu
     )
 
 
-def register_backward(norm: type[NormFunction], setting: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The op (grad_output, input, weight, bias, residual, mask, statistics, *setting, wanted) -> the four gradients.
-
-    Args:
-        setting: the part of the schema that is the norm's own, as backward_setting has it.
-    """
+def _register_backward(norm: type[NormFunction], setting: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The op (grad_output, input, weight, bias, residual, mask, statistics, *setting, wanted) -> the four gradients."""
+    untracked = (None,) * norm.tracked
 
     def kernel(dy: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        weight, bias, residual, mask, *own = rest
-        kept_mask = mask if mask.numel() else None
-        return compile.defined(norm.native_backward(dy, input, weight, bias, residual, kept_mask, *own), input)
+        weight, bias, residual, mask, statistics, *own, wanted = rest
+        saved = input, weight, bias, residual, mask if mask.numel() else None, statistics
+        return compile.defined(norm.native_gradients((*untracked, *own), wanted, dy, *saved), input)
 
     def fake(dy: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         like = (input, norm.empty_like), (weight, compile.empty_contiguous), (bias, compile.empty_contiguous)
@@ -333,11 +379,24 @@ def register_backward(norm: type[NormFunction], setting: str) -> Callable[..., t
         ]
         return compile.defined(made, input)
 
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *own, wanted = inputs[7:]
+        ctx.setting = (*untracked, *own)
+        ctx.save_for_backward(*inputs[:7])
+        ctx.mark_non_differentiable(*(g for g, is_wanted in zip(output, wanted, strict=True) if not is_wanted))
+        ctx.set_materialize_grads(False)
+
+    def gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        again = _second_gradients(norm.op_gradients, norm, ctx.setting, grad_grads, *ctx.saved_tensors)
+        return *again, *[None] * (len(ctx.needs_input_grad) - 5)
+
     return compile.register(
         f"{norm.op}_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
         f"Tensor mask, Tensor statistics, {setting}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
         kernel,
         fake,
+        gradient,
+        setup_context,
     )
 
 

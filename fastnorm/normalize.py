@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastnorm.transforms import first, pull_back, refuse_nested_forward_mode
+from fastnorm.transforms import first, is_batch_of_gradients, pull_back, refuse_nested_forward_mode
 
 if TYPE_CHECKING:
     from fastnorm.norm import NormFunction, Setting
@@ -40,11 +40,13 @@ class NormalizeFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return NormalizeJacobianFunction.apply(dy, *ctx.saved_tensors, ctx.norm, ctx.setting), None, None
+        input, statistics = ctx.saved_tensors
+        return _jacobian_times(dy, input, statistics, ctx.norm, ctx.setting), None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> tuple[Tensor, None]:
-        return NormalizeJacobianFunction.apply(dx, *ctx.saved_tensors, ctx.norm, ctx.setting), None
+        input, statistics = ctx.saved_tensors
+        return _jacobian_times(dx, input, statistics, ctx.norm, ctx.setting), None
 
     @staticmethod
     def vmap(
@@ -65,14 +67,21 @@ class NormalizeFunction(torch.autograd.Function):
         return (xhat, statistics), (out_dim, statistics.dim() - 2)
 
 
+_OF_INPUT = (True, False, False, False)
+
+
+def _jacobian_times(v: Tensor, input: Tensor, statistics: Tensor, norm: type[NormFunction], setting: Setting) -> Tensor:
+    if is_batch_of_gradients(v):
+        return norm.op_gradients(setting, _OF_INPUT, v, input, None, None, None, None, statistics)[0]
+    return NormalizeJacobianFunction.apply(v, input, statistics, norm, setting)
+
+
 class NormalizeJacobianFunction(torch.autograd.Function):
     """J v of :class:`NormalizeFunction`, by the native backward."""
 
     @staticmethod
     def forward(v: Tensor, input: Tensor, statistics: Tensor, norm: type[NormFunction], setting: Setting) -> Tensor:
-        own = norm.backward_setting(input, setting)
-        wanted = (True, False, False, False)
-        return norm.native_backward(v, input, None, None, None, None, statistics, *own, wanted)[0]
+        return norm.native_gradients(setting, _OF_INPUT, v, input, None, None, None, None, statistics)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,14 +92,14 @@ class NormalizeJacobianFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         _, input, statistics = ctx.saved_tensors
-        dv = NormalizeJacobianFunction.apply(g, input, statistics, ctx.norm, ctx.setting)
+        dv = _jacobian_times(g, input, statistics, ctx.norm, ctx.setting)
         return dv, _curvature(ctx, g), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dv: Tensor | None, dx: Tensor | None, *_: None) -> Tensor:
         refuse_nested_forward_mode()
         _, input, statistics = ctx.saved_tensors
-        along_v = None if dv is None else NormalizeJacobianFunction.apply(dv, input, statistics, ctx.norm, ctx.setting)
+        along_v = None if dv is None else _jacobian_times(dv, input, statistics, ctx.norm, ctx.setting)
         along_x = None if dx is None else _curvature(ctx, dx)
         if along_v is None or along_x is None:
             return along_x if along_v is None else along_v

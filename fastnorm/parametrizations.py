@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize
 
 from fastnorm import _C, compile
-from fastnorm.double_backward import double_backward
 from fastnorm.op import carry
+from fastnorm.transforms import is_batch_of_gradients, is_differentiated_again, loop_over_batch
 
 __all__ = ["spectral_norm", "weight_norm"]
 
@@ -19,9 +19,16 @@ __all__ = ["spectral_norm", "weight_norm"]
 # ---- weight_norm: its autograd function is in csrc/weight_norm.cpp
 
 
-def _torch_weight_norm(g: Tensor, v: Tensor, dim: int) -> Tensor:
+def _composite_weight_norm(g: Tensor, v: Tensor, dim: int) -> Tensor:
     """Of elementary ops: torch's own, one op, has neither forward-mode derivatives nor complex numbers."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    x = v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
+    return (x * (g / _lengths(x, dim))).to(v.dtype)
+
+
+def _lengths(x: Tensor, dim: int) -> Tensor:
+    """The norm over all dimensions but ``dim``, over all if that is -1."""
+    others = [d for d in range(x.dim()) if dim == -1 or d != dim % x.dim()]
+    return torch.linalg.vector_norm(x, dim=others, keepdim=True) if others else x.abs()
 
 
 def _eager_weight_norm(g: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -41,11 +48,9 @@ def _weight_norm_gradients(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
     g, v = ctx.saved_tensors
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     x, dx = v.to(wide), dw.to(wide)
-    dims = [] if ctx.dim == -1 else [ctx.dim % v.dim()]
-    others = [d for d in range(v.dim()) if d not in dims]
-    norm = x.square().sum(others, keepdim=True).sqrt() if others else x.abs()
+    norm = _lengths(x, ctx.dim)
     direction = x / norm
-    dg = (dx * direction).sum(others, keepdim=True) if others else dx * direction
+    dg = (dx * direction).sum_to_size(norm.shape)
     dv = (dx - direction * dg) * (g.to(wide).view(norm.shape) / norm)
     return dg.view(g.shape).to(g.dtype), dv.to(v.dtype), None
 
@@ -57,7 +62,13 @@ _traced_weight_norm = compile.register(
     _weight_norm_gradients,
     _keep_weight_norm,
 )
-_weight_norm = carry("weight_norm", eager=_eager_weight_norm, traced=_traced_weight_norm, torch_op=_torch_weight_norm)
+_weight_norm = carry(
+    "weight_norm",
+    eager=_eager_weight_norm,
+    transformed=_composite_weight_norm,
+    traced=_traced_weight_norm,
+    torch_op=_composite_weight_norm,
+)
 
 
 class _WeightNorm(torch_parametrizations._WeightNorm):
@@ -125,29 +136,59 @@ class SpectralNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _C.spectral_norm_backward if not torch.is_grad_enabled() else SpectralNormBackwardFunction.apply
-        return gradient(dy, *ctx.saved_tensors, ctx.dim), None, None, None, None, None
+        weight, u, v, sigma = ctx.saved_tensors
+        in_torch = is_batch_of_gradients(dy) or is_differentiated_again()
+        gradient = _gradient if in_torch else _C.spectral_norm_backward
+        return gradient(dy, weight, u, v, sigma, ctx.dim), None, None, None, None, None
 
 
-class SpectralNormBackwardFunction(torch.autograd.Function):
-    """The gradient of :class:`SpectralNormFunction` as a function that can itself be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(dy, weight, u, v)
-        ctx.dim = dim
-        return _C.spectral_norm_backward(dy, weight, u, v, sigma, dim)
+class PowerMethodFunction(torch.autograd.Function):
+    """The u and v that a weight inside of a transform is divided with; to derivatives they are constants."""
 
     @staticmethod
-    def backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
-        dy, weight, u, v = ctx.saved_tensors
+    def forward(weight: Tensor, u: Tensor, v: Tensor, iterations: int, dim: int, eps: float) -> tuple[Tensor, Tensor]:
+        _, kept_u, kept_v, _ = _C.spectral_norm_forward(weight, u, v, iterations, dim, eps)
+        return kept_u, kept_v
 
-        def forward(weight: Tensor) -> Tensor:
-            w = weight.to(u.dtype)
-            sigma = torch.dot(u, torch.mv(w.movedim(ctx.dim, 0).flatten(1), v))
-            return (w / sigma).to(weight.dtype)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output)
 
-        return *double_backward(forward, [weight], dy, [grad_grad]), None, None, None, None
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        return (None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> tuple[None, None]:
+        return None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], weight: Tensor, u: Tensor, v: Tensor, iterations: int, *rest: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        if iterations and None in in_dims[1:3]:
+            raise RuntimeError(
+                "spectral_norm: u and v that all elements of vmap's batch share cannot be updated by each; use eval(), "
+                "or stack one for each element"
+            )
+        return loop_over_batch(PowerMethodFunction, info, in_dims, weight, u, v, iterations, *rest)
+
+
+def _divided(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
+    """weight / (u^T weight v) in torch's ops."""
+    w = weight.to(u.dtype)
+    return (w / torch.dot(u, torch.mv(w.movedim(dim, 0).flatten(1), v))).to(weight.dtype)
+
+
+def _gradient(dy: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> Tensor:
+    """The gradient in torch's ops, differentiable any number of times.
+
+    dweight = (dy - u v^T <dy, y>) / sigma,   y = weight / sigma,   sigma = <u v^T, weight>
+    """
+    w, d = weight.to(u.dtype), dy.to(u.dtype)
+    outer = torch.outer(u, v).view(w.movedim(dim, 0).shape).movedim(0, dim)
+    sigma = (outer * w).sum()  # not as it was kept: it depends on the weight
+    return ((d - outer * ((d * w).sum() / sigma)) / sigma).to(weight.dtype)
 
 
 class _SpectralNorm(torch_parametrizations._SpectralNorm):
@@ -184,8 +225,17 @@ def _traced_spectral_norm(weight: Tensor, module: _SpectralNorm) -> Tensor:
     return y
 
 
+def _transformed_spectral_norm(weight: Tensor, module: _SpectralNorm) -> Tensor:
+    u, v = PowerMethodFunction.apply(weight, *_setting(module))
+    return _divided(weight, u, v, module.dim)
+
+
 _spectral_norm = carry(
-    "spectral_norm", eager=_eager_spectral_norm, traced=_traced_spectral_norm, torch_op=_torch_spectral_norm
+    "spectral_norm",
+    eager=_eager_spectral_norm,
+    transformed=_transformed_spectral_norm,
+    traced=_traced_spectral_norm,
+    torch_op=_torch_spectral_norm,
 )
 
 
@@ -212,8 +262,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _op_gradient(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return _spectral_norm_backward_op(dy, *ctx.saved_tensors, ctx.dim), *[None] * 5
+def _op_gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    weight, u, v, sigma = ctx.saved_tensors
+    gradient = _gradient if torch.is_grad_enabled() else _spectral_norm_backward_op
+    return gradient(dy, weight, u, v, sigma, ctx.dim), *[None] * 5
 
 
 _spectral_norm_op = compile.register(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import (
     TransformType,
     retrieve_all_functorch_interpreters,
@@ -24,6 +25,11 @@ def is_transformed() -> bool:
 def is_differentiated_again() -> bool:
     """Whether a backward must call functions that have derivatives themselves, and not kernels."""
     return torch.is_grad_enabled() or is_transformed()
+
+
+# Whether a gradient or tangent stands for many, as is_grads_batched= and vectorize= of torch.autograd have it. Neither
+# kernels nor autograd functions know such tensors; torch calls an op of the dispatcher for each of the many.
+is_batch_of_gradients = is_legacy_batchedtensor
 
 
 def inside_vmap() -> bool:
@@ -53,14 +59,18 @@ def push_forward(function: Callable[..., Tensor], primals: Sequence[Tensor], tan
 
 
 def loop_over_batch(
-    function: type[torch.autograd.Function], info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[Tensor, int]:
+    function: type[torch.autograd.Function], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
     """A vmap rule: one call for each element of the batch."""
     slices = (
-        [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]
+        [a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)]
         for i in range(info.batch_size)
     )
-    return torch.stack([function.apply(*arguments) for arguments in slices]), 0
+    results = [function.apply(*arguments) for arguments in slices]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True))
+    return stacked, tuple(None if t is None else 0 for t in stacked)
 
 
 def fold_samples(batch_size: int, in_dims: Sequence[int | None], *tensors: Tensor) -> list[Tensor]:

@@ -146,3 +146,13 @@ def test_module_and_compiler(case: Case) -> None:
     got = torch.autograd.grad(compiled(x).square().sum(), [x, *branch.parameters()])
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_op_has_no_second_derivative(case: Case) -> None:
+    """The page gives its backward none, and to ask for it is an error; that of the function has one."""
+    x = torch.randn(3, 6, requires_grad=True)
+    gamma = torch.ones(6, requires_grad=True)
+    y = torch.ops.fastnorm.layer_scale(x, gamma)
+    (first,) = torch.autograd.grad(y.square().sum(), gamma, create_graph=True)
+    with pytest.raises(NotImplementedError, match="can be differentiated once"):
+        first.sum().backward()

@@ -28,10 +28,18 @@ def bn(*args: object, **kwargs: object) -> Callable[[], Tensor]:
 # each: a call, its exception, words of its message in their order
 WRONG = {
     "rank 1": (bn(torch.ones(3)), RuntimeError, "batch_norm: input must have at least 2 dimensions"),
-    "integers": (bn(X(dtype=torch.int64)), NotImplementedError, "batch_norm: no kernel for Long"),
-    "complex": (bn(X(dtype=torch.complex64)), NotImplementedError, "batch_norm: no kernel for ComplexFloat"),
-    "sparse": (bn(X().to_sparse()), NotImplementedError, "batch_norm: no kernel for a Sparse tensor"),
-    "meta device": (bn(X(device="meta")), NotImplementedError, "batch_norm: no kernel for a Strided tensor on meta"),
+    "integers": (bn(X(dtype=torch.int64)), NotImplementedError, "batch_norm: no kernel for input of type Long"),
+    "complex": (
+        bn(X(dtype=torch.complex64)),
+        NotImplementedError,
+        "batch_norm: no kernel for input of type ComplexFloat",
+    ),
+    "sparse": (
+        bn(X().to_sparse()),
+        NotImplementedError,
+        "batch_norm: no kernel for input of layout Sparse, wanted Strided",
+    ),
+    "meta device": (bn(X(device="meta")), NotImplementedError, "batch_norm: no kernel for input on meta, wanted cpu"),
     "weight's length": (bn(weight=torch.ones(4)), RuntimeError, r"weight must have shape \[3\].*got \[4\]"),
     "weight's rank": (bn(weight=torch.ones(3, 1)), RuntimeError, r"weight must have shape \[3\].*got \[3, 1\]"),
     "bias's length": (bn(bias=torch.ones(2)), RuntimeError, r"bias must have shape \[3\].*got \[2\]"),
@@ -71,6 +79,11 @@ WRONG = {
         "expected more than 1 value per channel",
     ),
     "one row": (bn(torch.ones(1, 3), training=True), ValueError, r"more than 1 value.*\[1, 3\]"),
+    "sparse weight": (
+        bn(weight=torch.ones(3).to_sparse()),
+        RuntimeError,
+        "batch_norm: weight must be a strided tensor, got Sparse",
+    ),
     "residual's shape": (
         bn(residual=torch.ones(4, 3, 5, 4)),
         RuntimeError,
@@ -164,7 +177,7 @@ WRONG = {
     "layer_norm: integers": (
         lambda: fn.layer_norm(X(dtype=torch.int64), (5,)),
         NotImplementedError,
-        "layer_norm: no kernel for Long",
+        "layer_norm: no kernel for input of type Long",
     ),
     "layer_norm: module activation": (lambda: fastnorm.LayerNorm(5, activation="elu"), ValueError, "LayerNorm: activ"),
     "rms_norm: shape": (lambda: fn.rms_norm(X(), (7,)), RuntimeError, r"rms_norm: input must have shape \[\*, 7\]"),
@@ -186,7 +199,11 @@ WRONG = {
     "dropout1d: rank": (lambda: fn.dropout1d(X()), RuntimeError, r"dropout1d: input must have shape \(N, C, L\)"),
     "dropout2d: rank": (lambda: fn.dropout2d(torch.ones(3)), RuntimeError, "dropout2d: input must have shape"),
     "dropout3d: p": (lambda: fn.dropout3d(X(), -1.0), ValueError, "dropout3d: p must be"),
-    "dropout: integers": (lambda: fn.dropout(X(dtype=torch.int32)), NotImplementedError, "dropout: no kernel for Int"),
+    "dropout: integers": (
+        lambda: fn.dropout(X(dtype=torch.int32)),
+        NotImplementedError,
+        "dropout: no kernel for input of type Int, wanted Double, Float, BFloat16 or Half",
+    ),
     "dropout: module p": (lambda: fastnorm.Dropout2d(nan), ValueError, "Dropout2d: p must be"),
     "dropout: generator": (lambda: fn.dropout(X(), generator=3), TypeError, "Generator"),
     "group_norm: rank": (
@@ -219,7 +236,7 @@ WRONG = {
     "group_norm: integers": (
         lambda: fn.group_norm(X(dtype=torch.int64), 1),
         NotImplementedError,
-        "group_norm: no kernel for Long",
+        "group_norm: no kernel for input of type Long",
     ),
     "group_norm: module groups": (lambda: fastnorm.GroupNorm(2, 3), ValueError, "must be divisible"),
     "group_norm: module activation": (
@@ -313,7 +330,7 @@ WRONG = {
     "rms_norm: meta device": (
         lambda: fn.rms_norm(X(device="meta"), (5,)),
         NotImplementedError,
-        "rms_norm: no kernel for a Strided tensor on meta",
+        "rms_norm: no kernel for input on meta, wanted cpu",
     ),
     "local_response_norm: size": (
         lambda: fn.local_response_norm(X(), 0),
@@ -440,6 +457,11 @@ WRONG = {
         ValueError,
         "convert: skip must name modules of the model, got '7'",
     ),
+    "explain_launch: no such device": (
+        lambda: fastnorm.explain_launch("batch_norm", (4, 3), device="cuda:99"),
+        RuntimeError,
+        "explain_launch: device must be a CUDA device that torch has here, or .*H100, got 'cuda:99'",
+    ),
     "set_fallback": (lambda: fastnorm.set_fallback("loud"), ValueError, "set_fallback: mode must be"),
 }
 
@@ -449,6 +471,38 @@ def test_message(name: str) -> None:
     call, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "batch_norm": lambda: fastnorm.BatchNorm2d(3),
+    "batch_renorm": lambda: fastnorm.BatchRenorm2d(3),
+    "group_norm": lambda: fastnorm.GroupNorm(1, 3),
+    "instance_norm": lambda: fastnorm.InstanceNorm2d(3),
+    "layer_norm": lambda: fastnorm.LayerNorm(5),
+    "rms_norm": lambda: fastnorm.RMSNorm(5),
+    "local_response_norm": lambda: fastnorm.LocalResponseNorm(3),
+    "dropout": lambda: fastnorm.Dropout(),
+    "dropout2d": lambda: fastnorm.Dropout2d(),
+    "alpha_dropout": lambda: fastnorm.AlphaDropout(),
+    "feature_alpha_dropout": lambda: fastnorm.FeatureAlphaDropout(),
+    "drop_path": lambda: fastnorm.DropPath(0.5),
+}
+OF_TYPE = ", wanted Double, Float, BFloat16 or Half$"
+NOT_TAKEN: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "quantised": (lambda: torch.quantize_per_tensor(X(), 0.1, 0, torch.qint8), f"of type QInt8{OF_TYPE}"),
+    "sparse": (lambda: X().to_sparse(), "of layout Sparse, wanted Strided$"),
+    "complex": (lambda: X(dtype=torch.complex64), f"of type ComplexFloat{OF_TYPE}"),
+    "integers": (lambda: X(dtype=torch.int64), f"of type Long{OF_TYPE}"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("kind", NOT_TAKEN)
+@pytest.mark.parametrize("op", MODULES)
+def test_what_no_kernel_takes(op: str, kind: str) -> None:
+    make, message = NOT_TAKEN[kind]
+    with pytest.raises(NotImplementedError, match=f"^{op}: no kernel for input {message}"):
+        MODULES[op]()(make())
 
 
 @pytest.mark.parametrize(
@@ -476,7 +530,7 @@ def test_fallback_warns_once_for_each_op_and_reason() -> None:
     fastnorm.set_fallback("warn")
     x = torch.ones(4, 3, device="meta")
     with pytest.warns(
-        fastnorm.FallbackWarning, match="dropout: no kernel for a Strided tensor on meta; using torch's own"
+        fastnorm.FallbackWarning, match="dropout: no kernel for input on meta, wanted cpu.*; using torch's own"
     ):
         fn.dropout(x)
     fn.dropout(x)  # pyproject.toml turns a second warning into an error

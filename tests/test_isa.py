@@ -55,4 +55,5 @@ def test_build_info() -> None:
 def test_self_check_runs() -> None:
     out = subprocess.run([sys.executable, "-m", "fastnorm"], capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr
-    assert "BatchNorm2d" in out.stdout and "Dropout" in out.stdout
+    for op in ("BatchNorm2d", "BatchRenorm2d", "Dropout", "weight_norm", "spectral_norm"):
+        assert f"\n{op} " in out.stdout

@@ -254,7 +254,7 @@ WRONG = {
     "integers": (
         lambda: fn.local_response_norm(X.long(), 3),
         NotImplementedError,
-        "local_response_norm: no kernel for Long",
+        "local_response_norm: no kernel for input of type Long",
     ),
     "module's region": (
         lambda: fastnorm.LocalResponseNorm(3, region="both"),

@@ -17,8 +17,8 @@ import fastnorm
 import fastnorm.functional as fn
 from fastnorm.parametrizations import spectral_norm, weight_norm
 
-# The parametrizations go to torch's ops, see below; dropout is linear and has tests of its own; what SyncBatchNorm does
-# among several processes is for ordinary backward alone.
+# The parametrizations have tests of layers, see below; dropout is linear and has tests of its own; what SyncBatchNorm
+# does among several processes is for ordinary backward alone.
 OTHERS = ("weight_norm", "spectral_norm", "sync_batch_norm")
 DIFFERENTIABLE = [c for c in CASES if "drop" not in c.name and not c.name.startswith(OTHERS)]
 # one of each op and way to normalise, with nothing and with everything fused
@@ -289,38 +289,170 @@ def test_inplace() -> None:
     assert set(tangent.flatten().tolist()) == {0.0, 2.0}
 
 
+# ---- the parametrizations
+
+
+def _reference_layer(name: str, layer: nn.Module, x: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    u, v = (b.clone() for b in layer.parametrizations.weight[0].buffers()) if name == "spectral_norm" else (None, None)
+
+    def run(p: dict[str, Tensor]) -> Tensor:
+        if name == "weight_norm":
+            g, v_ = (p[f"parametrizations.weight.original{i}"] for i in (0, 1))
+            return nn.functional.linear(x, reference.weight_norm(v_, g, 0), p["bias"])
+        weight = reference.spectral_norm(p["parametrizations.weight.original"], u, v, 0)
+        return nn.functional.linear(x, weight, p["bias"])
+
+    return run
+
+
+PARAMETRIZATIONS = {"weight_norm": weight_norm, "spectral_norm": spectral_norm}
+every_parametrization = pytest.mark.parametrize("name", PARAMETRIZATIONS)
+
+
+def _layer(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(seed)
+    layer = PARAMETRIZATIONS[name](nn.Linear(4, 3, dtype=torch.float64))
+    return layer, {k: p.detach() for k, p in layer.named_parameters()}
+
+
+@every_parametrization
+def test_derivatives_of_a_parametrization(name: str) -> None:
+    layer, parameters = _layer(name)
+    layer.eval()
+    x = torch.randn(2, 4, dtype=torch.float64)
+
+    def run(p: dict[str, Tensor]) -> Tensor:
+        return functional_call(layer, p, (x,)).pow(3)
+
+    wanted_run = _reference_layer(name, layer, x)
+    tangents = {k: torch.randn_like(p) for k, p in parameters.items()}
+    for got, wanted in zip(
+        jvp(run, (parameters,), (tangents,)),
+        jvp(lambda p: wanted_run(p).pow(3), (parameters,), (tangents,)),
+        strict=True,
+    ):
+        close(got, wanted)
+    for derivative in (grad, hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f))):
+        got = derivative(lambda p: run(p).sum())(parameters)
+        wanted = derivative(lambda p: wanted_run(p).pow(3).sum())(parameters)
+        for g, w in zip(*map(torch.utils._pytree.tree_leaves, (got, wanted)), strict=True):
+            close(g, w)
+    xs = torch.randn(5, 2, 4, dtype=torch.float64)
+    close(vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
+
+
+@pytest.mark.parametrize("dim", (1, None))
+def test_weight_norm_of_low_precision_in_a_transform(dim: int | None) -> None:
+    layer = weight_norm(nn.Linear(40, 30, dtype=torch.bfloat16), dim=dim)
+    y, tangent = jvp(lambda x: layer.weight * x, (torch.ones(()).bfloat16(),), (torch.ones(()).bfloat16(),))
+    assert y.dtype == torch.bfloat16
+    close(tangent, layer.weight, torch.finfo(torch.bfloat16).eps)
+
+
+def test_the_power_method_inside_of_transforms() -> None:
+    """In training u and v take the step that an eager call has them take, and are constants to derivatives."""
+    (layer, parameters), (twin, _) = _layer("spectral_norm"), _layer("spectral_norm")
+    x = torch.randn(2, 4, dtype=torch.float64)
+    got = grad(lambda p: functional_call(layer, p, (x,)).pow(3).sum())(parameters)
+    twin(x).pow(3).sum().backward()
+    for key, p in twin.named_parameters():
+        close(got[key], p.grad)
+    tangents = {k: torch.randn_like(p) for k, p in parameters.items()}
+    _, tangent = jvp(lambda p: functional_call(layer, p, (x,)), (parameters,), (tangents,))
+    _ = twin(x)
+    for a, b in zip(layer.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b)
+    close(tangent, jvp(_reference_layer("spectral_norm", layer, x), (parameters,), (tangents,))[1])
+
+
+@every_parametrization
+@pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
+def test_an_ensemble_of_parametrized_layers(name: str, training: bool) -> None:
+    layers = [_layer(name, seed)[0].train(training) for seed in range(3)]
+    base, x = copy.deepcopy(layers[0]), torch.randn(2, 4, dtype=torch.float64)
+    parameters, buffers = (
+        {k: torch.stack([dict(f(m))[k].detach() for m in layers]) for k, _ in f(base)}
+        for f in (nn.Module.named_parameters, nn.Module.named_buffers)
+    )
+
+    def run(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return functional_call(base, (p, b), (x,))
+
+    got, wanted = vmap(run)(parameters, buffers), torch.stack([layer(x) for layer in layers])
+    close(got, wanted)
+    for key, stacked in buffers.items():
+        assert torch.equal(stacked, torch.stack([dict(layer.named_buffers())[key] for layer in layers]))
+    if training and name == "spectral_norm":
+        with pytest.raises(RuntimeError, match="spectral_norm: u and v that all elements of vmap's batch share"):
+            vmap(lambda p: functional_call(base, p, (x,)))(parameters)
+
+
+# ---- a batch of gradients by ordinary backward
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.name.startswith("sync_batch_norm")], ids=str)
+def test_is_grads_batched(case: Case) -> None:
+    x, _ = tensors_and_tangents(case)
+    leaves = [t.clone().requires_grad_() for t in x]
+    y = case.fastnorm(*leaves)
+    batch = torch.randn(3, *y.shape, dtype=torch.float64)
+    for create_graph in (False, True):
+        options = {"retain_graph": True, "create_graph": create_graph}
+        got = torch.autograd.grad(y, leaves, batch, is_grads_batched=True, **options)
+        wanted = [
+            torch.stack(g) for g in zip(*(torch.autograd.grad(y, leaves, dy, **options) for dy in batch), strict=True)
+        ]
+        for g, w in zip(got, wanted, strict=True):
+            close(g, w)
+    if any(g.requires_grad for g in got):
+        again, wanted_again = (
+            torch.autograd.grad(sum(g.pow(3).sum() for g in gs), leaves[0], allow_unused=True) for gs in (got, wanted)
+        )
+        if wanted_again[0] is not None:
+            close(again[0], wanted_again[0])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c in FEW or c.name.startswith(OTHERS[:2])], ids=str)
+def test_vmap_of_ordinary_backward(case: Case) -> None:
+    x, _ = tensors_and_tangents(case)
+    leaves = [t.clone().requires_grad_() for t in x]
+    y = case.fastnorm(*leaves)
+    batch = torch.randn(3, *y.shape, dtype=torch.float64)
+    got = vmap(lambda dy: torch.autograd.grad(y, leaves, dy, retain_graph=True))(batch)
+    wanted = zip(*(torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in batch), strict=True)
+    for g, w in zip(got, wanted, strict=True):
+        close(g, torch.stack(w))
+
+
+@pytest.mark.parametrize("case", [*FEW, *(c for c in CASES if c.name in ("dropout-0.5", "alpha_dropout-0.5"))], ids=str)
+def test_vectorized_jacobian(case: Case) -> None:
+    x, _ = tensors_and_tangents(case)
+    wanted = torch.autograd.functional.jacobian(case.reference, x)
+    for strategy in ("reverse-mode", "forward-mode"):
+        got = torch.autograd.functional.jacobian(case.fastnorm, x, vectorize=True, strategy=strategy)
+        for g, w in zip(got, wanted, strict=True):
+            close(g, w)
+
+
+def test_a_tangent_of_the_gradient_of_parametrizations() -> None:
+    """As above, by the nodes that are not norms."""
+    for name in PARAMETRIZATIONS:
+        layer, _ = _layer(name)
+        weight = layer.eval().weight
+        leaf = next(p for key, p in layer.named_parameters() if key.endswith(("original", "original1")))
+        dy, tangent = torch.randn(2, *weight.shape, dtype=torch.float64).unbind(0)
+        with forward_ad.dual_level():
+            (d,) = torch.autograd.grad(weight, leaf, forward_ad.make_dual(dy, tangent), retain_graph=True)
+            got = forward_ad.unpack_dual(d).tangent
+        close(got, torch.autograd.grad(weight, leaf, tangent)[0])  # linear in dy
+
+
 # ---- what has no kernel there
-
-
-def _weight_norm_layer() -> nn.Module:
-    return weight_norm(nn.Linear(4, 3, dtype=torch.float64))
-
-
-def _spectral_norm_layer() -> nn.Module:
-    return spectral_norm(nn.Linear(4, 3, dtype=torch.float64)).eval()
-
-
-@pytest.mark.parametrize("make", (_weight_norm_layer, _spectral_norm_layer))
-def test_parametrizations_go_to_torch(make: Callable[[], nn.Module]) -> None:
-    layer = make()
-    parameters = {k: p.detach() for k, p in layer.named_parameters()}
-
-    def loss(p: dict[str, Tensor]) -> Tensor:
-        return functional_call(layer, p, (torch.ones(2, 4, dtype=torch.float64),)).pow(3).sum()
-
-    with pytest.raises(NotImplementedError, match="_norm: no kernel for forward-mode"):
-        grad(loss)(parameters)
-    fastnorm.set_fallback("warn")
-    with pytest.warns(fastnorm.FallbackWarning, match="no kernel for forward-mode.*using torch's own op"):
-        got = grad(loss)(parameters)
-    layer(torch.ones(2, 4, dtype=torch.float64)).pow(3).sum().backward()
-    for name, p in layer.named_parameters():
-        close(got[name], p.grad)
 
 
 def test_complex_numbers_go_to_torch() -> None:
     x = torch.randn(3, 4, dtype=torch.complex64)
-    with pytest.raises(NotImplementedError, match="dropout: no kernel for ComplexFloat"):
+    with pytest.raises(NotImplementedError, match="dropout: no kernel for input of type ComplexFloat"):
         vmap(lambda t: fn.dropout(t), randomness="same")(x)
 
 
