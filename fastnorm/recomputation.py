@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,16 +51,11 @@ class recompute(torch.autograd.graph.saved_tensors_hooks):
         self._outer = getattr(_local, "depth", 0)
         _local.depth = self.depth
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        value: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         global contexts
         _local.depth = self._outer
         contexts -= 1
-        super().__exit__(kind, value, traceback)
+        super().__exit__(*exception)
 
 
 class Output(NamedTuple):
