@@ -267,6 +267,8 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         for dim in (0, 1)
         for shape in ((7, 5, 3, 3), (130, 40))
     },
+    # no float32 is near the mean
+    "layer_norm-far-above": lambda: [fn.layer_norm(_values(5, 200) + 1e7, [200])],
     # squares beyond float32's range, above and below
     **{
         f"{name}-scaled-{scale}": partial(norm, _values(5, 200) * scale)

@@ -153,7 +153,7 @@ MUTATIONS = (
     Mutation("layer_norm.cu", "      cluster_sync();\n#pragma", "      __syncthreads();\n#pragma", "layer_norm"),
     Mutation("layer_norm.cu", "if (cluster_size() > 1) cluster_sync();", "", "layer_norm", by="asan"),
     Mutation("layer_norm.cu", "lane == 0 && column < N) row", "lane == 0 && column <= N) row", "layer_norm-residual"),
-    Mutation("layer_norm.cu", "m2 -= deviations[0] * shift;", "", "far_above and layer_norm"),
+    Mutation("layer_norm.cu", "m2 -= deviations[0] * shift;", "", "far-above"),
     Mutation("layer_norm.cu", "if (row >= a.M) return;", "if (row > a.M) return;", "layer_norm", by="asan"),
     Mutation("layer_norm.cu", "if (is_inside(k) && row < a.M) to[k]", "if (is_inside(k)) to[k]",
              "layer_norm", by="asan"),
