@@ -17,9 +17,12 @@ struct Queue {
 
 // cpu::name(args); cuda::name(args, queue) and the bytes of device memory that it wants beside its arguments. Only a
 // build with CUDA defines the last two (FASTNORM_WITH_CUDA).
-#define FASTNORM_DECLARE_KERNEL(name, Args)   \
-  FASTNORM_DECLARE_CPU_KERNEL(name, Args)     \
-  namespace fastnorm::cuda {                  \
-  int64_t name##_workspace(const Args& args); \
-  void name(const Args& args, const Queue&);  \
+#define FASTNORM_DECLARE_KERNEL(name, Args) \
+  FASTNORM_DECLARE_CPU_KERNEL(name, Args)   \
+  FASTNORM_DECLARE_CUDA_KERNEL(name, Args)
+
+#define FASTNORM_DECLARE_CUDA_KERNEL(name, Args) \
+  namespace fastnorm::cuda {                     \
+  int64_t name##_workspace(const Args& args);    \
+  void name(const Args& args, const Queue&);     \
   }

@@ -49,12 +49,6 @@ struct Dropout {
   void* y;  // may be x
 };
 
-}  // namespace fastnorm
-
-FASTNORM_DECLARE_KERNEL(dropout, Dropout)
-
-namespace fastnorm::cuda {
-
 // While a graph is captured, torch's generator says where its seed and offset will lie at each replay:
 //   state[0] = dropout_seed(*seed, *offset + added),   state[1] = 0                       all of it in device memory
 struct DropoutState {
@@ -62,6 +56,8 @@ struct DropoutState {
   uint64_t added;
   int64_t* state;
 };
-void dropout_state(const DropoutState& args, const Queue&);
 
-}  // namespace fastnorm::cuda
+}  // namespace fastnorm
+
+FASTNORM_DECLARE_KERNEL(dropout, Dropout)
+FASTNORM_DECLARE_CUDA_KERNEL(dropout_state, DropoutState)

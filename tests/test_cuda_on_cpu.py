@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, Case
 from cuda_on_cpu import driver, native
 from cuda_on_cpu.contracts import contracts
+from reference import philox4x32
 from test_ops import FLOATS, channels_last, compare, cotangent, differentiate
 from torch import Tensor
 
@@ -44,10 +46,12 @@ IN_FULL = "FASTNORM_CUDA_IN_FULL" in os.environ
 EVERY = {"random": 7, "trace": 23, "asan": 23}
 
 
-def thinned(*names: str, of: Iterable[tuple[Any, ...]], fold: int = 1) -> pytest.MarkDecorator:
+def thinned(
+    *names: str, of: Iterable[tuple[Any, ...]], fold: int = 1, modes: Iterable[str] = MODES
+) -> pytest.MarkDecorator:
     """Every n-th of the tuples for each mode, n divided by `fold`; the test gets (mode, *tuple)."""
     chosen = []
-    for mode in MODES:
+    for mode in modes:
         n = 1 if IN_FULL else max(1, EVERY[mode] // fold)
         first = ("random", "trace", "asan").index(mode) % n
         for values in list(of)[first::n]:
@@ -74,6 +78,10 @@ def require_kernels(of: str) -> None:
         pytest.skip(f"{op} has no CUDA kernel yet")
 
 
+# Stems of kernels with clusters: also compiled for sm_80, which has none.
+OLDER = ("batch_norm", "group_norm", "layer_norm")
+OLDER_MODES = MODES if IN_FULL else tuple(mode for mode in MODES if mode == "random")
+
 _sanitized: list[subprocess.Popen[str]] = []
 
 
@@ -87,7 +95,7 @@ def _the_other_processor_has_work(request: pytest.FixtureRequest) -> None:
         _sanitized.append(subprocess.Popen(command, env=environment, text=True, **pipes))
     if not IN_FULL:
         for mode in MODES:
-            driver.build_ahead(mode)
+            driver.build_ahead(mode, older=OLDER if mode in OLDER_MODES else ())
 
 
 def as_it_is(t: Tensor) -> Tensor:
@@ -180,6 +188,23 @@ def _skipped_statistics() -> list[Tensor]:
     return [mean, var, count]
 
 
+def _two_processes(activation: str | None, last: bool) -> list[Tensor]:
+    """A batch shared by two processes, as SyncBatchNorm takes it."""
+    x, dy, residual = (channels_last(t) if last else t for t in (_values(6, 8, 5, 7, seed=seed) for seed in range(3)))
+    weight, bias = _values(8) + 1, _values(8, seed=1)
+    statistics = torch.stack([x.double().mean((0, 2, 3)), (x.double().var((0, 2, 3), False) + 1e-5).rsqrt()])
+    operands, sums, results = [], [], []
+    for part in (slice(0, 2), slice(2, 6)):
+        own = x[part], weight, bias, residual[part]
+        y, mask = _C.batch_norm_normalize(*own, statistics, activation, True)
+        operands.append((dy[part], *own[:3], None if mask is not None else own[3], mask, statistics))
+        sums.append(_C.batch_norm_backward_reduce(*operands[-1], activation))
+        results += [y, sums[-1].float(), _C.batch_norm_statistics(x[part]).float()]
+    for each in operands:
+        results += _C.batch_norm_backward_elements(*each, sums[0] + sums[1], 6.0 * 35, activation, (True, True))
+    return results
+
+
 def _instance_statistics() -> list[Tensor]:
     mean, var = torch.full((5,), 0.5), torch.full((5,), 2.0)
     y = fn.instance_norm(_values(6, 5, 9, 7), mean, var, use_input_stats=True)
@@ -218,6 +243,10 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         for momentum, dtype in ((0.1, torch.float32), (None, torch.float32), (0.3, torch.bfloat16))
     },
     "batch_norm-skipped-statistics": _skipped_statistics,
+    **{
+        f"batch_norm-two-processes-{activation}{'-last' if last else ''}": partial(_two_processes, activation, last)
+        for activation, last in (("relu", False), ("silu", True), (None, False), ("leaky_relu", True))
+    },
     "instance_norm-statistics": _instance_statistics,
     **{f"{name}-wide-parameters": partial(_wide_parameters, NORMS[name]) for name in NORMS if name != "rms_norm"},
     **{
@@ -238,11 +267,15 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         for dim in (0, 1)
         for shape in ((7, 5, 3, 3), (130, 40))
     },
+    # no float32 is near the mean
+    "layer_norm-far-above": lambda: [fn.layer_norm(_values(5, 200) + 1e7, [200])],
     # squares beyond float32's range, above and below
     **{
         f"{name}-scaled-{scale}": partial(norm, _values(5, 200) * scale)
         for scale in (1e25, 1e-25)
         for name, norm in {
+            "batch_norm": lambda x: [fn.batch_norm(x.view(5, 8, 25), None, None, training=True, eps=0.0)],
+            "group_norm": lambda x: [fn.group_norm(channels_last(x.view(5, 8, 25)), 4, eps=0.0)],
             "layer_norm": lambda x: [fn.layer_norm(x, [200], eps=0.0)],
             "rms_norm": lambda x: [fn.rms_norm(x, [200], eps=0.0)],
             "weight_norm-0": lambda x: [_C.weight_norm(x, torch.ones(5, 1), 0)],
@@ -265,6 +298,22 @@ def test_as_the_cpu(mode: str, name: str) -> None:
         torch.testing.assert_close(a, b, rtol=units * eps, atol=units * eps, equal_nan=True)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("seed", "offset", "added"), [(0, 0, 0), (1, 4, 8), (-1, 2**32 - 1, 5), (2**63 - 25, 2**62 + 3, 2**40)]
+)
+def test_dropout_state(mode: str, seed: int, offset: int, added: int) -> None:
+    """What a captured graph draws its masks from, against Philox in numpy (philox.h: dropout_seed)."""
+    state = torch.full((2,), 7)
+    given = {"seed": torch.tensor([seed]), "offset": torch.tensor([offset])}
+    with driver.settings(mode=mode):
+        driver.call("dropout_state", **given, added=added, state=state)
+    low, high = (offset + added) & 0xFFFFFFFF, (offset + added) >> 32
+    counter = np.array([[low, high, 0xFFFFFFFF, 0xFFFFFFFF]], dtype=np.uint32)
+    first, second, *_ = (int(word) for word in philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[0])
+    assert [s & (2**64 - 1) for s in state.tolist()] == [first | second << 32, 0]
+
+
 # ---- every launch path: the launchers choose by what the device has
 
 DEVICES: dict[str, dict[str, Any]] = {
@@ -279,6 +328,21 @@ DEVICES: dict[str, dict[str, Any]] = {
 @thinned("case", "device", "shape", of=[(c, d, shape) for c in ONE_AN_OP for d in DEVICES for shape in c.shapes[-3:]])
 def test_on_every_device(mode: str, case: Case, device: str, shape: tuple[int, ...]) -> None:
     check(case, shape, mode, device, **DEVICES[device])
+
+
+@thinned(
+    "case", "plan", "last", modes=OLDER_MODES, fold=7,
+    of=[(case, plan, last) for case in CASES for plan in ("whole", "split", "scalar") for last in (False, True)
+        if case.name in ("batch_norm-train", "batch_norm-train-residual-relu", "group_norm-one", "instance_norm-input",
+                         "group_norm-some-residual-leaky_relu", "layer_norm-residual-relu")],
+)  # fmt: skip
+def test_compiled_for_sm_80(mode: str, case: Case, plan: str, last: bool) -> None:
+    """Without clusters and bulk copies, in what is compiled as in the device."""
+    require_kernels(case.op)
+    forced = {"whole": {"resident": 1}, "split": {"resident": 0}, "scalar": {"scalar": 1}}[plan]
+    with driver.settings(mode=mode, architecture=80, plan=forced, **DEVICES["sm_80"]) as reports, native.installed():
+        compare(case, case.inputs((3, 8, 33, 31), torch.float32), channels_last if last else as_it_is)
+    assert {launch.cluster for report in reports for launch in report.launches} == {1}
 
 
 @dataclass(frozen=True)

@@ -68,21 +68,12 @@ bool updates_running(const BatchNormForward& a) { return a.training && (a.runnin
 
 // What the kernels take, its buffers in the workspace.
 SliceForward arguments(const BatchNormForward& a, Workspace& workspace) {
-  SliceForward s{};
+  SliceForward s = common_forward(a);
   s.plan = plan(a);
-  s.param_dtype = a.param_dtype;
   s.stats_dtype = a.stats_dtype;
-  s.activation = a.activation;
-  s.eps = a.eps;
-  s.x = a.x;
-  s.residual = a.residual;
-  s.weight = a.weight;
-  s.bias = a.bias;
-  s.y = a.y;
-  s.mask = a.mask;
   // Given ones are only read.
-  s.mean = a.given_mean ? const_cast<double*>(a.given_mean) : a.mean;
-  s.rstd = a.given_rstd ? const_cast<double*>(a.given_rstd) : a.rstd;
+  if (a.given_mean) s.mean = const_cast<double*>(a.given_mean);
+  if (a.given_rstd) s.rstd = const_cast<double*>(a.given_rstd);
   s.D = 1;
   s.use_running = !a.training && a.given_mean == nullptr;
   s.running_mean = a.running_mean;
@@ -91,31 +82,17 @@ SliceForward arguments(const BatchNormForward& a, Workspace& workspace) {
   s.d_max = a.d_max;
   s.r = a.r;
   s.d = a.d;
-  s.variance = a.variance;
   if (updates_running(a) && s.variance == nullptr) s.variance = workspace.take<double>(a.shape.C);
   if (a.training && !s.plan.resident) s.partial = workspace.take<Moments>(s.plan.partials());
   return s;
 }
 
 SliceBackward arguments(const BatchNormBackward& a, Workspace& workspace) {
-  SliceBackward s{};
+  SliceBackward s = common_backward(a);
   s.plan = plan(a);
-  s.param_dtype = a.param_dtype;
-  s.activation = a.activation;
   s.constant_statistics = !a.training;
-  s.reads_x = true;
-  s.x = a.x;
-  s.dy = a.dy;
-  s.residual = a.residual;
-  s.weight = a.weight;
-  s.bias = a.bias;
-  s.mean = a.mean;
-  s.rstd = a.rstd;
   s.r = a.r;
   s.d = a.d;
-  s.mask = a.mask;
-  s.dx = a.dx;
-  s.dresidual = a.dresidual;
   s.D = 1;
   s.count = a.given_sums ? a.count : static_cast<double>(a.shape.N * a.shape.S);
   s.given_sums = a.given_sums;
@@ -123,13 +100,6 @@ SliceBackward arguments(const BatchNormBackward& a, Workspace& workspace) {
   s.group_sums = workspace.take<Sums>(a.shape.C);
   if (!s.plan.resident) s.partial = workspace.take<Sums>(s.plan.partials());
   return s;
-}
-
-template <typename Args>
-int64_t workspace_bytes(const Args& a) {
-  Workspace workspace(nullptr);
-  if (a.shape.numel() > 0) arguments(a, workspace);
-  return workspace.bytes();
 }
 
 }  // namespace

@@ -197,6 +197,14 @@ __global__ void __launch_bounds__(kThreads) drop_channels_channels_last(Call<T> 
   }
 }
 
+// The seed and offset of a mask, drawn anew at each replay of a captured graph. One thread: 24 bytes in, 16 out.
+__global__ void draw_state(DropoutState args) {
+  if (threadIdx.x != 0) return;
+  const uint64_t offset = static_cast<uint64_t>(*args.offset) + args.added;
+  args.state[0] = static_cast<int64_t>(dropout_seed(static_cast<uint64_t>(*args.seed), offset));
+  args.state[1] = 0;
+}
+
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T, int kPack>
@@ -238,6 +246,7 @@ void run(const Dropout& a, cudaStream_t stream) {
 }  // namespace
 
 int64_t dropout_workspace(const Dropout&) { return 0; }
+int64_t dropout_state_workspace(const DropoutState&) { return 0; }
 
 void dropout(const Dropout& a, const Queue& queue) {
   visit(a.dtype, [&](auto type) {
@@ -247,6 +256,10 @@ void dropout(const Dropout& a, const Queue& queue) {
     if (whole_packs && is_aligned(a.x, a.y)) return run<T, kWindow<T>>(a, stream);
     run<T, 1>(a, stream);
   });
+}
+
+void dropout_state(const DropoutState& args, const Queue& queue) {
+  launch("dropout", draw_state, {dim3(1), kWarp}, static_cast<cudaStream_t>(queue.stream), args);
 }
 
 }  // namespace fastnorm::cuda

@@ -36,54 +36,22 @@ SlicePlan plan(const GroupNormBackward& a) {
 
 // What the kernels take, its buffers in the workspace.
 SliceForward arguments(const GroupNormForward& a, Workspace& workspace) {
-  SliceForward s{};
+  SliceForward s = common_forward(a);
   s.plan = plan(a);
-  s.param_dtype = a.param_dtype;
-  s.activation = a.activation;
-  s.eps = a.eps;
-  s.x = a.x;
-  s.residual = a.residual;
-  s.weight = a.weight;
-  s.bias = a.bias;
-  s.y = a.y;
-  s.mask = a.mask;
-  s.mean = a.mean;
-  s.rstd = a.rstd;
-  s.variance = a.variance;
   s.D = a.shape.C / a.G;
   if (!s.plan.resident) s.partial = workspace.take<Moments>(s.plan.partials());
   return s;
 }
 
 SliceBackward arguments(const GroupNormBackward& a, Workspace& workspace) {
-  SliceBackward s{};
+  SliceBackward s = common_backward(a);
   s.plan = plan(a);
-  s.param_dtype = a.param_dtype;
-  s.activation = a.activation;
-  s.reads_x = true;
-  s.x = a.x;
-  s.dy = a.dy;
-  s.residual = a.residual;
-  s.weight = a.weight;
-  s.bias = a.bias;
-  s.mean = a.mean;
-  s.rstd = a.rstd;
-  s.mask = a.mask;
-  s.dx = a.dx;
-  s.dresidual = a.dresidual;
   s.D = a.shape.C / a.G;
   s.count = static_cast<double>(s.D * a.shape.S);
   s.channel_sums = workspace.take<Sums>(a.shape.N * a.shape.C);
   s.group_sums = workspace.take<Sums>(a.shape.N * a.G);
   if (!s.plan.resident) s.partial = workspace.take<Sums>(s.plan.partials());
   return s;
-}
-
-template <typename Args>
-int64_t workspace_bytes(const Args& a) {
-  Workspace workspace(nullptr);
-  if (a.shape.numel() > 0) arguments(a, workspace);
-  return workspace.bytes();
 }
 
 }  // namespace

@@ -13,6 +13,13 @@
 #include <stdexcept>
 #include <string>
 
+// Whether what is being compiled has clusters and bulk copies: code for sm_90 and later, and the host's.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define FASTNORM_HAS_CLUSTERS 1
+#else
+#define FASTNORM_HAS_CLUSTERS 0
+#endif
+
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -160,10 +167,37 @@ __device__ inline T* dynamic_shared() {
   return reinterpret_cast<T*>(fastnorm_dynamic_shared);
 }
 
+#endif  // __CUDACC__
+
 // ---- clusters: blocks that run at the same time and reach each other's shared memory. A block launched without one
 // is a cluster of its own, also below sm_90.
+//
+// Bulk asynchronous copies from global to shared memory (sm_90): one thread asks, an engine copies, a barrier in shared
+// memory tells when the bytes have landed.
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if !FASTNORM_HAS_CLUSTERS  // for the emulator as for nvcc
+
+__device__ inline unsigned cluster_size() { return 1; }
+__device__ inline unsigned cluster_rank() { return 0; }
+__device__ inline void cluster_sync() { __syncthreads(); }
+template <typename T>
+__device__ inline T* map_shared_rank(T* p, unsigned) {
+  return p;
+}
+
+// No plan has bulk copies there.
+struct Barrier {
+  uint64_t state;
+
+  __device__ void init() {}
+  __device__ void expect(uint32_t) {}
+  __device__ void wait(uint32_t) {}
+};
+__device__ inline void bulk_copy(void*, const void*, uint32_t, Barrier&) {}
+__device__ inline void fence_before_bulk_copy() {}
+
+#elif defined(__CUDACC__)
+
 __device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
 // All threads of all blocks of the cluster: what each wrote to shared memory is seen by all after it.
@@ -173,24 +207,6 @@ template <typename T>
 __device__ inline T* map_shared_rank(T* p, unsigned rank) {
   return cooperative_groups::this_cluster().map_shared_rank(p, rank);
 }
-#else
-__device__ inline unsigned cluster_size() { return 1; }
-__device__ inline unsigned cluster_rank() { return 0; }
-__device__ inline void cluster_sync() { __syncthreads(); }
-template <typename T>
-__device__ inline T* map_shared_rank(T* p, unsigned) {
-  return p;
-}
-#endif
-
-// ---- bulk asynchronous copies from global to shared memory (sm_90): one thread asks, an engine copies, a barrier in
-// shared memory tells when the bytes have landed.
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kHasBulkCopy = true;
-#else
-constexpr bool kHasBulkCopy = false;
-#endif
 
 // In shared memory, 8 bytes, made by one thread with init(); then __syncthreads() before another uses it.
 struct Barrier {
@@ -198,21 +214,16 @@ struct Barrier {
 
   // Phases end when one thread has called expect() and that many bytes have landed.
   __device__ void init() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
   }
   __device__ void expect(uint32_t bytes) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
-#endif
   }
   // Returns when the phase of this parity (0 for the first, then 1, 0, ...) has ended. By all threads that read the
   // bytes.
   __device__ void wait(uint32_t parity) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -222,30 +233,23 @@ struct Barrier {
         "}\n" ::"r"(address()),
         "r"(parity)
         : "memory");
-#endif
   }
   __device__ uint32_t address() { return static_cast<uint32_t>(__cvta_generic_to_shared(&state)); }
 };
 
 // Starts the copy of `bytes` (a multiple of 16) from global `from` to this block's shared `to` (both aligned to 16).
 __device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier.address())
                : "memory");
-#endif
 }
 
 // Between ordinary reads or writes of a buffer in shared memory and a bulk copy into it: by the threads that read or
 // wrote, before the barrier that the asking thread waits at.
-__device__ inline void fence_before_bulk_copy() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
+__device__ inline void fence_before_bulk_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-#endif  // __CUDACC__
+#endif
 
 // ---- the last block
 

@@ -229,14 +229,12 @@ __device__ inline void for_groups(int groups, int members, const F& f) {
     f(g + mine < groups ? g + mine : -1, static_cast<int>(threadIdx.x) % lanes, lanes);
 }
 
-// Stores the window's bits, shifted to their place: windows of an octet that lie in several lanes meet in its first. By
-// all threads of the warp.
+// Stores the window's bits, shifted to their place: windows of an octet that lie in several lanes meet in its first.
+// What belongs to no element of the run is never read. By all threads of the warp.
 template <int kN>
 __device__ inline void store_mask(uint8_t* mask, const Walk<kN>& walk, const Place& at, int64_t run, unsigned bits) {
   constexpr unsigned kAny = 1u << 8;
-  unsigned inside = 0;
-  if (at.any()) inside = (1u << at.end) - (1u << at.begin);
-  bits = (bits & inside) << walk.mask_bit(at) | (at.any() ? kAny : 0u);
+  bits = bits << walk.mask_bit(at) | (at.any() ? kAny : 0u);
   const int lanes = min(8 / kN, walk.p.team);
   for (int distance = 1; distance < lanes; distance *= 2) bits |= __shfl_xor_sync(kAllLanes, bits, distance);
   if ((bits & kAny) && walk.lane % lanes == 0) mask[walk.mask_byte(at, run)] = static_cast<uint8_t>(bits);
@@ -1054,6 +1052,52 @@ class Workspace {
   unsigned char* start_;
   int64_t bytes_ = 0;
 };
+
+// What both ops' contracts have; everything else is zero.
+template <typename Args>
+SliceForward common_forward(const Args& a) {
+  SliceForward s{};
+  s.param_dtype = a.param_dtype;
+  s.activation = a.activation;
+  s.eps = a.eps;
+  s.x = a.x;
+  s.residual = a.residual;
+  s.weight = a.weight;
+  s.bias = a.bias;
+  s.y = a.y;
+  s.mask = a.mask;
+  s.mean = a.mean;
+  s.rstd = a.rstd;
+  s.variance = a.variance;
+  return s;
+}
+
+template <typename Args>
+SliceBackward common_backward(const Args& a) {
+  SliceBackward s{};
+  s.param_dtype = a.param_dtype;
+  s.activation = a.activation;
+  s.reads_x = true;
+  s.x = a.x;
+  s.dy = a.dy;
+  s.residual = a.residual;
+  s.weight = a.weight;
+  s.bias = a.bias;
+  s.mean = a.mean;
+  s.rstd = a.rstd;
+  s.mask = a.mask;
+  s.dx = a.dx;
+  s.dresidual = a.dresidual;
+  return s;
+}
+
+// Of an op's arguments(a, workspace).
+template <typename Args>
+int64_t workspace_bytes(const Args& a) {
+  Workspace workspace(nullptr);
+  if (a.shape.numel() > 0) arguments(a, workspace);
+  return workspace.bytes();
+}
 
 // The plan, for clusters as large as the device holds of this kernel.
 template <typename Kernel>

@@ -94,7 +94,7 @@ def _structure(struct: str) -> type[ctypes.Structure]:
 def contracts() -> dict[str, Contract]:
     found = {}
     for stem, text in _headers().items():
-        for op, args in re.findall(r"^FASTNORM_DECLARE_KERNEL\((\w+), (\w+)\)", text, re.M):
+        for op, args in re.findall(r"^FASTNORM_DECLARE_(?:CUDA_)?KERNEL\((\w+), (\w+)\)", text, re.M):
             pointers = tuple(
                 Pointer(name, of.startswith("const")) for name, of, is_pointer in _fields(args) if is_pointer
             )

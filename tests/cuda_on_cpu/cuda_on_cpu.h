@@ -296,6 +296,8 @@ T* dynamic_shared() {
   return static_cast<T*>(emulator::dynamic_shared(128));
 }
 
+#if FASTNORM_HAS_CLUSTERS
+
 inline unsigned cluster_size() { return emulator::cluster_size(); }
 inline unsigned cluster_rank() { return emulator::cluster_rank(); }
 inline void cluster_sync(emulator::Site site = emulator::Site::here()) { emulator::cluster_barrier(site); }
@@ -303,8 +305,6 @@ template <typename T>
 T* map_shared_rank(T* p, unsigned rank, emulator::Site site = emulator::Site::here()) {
   return static_cast<T*>(emulator::map_shared_rank(p, rank, site));
 }
-
-constexpr bool kHasBulkCopy = true;
 
 struct Barrier {
   uint64_t state;  // never read: the emulator keeps a table by address
@@ -323,5 +323,7 @@ inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barri
   emulator::bulk_copy(to, from, bytes, &barrier, site);
 }
 inline void fence_before_bulk_copy() { emulator::fence_before_bulk_copy(); }
+
+#endif
 
 }  // namespace fastnorm::cuda

@@ -28,7 +28,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -74,6 +74,7 @@ class Settings:
     major: int = 9
     minor: int = 0
     largest_cluster: int = 16
+    architecture: int = 90  # that the kernels are compiled for: code for less than 90 has no clusters and bulk copies
     misaligned: dict[str, int] = field(default_factory=dict)  # elements by which a pointer of the contract is off
     plan: dict[str, int] = field(default_factory=dict)  # fields of PlanOverride in plan.h, for the ops that have plans
     # in mode trace: look for races; count what accesses cost
@@ -191,9 +192,10 @@ def _core() -> list[str]:
     return objects
 
 
-def build(source: Path, mode: str, entries: str = "") -> Path:
+def build(source: Path, mode: str, entries: str = "", architecture: int = 90) -> Path:
     """The shared library of `source`; `entries`: code that is compiled before it."""
     flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
+    flags += [f"-D__CUDA_ARCH__={10 * architecture}"] if architecture < 90 else []
     read = [
         source,
         *CSRC.glob("*.h"),
@@ -237,32 +239,32 @@ def load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _build_kernels(stem: str, mode: str) -> Path:
+def _build_kernels(stem: str, mode: str, architecture: int = 90) -> Path:
     mine = [c for c in contracts().values() if c.stem == stem]
     entries = f'#include "{stem}.h"\n#include "entry.h"\n'
     entries += "".join(f"CUDA_ON_CPU_ENTRY({c.op}, {c.args})\n" for c in mine)
     source = CSRC / "cuda" / f"{stem}.cu"
     if re.search(r'#include "(plan\.h|slice_norm\.cuh)"', source.read_text()):
         entries += '#include "plan.h"\nCUDA_ON_CPU_PLAN\n'
-    return build(source, mode, entries)
+    return build(source, mode, entries, architecture)
 
 
-_under_way: dict[tuple[str, str], Future[Path]] = {}
+_under_way: dict[tuple[str, str, int], Future[Path]] = {}
 
 
-def build_ahead(mode: str) -> None:
-    """Starts to build all kernels in a mode, two compilers at a time."""
+def build_ahead(mode: str, older: Iterable[str] = ()) -> None:
+    """Starts to build all kernels in a mode, two compilers at a time; those of the stems in `older` also for sm_80."""
     _core()
     pool = ThreadPoolExecutor(2)
-    for stem in dict.fromkeys(c.stem for c in contracts().values()):
-        if (CSRC / "cuda" / f"{stem}.cu").exists():
-            _under_way[stem, mode] = pool.submit(_build_kernels, stem, mode)
+    stems = [s for s in dict.fromkeys(c.stem for c in contracts().values()) if (CSRC / "cuda" / f"{s}.cu").exists()]
+    for wanted in (*((stem, mode, 90) for stem in stems), *((stem, mode, 80) for stem in older)):
+        _under_way[wanted] = pool.submit(_build_kernels, *wanted)
 
 
 @cache
-def _kernels(stem: str, mode: str) -> ctypes.CDLL:
-    path = _under_way[stem, mode].result() if (stem, mode) in _under_way else _build_kernels(stem, mode)
-    library = load(path)
+def _kernels(stem: str, mode: str, architecture: int) -> ctypes.CDLL:
+    wanted = stem, mode, architecture
+    library = load(_under_way[wanted].result() if wanted in _under_way else _build_kernels(*wanted))
     library.entry_error.restype = ctypes.c_char_p
     for c in contracts().values():
         if c.stem != stem:
@@ -400,7 +402,7 @@ def call(op: str, **fields: Any) -> Report:
     for name in fields.keys() - names:
         _set(args, name, fields[name])
     outputs: list[tuple[Tensor, _Buffer]] = []
-    with Session(_kernels(contract.stem, current.mode)) as session:
+    with Session(_kernels(contract.stem, current.mode, current.architecture)) as session:
         by_place: dict[tuple[int, int], _Buffer] = {}
         # outputs first, so that an input which is the same memory shares the writable buffer
         for p in sorted(contract.pointers, key=lambda p: p.is_input):
