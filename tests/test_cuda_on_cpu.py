@@ -117,6 +117,17 @@ def test_against_float64(mode: str, case: Case, shape: tuple[int, ...]) -> None:
     check(case, shape, mode)
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_channels_within_a_pack(dtype: torch.dtype, size: int) -> None:
+    """A pack of elements has several channels."""
+    if "random" not in MODES:
+        pytest.skip("no other access to memory than elsewhere")
+    (case,) = (c for c in UNIQUE if c.name == "dropout2d-0.3")
+    with driver.settings(mode="random", seed=1), native.installed():
+        compare(case, case.inputs((2, 21, 1, size), dtype), as_it_is)
+
+
 @thinned("case", "shape", of=[(c, shape) for c in ONE_AN_OP if c.subtracts_mean for shape in c.shapes[1:4]], fold=2)
 def test_mean_far_above_std(mode: str, case: Case, shape: tuple[int, ...]) -> None:
     require_kernels(case.op)

@@ -83,13 +83,10 @@ class Mask {
     return keep;
   }
 
-  // Bit e: whether element index + e is kept, of `count` <= 8 elements.
-  __device__ uint32_t from(uint64_t index, int count) const {
-    const uint64_t block = index / kElementsPerPhilox;
-    const int phase = static_cast<int>(index % kElementsPerPhilox);
-    uint32_t keep = of_block(block);
-    if (phase + count > kElementsPerPhilox) keep |= of_block(block + 1) << kElementsPerPhilox;
-    return keep >> phase;
+  // Bit e: whether element index + e is kept, up to the end of index's block. No pack of a thread's goes beyond: a block
+  // of eight channels has a multiple of eight elements, and packs of channels begin at multiples of their size.
+  __device__ uint32_t from(uint64_t index) const {
+    return of_block(index / kElementsPerPhilox) >> index % kElementsPerPhilox;
   }
 
  private:
@@ -165,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) drop_channels(Call<T> call) {
   if (i >= call.numel()) return;
   const Pack<T, kPack> x = call.template load<kPack>(i);
   int64_t channel = i / call.S, left = (channel + 1) * call.S - i;  // elements of it from i on
-  const uint32_t drawn = Mask(call).from(static_cast<uint64_t>(channel), left >= kPack ? 1 : kPack);
+  const uint32_t drawn = Mask(call).from(static_cast<uint64_t>(channel));
   uint32_t keep = 0, nth = 0;  // of the channels that begin here or before
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
@@ -182,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) drop_channels_channels_last(Call<T> 
   const int64_t packs = call.C / kPack, task = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (task >= call.N * chunks * packs) return;
   const int64_t c = task % packs * kPack, chunk = task / packs % chunks, n = task / packs / chunks;
-  const uint32_t keep = Mask(call).from(static_cast<uint64_t>(n * call.C + c), kPack);
+  const uint32_t keep = Mask(call).from(static_cast<uint64_t>(n * call.C + c));
   // Threads of neighbouring chunks take neighbouring rows.
   Pack<T, kPack> x[kRowsPerThread];
 #pragma unroll

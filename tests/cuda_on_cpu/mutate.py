@@ -60,7 +60,7 @@ MUTATIONS = (
     Mutation("dropout.cu", "row < rows && c < call.C ?", "row <= rows && c < call.C ?", "dropout", by="asan"),
     Mutation("dropout.cu", "whole_packs && is_aligned(a.x, a.y)", "whole_packs && is_aligned(a.x)", "dropout"),
     Mutation("dropout.cu", "if (s < call.S) call.apply", "call.apply", "dropout2d"),
-    Mutation("dropout.cu", "of_block(block + 1) <<", "of_block(block) <<", "dropout2d"),
+    Mutation("dropout.cu", ">> index % kElementsPerPhilox", ">> 0", "dropout2d"),
     Mutation("dropout.cu", "(*args.offset) + args.added", "(*args.offset)", "dropout_state"),
     Mutation("dropout.cu", "  if (threadIdx.x != 0) return;\n  const uint64_t", "  const uint64_t", "dropout_state",
              by="trace"),
