@@ -178,15 +178,16 @@ def test_training_step() -> None:
     """A network with one normalisation: the fused one keeps no more than torch's, and the table has a line for each."""
 
     def network() -> nn.Module:
-        layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.AvgPool2d(30)]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+        layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Dropout(0.5)]
+        return nn.Sequential(*layers, nn.AvgPool2d(30), nn.Flatten(), nn.Linear(8, 10))
 
     training = train_step.Training("small", network, 4)
     assert isinstance(train_step.variants(training)["fused"][2], nn.Identity)
     results = train_step.measure(training, "channels_last", "cpu", seconds=0.0)
-    assert [result.library for result in results] == ["torch", "converted", "fused"]
-    theirs, converted, fused = results
+    assert [result.library for result in results] == ["torch", "converted", "fused", train_step.RECOMPUTED]
+    theirs, converted, fused, recomputed = results
     assert theirs.share_in_norms is not None and 0 < theirs.share_in_norms < 1
     assert fused.saved_bytes <= converted.saved_bytes < theirs.saved_bytes  # dropout's mask
+    assert fused.saved_bytes - recomputed.saved_bytes == 4 * 8 * 30 * 30 * 4  # the second convolution's input
     assert 0 < fused.peak_bytes < theirs.peak_bytes
-    assert len(train_step.markdown(results).splitlines()) == 5
+    assert len(train_step.markdown(results).splitlines()) == 6
