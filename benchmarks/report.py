@@ -149,6 +149,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "GB/s": lambda row: number(row.gigabytes_per_s),
     "share of copy": lambda row: f"{row.share_of_copy:.0%}",
     "fresh MiB": lambda row: mebibytes(row.fresh_bytes),
+    "limited by": lambda row: limited_by(row),
     "kept MiB, torch": lambda row: mebibytes(row.saved_bytes["torch"]),
     "kept MiB, fastnorm": lambda row: mebibytes(row.saved_bytes["fastnorm"]),
 }
@@ -212,6 +213,20 @@ def below_the_limit(rows: Sequence[Row], cache_mib: float) -> list[Row]:
     return [row for row in rows if row.is_memory_bound(cache_mib) and row.share_of_copy < WANTED_SHARE]
 
 
+def limited_by(row: Row) -> str:
+    """What is known to keep a row from a copy's speed, by what it is and by what was measured with it."""
+    reduces = any(name in row.op for name in ("BatchNorm", "BatchRenorm", "GroupNorm", "InstanceNorm"))
+    by_columns = reduces and row.layout == "channels_last" and "eval" not in row.op
+    known = {
+        "fresh memory": row.fresh_bytes >= 2**20,
+        "inputs read twice, from the last-level cache": by_columns,
+        "sums over windows, powers": "LocalResponseNorm" in row.op,
+        "exponentials": "SiLU" in row.op or "GELU" in row.op,
+        "spread": row.spread("fastnorm") >= 0.15 or row.spread("copy") >= 0.15,
+    }
+    return ", ".join(reason for reason, applies in known.items() if applies)
+
+
 def machine_line(machine: dict[str, Any], commit: dict[str, Any]) -> str:
     built = machine["fastnorm"]
     parts = [
@@ -240,10 +255,11 @@ fault). *Kept*: for backward, in MiB, the input included."""
 def markdown(rows: Sequence[Row], machine: dict[str, Any], commit: dict[str, Any], pictures: Sequence[str]) -> str:
     cache = machine["cache_mib"]
     slower, behind, below = losses(rows, "torch"), losses(rows, "compile"), below_the_limit(rows, cache)
-    full = markdown_table(list(COLUMNS), ([cell(row) for cell in COLUMNS.values()] for row in rows), LEFT)
+    every = [name for name in COLUMNS if name != "limited by"]
+    full = markdown_table(every, ([COLUMNS[name](row) for name in every] for row in rows), LEFT)
     lost = ["op", "pass", "input", "dtype", "layout", "torch ms", "fastnorm ms", "speed-up"]
     lost_compile = [*lost[:5], "fastnorm ms", "over torch.compile"]
-    short = [*lost[:5], "fastnorm ms", "share of copy", "fresh MiB"]
+    short = [*lost[:5], "fastnorm ms", "share of copy", "limited by"]
 
     def part(names: Sequence[str], of: Sequence[Row]) -> list[str]:
         return markdown_table(names, ([COLUMNS[name](row) for name in names] for row in of), LEFT) if of else ["None."]

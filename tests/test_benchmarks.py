@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,21 @@ def test_rows_below_the_memorys_limit_are_listed(results: Path) -> None:
     rows = [report.Row.of({**large, "share_of_copy": share}) for share in (0.5, 0.7)]
     small = report.Row.of({**info, "share_of_copy": 0.5})
     assert report.below_the_limit([*rows, small], cache_mib=32) == rows[:1]
+
+
+def test_what_limits_a_row(results: Path) -> None:
+    info = json.loads(results.read_text())["benchmarks"][0]["extra_info"]
+    quiet = {name: {"median": 1.0, "quartiles": [0.95, 1.05]} for name in ("fastnorm", "torch", "copy")}
+    row = report.Row.of({**info, "op": "GroupNorm + SiLU", "seconds": quiet, "page_faults": {"fastnorm": 0.0}})
+    assert report.limited_by(row) == "exponentials"
+    assert report.limited_by(replace(row, op="LayerNorm")) == ""
+    last = replace(row, op="BatchNorm2d", layout="channels_last")
+    assert report.limited_by(last) == "inputs read twice, from the last-level cache"
+    assert report.limited_by(replace(last, op="BatchNorm2d eval")) == ""
+    faulting = replace(row, op="LocalResponseNorm", page_faults={"fastnorm": 300.0})
+    assert report.limited_by(faulting) == "fresh memory, sums over windows, powers"
+    noisy = replace(row, op="RMSNorm", seconds={**quiet, "copy": {"median": 1.0, "quartiles": [0.8, 1.2]}})
+    assert report.limited_by(noisy) == "spread"
 
 
 def test_minimum_bytes_depend_on_what_fits_in_the_cache() -> None:
