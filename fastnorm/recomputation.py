@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _local = threading.local()
+_lock = threading.Lock()
 contexts = 0  # entered and not left, by any thread: forward passes outside of all pay for no more than a look at this
 
 
@@ -18,19 +19,25 @@ class recompute(torch.autograd.graph.saved_tensors_hooks):
     A convolution after ``y = relu(norm(x))`` keeps ``y`` for its backward, while the normalisation keeps ``x``. Run the
     forward pass in this context and only ``x`` stays: ``y`` is computed again, bit for bit, when backward comes to the
     convolution, which costs one more pass of the normalisation. So it is for linear layers, pooling and every other
-    layer that keeps its input. What a residual branch adds is treated likewise::
-
-        with fastnorm.recompute():
-            loss = F.cross_entropy(model(x), target)
-        loss.backward()
+    layer that keeps its input. What a residual branch adds is treated likewise.
 
     Outputs of BatchNorm, LayerNorm, RMSNorm, GroupNorm and InstanceNorm are computed again, of BatchRenorm and
-    SyncBatchNorm kept. Not for forward passes under torch.compile, whose partitioner decides what is kept, or under
-    other ``saved_tensors_hooks`` entered later. A checkpoint (``torch.utils.checkpoint``) inside of it works.
+    SyncBatchNorm kept. A forward pass under torch.compile keeps what its partitioner decides to keep, and under other
+    ``saved_tensors_hooks`` entered later all is kept. A checkpoint (``torch.utils.checkpoint``) inside of it works.
 
     Args:
         depth: how many normalisations may be computed to get one output. The output of a residual block needs the one
             before it: of a chain of such outputs 1 keeps every second, 2 every third.
+
+    Raises:
+        TypeError, ValueError: a depth that is not a positive int.
+
+    Example:
+        >>> norm = fastnorm.BatchNorm2d(8, activation="relu")
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm, torch.nn.Conv2d(8, 8, 3))
+        >>> with fastnorm.recompute():
+        ...     loss = model(torch.randn(2, 3, 16, 16)).square().mean()
+        >>> loss.backward()  # here the input of the second convolution is computed again
 
     Source: the idea of Rota Bulo, Porzi and Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
     of DNNs" (2018), from the other end: they keep y and invert the activation to get x, here x is kept and y computed.
@@ -47,14 +54,16 @@ class recompute(torch.autograd.graph.saved_tensors_hooks):
     def __enter__(self) -> None:
         global contexts
         super().__enter__()
-        contexts += 1
+        with _lock:
+            contexts += 1
         self._outer = getattr(_local, "depth", 0)
         _local.depth = self.depth
 
     def __exit__(self, *exception: object) -> None:
         global contexts
         _local.depth = self._outer
-        contexts -= 1
+        with _lock:
+            contexts -= 1
         super().__exit__(*exception)
 
 
