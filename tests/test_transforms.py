@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from cases import CASES, Case
+from networks import readme_code
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
@@ -476,3 +477,9 @@ def test_reference_is_another_function() -> None:
     wrong = jvp(lambda t, w, b: reference.batch_norm(t, w, b, eps=2e-5), x, dx)[1]
     with pytest.raises(AssertionError):
         close(jvp(case.fastnorm, x, dx)[1], wrong)
+
+
+def test_readme():
+    exec(readme_code("Derivatives, torch.func and autocast"), names := {})
+    assert names["x"].grad.abs().sum() > 0 and names["tangent"] is not None
+    assert names["per_sample"].shape == (8, 16) and names["loss"].isfinite()
