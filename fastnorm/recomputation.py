@@ -79,6 +79,8 @@ def note(node: Any, residual: Tensor | None) -> None:
     depth = getattr(_local, "depth", 0)
     if depth:
         node.packed_residual = None if residual is None else packed(residual, depth)
+        if isinstance(node.packed_residual, Tensor):
+            node.residual_version = node.packed_residual._version
         node.is_recomputable = True
 
 
@@ -99,5 +101,7 @@ def unpacked(kept: Tensor | Output) -> Tensor:
     node = kept.node
     input, weight, bias, _, _, statistics = node.saved_tensors
     residual = None if node.packed_residual is None else unpacked(node.packed_residual)
+    if isinstance(node.packed_residual, Tensor) and residual._version != node.residual_version:  # type: ignore[union-attr]
+        raise RuntimeError("recompute: a residual was modified by an inplace operation before backward")
     with torch.no_grad():
         return type(node)._forward_cls.again(input, weight, bias, residual, statistics, node.setting)

@@ -164,6 +164,16 @@ def test_views_batch_renorm_and_changed_outputs_are_kept():
     torch.testing.assert_close(x.grad, plain)
 
 
+def test_a_residual_changed_in_place_is_an_error():
+    norm, convolution = fastnorm.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 2, 1)
+    x, residual = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
+    with fastnorm.recompute():
+        loss = convolution(norm(x, residual=residual)).sum()
+    residual.mul_(2)
+    with pytest.raises(RuntimeError, match="residual was modified by an inplace operation"):
+        loss.backward()
+
+
 def test_double_backward():
     torch.manual_seed(0)
     norm = fastnorm.BatchNorm2d(3, activation="silu", dtype=torch.float64)

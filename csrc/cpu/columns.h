@@ -112,5 +112,91 @@ FASTNORM_LOOP void add_tile_sums(const Rows& gradient_at, int64_t begin, int64_t
   for (int i = 0; i < columns; ++i) dz_xhat[i] += lane[i];
 }
 
+// Calls f(first row, rows) for blocks of kBlockRows rows to twice as many less one: a few rows alone would cost as
+// much.
+template <typename F>
+void for_row_blocks(int64_t begin, int64_t end, const F& f) {
+  const int64_t blocks = std::max<int64_t>(1, (end - begin) / kBlockRows), size = (end - begin + blocks - 1) / blocks;
+  for (int64_t row = begin; row < end; row += size) f(row, std::min(size, end - row));
+}
+
+// Rows swept together: memory is read in the order it lies in, and a column's sums, which stay in the first-level
+// cache, are loaded and stored once for all of them.
+constexpr int kRowGroup = 4;
+constexpr int64_t kStrip = 512;  // columns whose sums and shifts leave room there
+
+// Calls f(row, number of rows) for `rows` rows in groups.
+template <typename F>
+void for_row_groups(int64_t rows, const F& f) {
+  int64_t row = 0;
+  for (; row + kRowGroup <= rows; row += kRowGroup) f(row, std::integral_constant<int, kRowGroup>{});
+  for (; row < rows; ++row) f(row, std::integral_constant<int, 1>{});
+}
+
+// From row to row of a matrix: elements, and bytes of the mask.
+struct Strides {
+  int64_t elements, mask_bytes;
+};
+
+template <typename T>
+RunGradient<T> offset_by(const RunGradient<T>& g, int64_t elements, int64_t mask_bytes) {
+  return {g.x + elements, g.dy + elements, offset_by(g.residual, elements), offset_by(g.mask, mask_bytes)};
+}
+
+// Scalar math: s[j] += sum_r dz[r][j];  sx[j] += sum_r dz[r][j] * xhat[r][j]
+template <Activation kAct, typename T>
+FASTNORM_LOOP void add_row_gradients(const RunGradient<T>& g, const Strides& stride, int64_t rows, int64_t columns,
+                                     const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
+                                     acc_type<T>* dz, acc_type<T>* dz_xhat) {
+  using P = Pack<T>;
+  const Affine<PerColumn<T>> z = affine;
+  const Standardize<PerColumn<T>> xhat = standardize;
+  const Strides to_next = stride;
+  for_row_groups(rows, [&](int64_t row, auto group) {
+    constexpr int kRows = decltype(group)::value;
+    RunGradient<T> from[kRows];
+    for (int r = 0; r < kRows; ++r)
+      from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
+    for_packs<T>(columns, [&](int64_t i, auto count, int) {
+      P s = P::load_acc(dz + i), sx = P::load_acc(dz_xhat + i);
+      const P mean = xhat.mean[i], rstd = xhat.rstd[i], rest = xhat.rest[i];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        prefetch(from[r].x + i + kRows * to_next.elements);
+        prefetch(from[r].dy + i + kRows * to_next.elements);
+        const P x = P::load(from[r].x + i, count);
+        const P d = from[r].template dz<kAct>(i, count, x, z);
+        s = s + d;
+        sx = fmadd(d, fmadd(x - mean, rstd, rest), sx);
+      }
+      s.store_acc(dz + i);
+      sx.store_acc(dz_xhat + i);
+    });
+  });
+}
+
+// The sums over rows of dz and dz * xhat of each column, added to dz[] and dz_xhat[]; g is at the first row.
+template <Activation kAct, typename T>
+void add_column_gradients(const RunGradient<T>& g, const Strides& stride, int64_t rows, int64_t columns,
+                          const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize, double* dz,
+                          double* dz_xhat) {
+  using acc_t = acc_type<T>;
+  for (int64_t first = 0; first < columns; first += kStrip) {
+    const int64_t n = std::min(kStrip, columns - first);
+    acc_t s[kStrip + Pack<T>::kSize], sx[kStrip + Pack<T>::kSize];
+    const auto at = [&](const PerColumn<T>& c) { return PerColumn<T>(c.values + first); };
+    const Affine<PerColumn<T>> z{at(affine.mean), at(affine.scale), at(affine.shift)};
+    const Standardize<PerColumn<T>> xhat{at(standardize.mean), at(standardize.rstd), at(standardize.rest)};
+    for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
+      std::fill(s, s + n + Pack<T>::kSize, acc_t(0));
+      std::fill(sx, sx + n + Pack<T>::kSize, acc_t(0));
+      add_row_gradients<kAct>(offset_by(g, row * stride.elements + first, row * stride.mask_bytes + first / 8), stride,
+                              here, n, z, xhat, s, sx);
+      for (int64_t j = 0; j < n; ++j) dz[first + j] += s[j];
+      for (int64_t j = 0; j < n; ++j) dz_xhat[first + j] += sx[j];
+    });
+  }
+}
+
 }  // namespace
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
