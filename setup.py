@@ -22,21 +22,21 @@ if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
     raise SystemExit(f"fastnorm: needs torch 2.11 or later, found {torch.__version__}; pip install --upgrade torch")
 
 # Flags and namespace of each instruction set.
-INSTRUCTION_SETS = {"DEFAULT": []}
+INSTRUCTION_SETS = {"DEFAULT": ["-O3"]}
 PLAIN = os.environ.get("FASTNORM_PLAIN") == "1"
 if platform.machine() in ("x86_64", "AMD64"):
     # For processors of before 2013: -O3 would take twice as long to compile. gcc 12 folds lambdas of several array
     # sizes and then warns of its own folding.
     INSTRUCTION_SETS["DEFAULT"] = ["-O1", "-Wno-array-bounds"]
 if platform.machine() in ("x86_64", "AMD64") and not PLAIN:
-    INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX2"] = ["-O3", "-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX512"] = ["-O3", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["AVX512"] += ["-Wno-uninitialized"]  # false alarms in gcc 12's own headers
 
 # Contraction is off because kernels say themselves where they fuse a multiplication and an addition: backward must
 # recompute what forward computed, bit for bit.
 CXX_FLAGS = [
-    "-O3",
+    "-O2",
     "-std=c++20",
     "-fopenmp",
     "-fvisibility=hidden",

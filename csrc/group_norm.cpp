@@ -1,10 +1,6 @@
 // group_norm: checks, allocation and choice of the kernel. The maths is in group_norm.h.
 #include "group_norm.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
-
 #include "checks.h"
 #include "device.h"
 #include "groups.h"
@@ -54,16 +50,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);
   const auto contiguous = input.options().memory_format(at::MemoryFormat::Contiguous);
-  const Tensor statistics = at::empty({2, shape.N, num_groups}, contiguous.dtype(at::kDouble));
+  const Tensor statistics = empty({2, shape.N, num_groups}, contiguous.dtype(at::kDouble));
   Tensor mask, variance;
   if (input.numel() == 0) {
     statistics.zero_();
     return {y, statistics, mask, variance};
   }
-  if (want_variance) variance = at::empty({shape.N, num_groups}, statistics.options());
+  if (want_variance) variance = empty({shape.N, num_groups}, statistics.options());
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
     const MaskRows rows = mask_rows(input, shape);
-    mask = at::empty({rows.bytes()}, contiguous.dtype(at::kByte));
+    mask = empty({rows.bytes()}, contiguous.dtype(at::kByte));
   }
   const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
 
@@ -128,8 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   const Tensor x = in_layout(input, shape.layout), dy = in_layout(grad_output, shape.layout);
   Tensor dx, dweight, dbias, dresidual;
   if (wanted[0]) dx = empty_in_layout(x, shape.layout);
-  if (wanted[1] && is_given(w)) dweight = input.numel() ? at::empty_like(*w) : at::zeros_like(*w);
-  if (wanted[2] && is_given(b)) dbias = input.numel() ? at::empty_like(*b) : at::zeros_like(*b);
+  if (wanted[1] && is_given(w)) dweight = input.numel() ? empty_like(*w) : zeros_like(*w);
+  if (wanted[2] && is_given(b)) dbias = input.numel() ? empty_like(*b) : zeros_like(*b);
   if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, shape.layout);
   if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
 

@@ -1,10 +1,6 @@
 // layer_norm and rms_norm: checks, allocation and choice of the kernel. The maths is in layer_norm.h.
 #include "layer_norm.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
-
 #include "checks.h"
 #include "device.h"
 #include "ops.h"
@@ -88,10 +84,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const
   Tensor statistics, mask;
   if (keep) {
     const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
-    statistics = at::empty({kept_numbers(subtract_mean), rows.M}, options.dtype(statistics_type(input)));
+    statistics = empty({kept_numbers(subtract_mean), rows.M}, options.dtype(statistics_type(input)));
     if (is_given(residual) && is_piecewise_linear(act)) {
       const MaskRows bits{rows.M, rows.N};
-      mask = at::empty({bits.rows, bits.bytes_per_row()}, options.dtype(at::kByte));
+      mask = empty({bits.rows, bits.bytes_per_row()}, options.dtype(at::kByte));
     }
   }
   if (input.numel() == 0) {
@@ -144,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gra
   const Tensor x = in_layout(input, Layout::kContiguous), dy = in_layout(grad_output, Layout::kContiguous);
   Tensor dx, dweight, dbias, dresidual;
   if (wanted[0]) dx = empty_in_layout(x, Layout::kContiguous);
-  if (wanted[1] && is_given(w)) dweight = input.numel() ? at::empty_like(*w) : at::zeros_like(*w);
-  if (wanted[2] && is_given(b)) dbias = input.numel() ? at::empty_like(*b) : at::zeros_like(*b);
+  if (wanted[1] && is_given(w)) dweight = input.numel() ? empty_like(*w) : zeros_like(*w);
+  if (wanted[2] && is_given(b)) dbias = input.numel() ? empty_like(*b) : zeros_like(*b);
   if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, Layout::kContiguous);
   if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
 

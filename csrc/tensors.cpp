@@ -1,7 +1,10 @@
 #include "tensors.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -82,6 +85,14 @@ Tensor in_layout(const Tensor& t, Layout layout) {
   copy.copy_(t);
   return copy;
 }
+
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
+Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
+  return at::empty_strided(sizes, strides, options);
+}
+Tensor empty_like(const Tensor& t) { return at::empty_like(t); }
+Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::zeros(sizes, options); }
+Tensor zeros_like(const Tensor& t) { return at::zeros_like(t); }
 
 Activation activation_of(const char* op, std::optional<std::string_view> name) {
   if (!name) return Activation::kNone;

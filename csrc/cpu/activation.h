@@ -92,6 +92,12 @@ constexpr bool is_smooth(Activation activation) {
   return activation == Activation::kSilu || activation == Activation::kGelu;
 }
 
+// How often to unroll a loop around activate_backward: an exponential leaves no latency to hide.
+template <Activation kAct>
+constexpr int unroll_of(int unroll) {
+  return is_smooth(kAct) ? 1 : unroll;
+}
+
 // dz = dy * activation'(z).
 // Scalar math: dy | z > 0 ? dy : 0 | z > 0 ? dy : slope * dy | dy * s * (1 + z * (1 - s)), s = sigmoid(z) |
 //              dy * (Phi(z) + z * phi(z))

@@ -83,6 +83,13 @@ struct Bundles {
   int64_t end(int64_t i) const { return std::min(C, (i + 1) * channels); }
 };
 
+// From a channel's plane to the next sample's, in elements, to prefetch by: that lies in another page, where the
+// processor's own prefetchers begin anew. 0 for planes of a few lines.
+template <typename T>
+int64_t next_plane(const Shape& shape) {
+  return shape.S * static_cast<int64_t>(sizeof(T)) >= 256 ? shape.C * shape.S : 0;
+}
+
 template <typename T>
 struct PlanesForward {
   using acc_t = acc_type<T>;
@@ -93,28 +100,31 @@ struct PlanesForward {
   const int64_t C = a.shape.C, S = a.shape.S;
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};  // of a channel, from its first element
   const MaskBits mask{a.mask, mask_rows(a.shape)};
+  const int64_t ahead = next_plane<T>(a.shape);
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
   template <Activation kAct>
-  void normalize(int64_t i, int64_t length, const SliceAffine<acc_t>& channel) const {
-    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), length, uniform<T>(channel), stream);
+  void normalize(int64_t i, int64_t length, const Affine<Uniform<T>>& affine) const {
+    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), length, affine, stream);
   }
 
-  // All elements in the order they lie in, the last first.
-  template <Activation kAct>
+  // All elements in the order they lie in.
   void normalize_all() const {
     const ScratchArray<SliceAffine<acc_t>> affine(C);
     for (int64_t c = 0; c < C; ++c) affine[c] = channel_affine<acc_t>(a, c);
     const Chunks all(Runs{0, a.shape.N * C, S, S});
     parallel_for(all.size(), a.shape.numel(), [&](int64_t k) {
-      all.for_runs(k, [&](int64_t i, int64_t length) { normalize<kAct>(i, length, affine[i / S % C]); });
+      visit(a.activation, [&](auto act) FASTNORM_LOOP {
+        all.for_runs(k, [&](int64_t i, int64_t length) {
+          normalize<decltype(act)::value>(i, length, uniform<T>(affine[i / S % C]));
+        });
+      });
       if (stream) stream_fence();
     });
   }
 
-  template <Activation kAct>
   void run(double* variance) const {
-    if (!a.training) return normalize_all<kAct>();
+    if (!a.training) return normalize_all();
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
     const auto finish = [&](int64_t c, const Moments& m) {
       variance[c] = m.biased_variance();
@@ -130,20 +140,23 @@ struct PlanesForward {
         for (int64_t k = 0; k < per_channel; ++k) m.merge(partial[c * per_channel + k]);
         finish(c, m);
       }
-      if (a.y) normalize_all<kAct>();
+      if (a.y) normalize_all();
       return;
     }
     parallel_for(bundles.size(), numel, [&](int64_t bundle) {
       const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
       Moments m[Bundles::kMost];
       for (int64_t k = 0; k < per_channel; ++k)
-        for (int64_t c = begin; c < end; ++c) m[c - begin].merge(chunk_moments(x + c * S, chunks[k]));
+        for (int64_t c = begin; c < end; ++c) m[c - begin].merge(chunk_moments(x + c * S, chunks[k], ahead));
       for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
       if (a.y == nullptr) return;
       for (int64_t k = 0; k < per_channel; ++k) {
         for (int64_t c = begin; c < end; ++c) {
-          const SliceAffine<acc_t> affine = channel_affine<acc_t>(a, c);
-          chunks.for_runs(k, [&](int64_t i, int64_t length) { normalize<kAct>(c * S + i, length, affine); });
+          const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
+          visit(a.activation, [&](auto act) FASTNORM_LOOP {
+            chunks.for_runs(
+                k, [&](int64_t i, int64_t length) { normalize<decltype(act)::value>(c * S + i, length, affine); });
+          });
         }
       }
       if (stream) stream_fence();
@@ -187,49 +200,50 @@ struct PlanesBackward {
   const int64_t C = a.shape.C, S = a.shape.S;
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
+  const int64_t ahead = next_plane<T>(a.shape);
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
   RunGradient<T> gradient(int64_t i) const { return {x + i, dy + i, offset_by(residual, i), mask(i)}; }
 
-  template <Activation kAct>
   Sums sums(int64_t c, int64_t chunk) const {
     const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
     const auto standardize = uniform<T>(SliceStandardize<acc_t>(a.mean[c], a.rstd[c]));
     GradientSums<T> total;
-    chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
-      total.template add_run<kAct>(gradient(c * S + offset), length, affine, standardize);
+    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+      chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
+        total.template add_run<decltype(act)::value>(gradient(c * S + offset), length, affine, standardize, ahead);
+      });
     });
     return {total.sum_dz(), total.sum_dz_xhat()};
   }
 
-  template <Activation kAct>
   void elements(int64_t c, int64_t chunk, const Sums& all) const {
     const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
     const SliceGradient<acc_t> slice(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
     const auto coefficient = uniform<T>(slice, !a.training);
-    chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
-      const int64_t i = c * S + offset;
-      input_gradient_run<kAct>(gradient(i), offset_by(dx, i), offset_by(dresidual, i), length, affine, coefficient,
-                               stream);
+    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+      chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
+        const int64_t i = c * S + offset;
+        input_gradient_run<decltype(act)::value>(gradient(i), offset_by(dx, i), offset_by(dresidual, i), length, affine,
+                                                 coefficient, stream, ahead);
+      });
     });
   }
 
-  template <Activation kAct>
   void run() const {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
-    const Bundles bundles(a.shape, sizeof(T));
+    const Bundles bundles(a.shape, 2 * sizeof(T));  // x and dy
     if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Sums> partial(C * per_channel), total(C);
       for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
       if (wants_sums(a)) {
-        parallel_for(C * per_channel, numel,
-                     [&](int64_t i) { partial[i] = sums<kAct>(i / per_channel, i % per_channel); });
+        parallel_for(C * per_channel, numel, [&](int64_t i) { partial[i] = sums(i / per_channel, i % per_channel); });
         for (int64_t i = 0; i < C * per_channel; ++i) total[i / per_channel] += partial[i];
         for (int64_t c = 0; c < C; ++c) keep_sums(a, c, total[c]);
       }
       if (wants_elements(a)) {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
-          elements<kAct>(i / per_channel, i % per_channel, total[i / per_channel]);
+          elements(i / per_channel, i % per_channel, total[i / per_channel]);
           if (stream) stream_fence();
         });
       }
@@ -241,12 +255,12 @@ struct PlanesBackward {
       for (int64_t c = begin; c < end; ++c) total[c - begin] = given_sums(a, c);
       if (wants_sums(a)) {
         for (int64_t k = 0; k < per_channel; ++k)
-          for (int64_t c = begin; c < end; ++c) total[c - begin] += sums<kAct>(c, k);
+          for (int64_t c = begin; c < end; ++c) total[c - begin] += sums(c, k);
         for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
       }
       if (!wants_elements(a)) return;
       for (int64_t k = 0; k < per_channel; ++k)
-        for (int64_t c = begin; c < end; ++c) elements<kAct>(c, k, total[c - begin]);
+        for (int64_t c = begin; c < end; ++c) elements(c, k, total[c - begin]);
       if (stream) stream_fence();
     });
   }
@@ -342,7 +356,6 @@ struct ColumnsForward {
     });
   }
 
-  template <Activation kAct>
   void run(double* variance) const {
     if (a.training) statistics(variance);
     if (a.y == nullptr) return;
@@ -357,10 +370,12 @@ struct ColumnsForward {
     }
     const Affine<PerColumn<T>> affine{mean, scale, shift};
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
-      parts.for_rows(part, [&](int64_t row, int64_t columns) {
-        const int64_t i = row * width;
-        normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row()),
-                            columns, affine, stream);
+      visit(a.activation, [&](auto act) {
+        parts.for_rows(part, [&](int64_t row, int64_t columns) {
+          const int64_t i = row * width;
+          normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i,
+                                              offset_by(a.mask, row * mask.bytes_per_row()), columns, affine, stream);
+        });
       });
       if (stream) stream_fence();
     });
@@ -386,7 +401,6 @@ struct ColumnsBackward {
     return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * mask.bytes_per_row())};
   }
 
-  template <Activation kAct>
   void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
                     Sums* total) const {
     const ScratchArray<double> dz(parts.size() * width), dz_xhat(parts.size() * width);
@@ -394,10 +408,12 @@ struct ColumnsBackward {
       double *s = &dz[part * width], *sx = &dz_xhat[part * width];
       std::fill(s, s + width, 0.0);
       std::fill(sx, sx + width, 0.0);
-      parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
-        for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-          add_tile_sums<kAct, decltype(tile)::value>([&](int64_t r) { return gradient(r); }, row, row + rows, j, count,
-                                                     affine, standardize, s + j, sx + j);
+      visit(a.activation, [&](auto act) {
+        parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
+          for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
+            add_tile_sums<decltype(act)::value, decltype(tile)::value>(
+                [&](int64_t r) { return gradient(r); }, row, row + rows, j, count, affine, standardize, s + j, sx + j);
+          });
         });
       });
     });
@@ -410,7 +426,6 @@ struct ColumnsBackward {
     });
   }
 
-  template <Activation kAct>
   void run() const {
     const int64_t C = a.shape.C;
     const ColumnArray<T> mean(width), scale(width), shift(width), rstd(width), rest(width), slope(width), offset(width);
@@ -428,7 +443,7 @@ struct ColumnsBackward {
     const Affine<PerColumn<T>> affine{mean, scale, shift};
     const ScratchArray<Sums> total(C);
     for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
-    if (wants_sums(a)) channel_sums<kAct>(affine, Standardize<PerColumn<T>>{mean, rstd, rest}, total.data());
+    if (wants_sums(a)) channel_sums(affine, Standardize<PerColumn<T>>{mean, rstd, rest}, total.data());
     if (!wants_elements(a)) return;
 
     for (int64_t c = 0; c < C; ++c) {
@@ -440,10 +455,12 @@ struct ColumnsBackward {
     }
     const InputGradient<PerColumn<T>> coefficient{slope, offset, !a.training};
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
-      parts.for_rows(part, [&](int64_t row, int64_t columns) {
-        const int64_t i = row * width;
-        input_gradient_run<kAct>(gradient(row), offset_by(dx, i), offset_by(dresidual, i), columns, affine, coefficient,
-                                 stream);
+      visit(a.activation, [&](auto act) {
+        parts.for_rows(part, [&](int64_t row, int64_t columns) {
+          const int64_t i = row * width;
+          input_gradient_run<decltype(act)::value>(gradient(row), offset_by(dx, i), offset_by(dresidual, i), columns,
+                                                   affine, coefficient, stream);
+        });
       });
       if (stream) stream_fence();
     });
@@ -461,13 +478,7 @@ void batch_norm_forward(const BatchNormForward& a) {
   }
   visit(a.dtype, [&](auto type) {
     using T = decltype(type);
-    visit(a.activation, [&](auto act) {
-      if (by_columns(a.shape)) {
-        ColumnsForward<T>{a}.template run<decltype(act)::value>(variance);
-      } else {
-        PlanesForward<T>{a}.template run<decltype(act)::value>(variance);
-      }
-    });
+    by_columns(a.shape) ? ColumnsForward<T>{a}.run(variance) : PlanesForward<T>{a}.run(variance);
   });
   if (a.training) update_running_statistics(a, variance);
 }
@@ -475,13 +486,7 @@ void batch_norm_forward(const BatchNormForward& a) {
 void batch_norm_backward(const BatchNormBackward& a) {
   visit(a.dtype, [&](auto type) {
     using T = decltype(type);
-    visit(a.activation, [&](auto act) {
-      if (by_columns(a.shape)) {
-        ColumnsBackward<T>{a}.template run<decltype(act)::value>();
-      } else {
-        PlanesBackward<T>{a}.template run<decltype(act)::value>();
-      }
-    });
+    by_columns(a.shape) ? ColumnsBackward<T>{a}.run() : PlanesBackward<T>{a}.run();
   });
 }
 

@@ -125,12 +125,29 @@ void for_row_blocks(int64_t begin, int64_t end, const F& f) {
 constexpr int kRowGroup = 4;
 constexpr int64_t kStrip = 512;  // columns whose sums and shifts leave room there
 
-// Calls f(row, number of rows) for `rows` rows in groups.
-template <typename F>
+// Calls f(first row, rows) for `rows` rows in groups. Whole groups are known to the compiler where unrolled code is
+// worth its size: not around an exponential.
+struct WholeGroup {
+  constexpr operator int() const { return kRowGroup; }
+};
+template <Activation kAct, typename F>
 void for_row_groups(int64_t rows, const F& f) {
   int64_t row = 0;
-  for (; row + kRowGroup <= rows; row += kRowGroup) f(row, std::integral_constant<int, kRowGroup>{});
-  for (; row < rows; ++row) f(row, std::integral_constant<int, 1>{});
+  if constexpr (!is_smooth(kAct))
+    for (; row + kRowGroup <= rows; row += kRowGroup) f(row, WholeGroup{});
+  for (; row < rows; row += kRowGroup) f(row, static_cast<int>(std::min<int64_t>(kRowGroup, rows - row)));
+}
+
+// Calls f(r) for the rows of a group; unrolled for whole groups, but at the end of rows.
+template <typename Rows, typename Count, typename F>
+void for_each_row(Rows rows, Count, const F& f) {
+  if constexpr (std::is_same_v<Rows, WholeGroup> && std::is_same_v<Count, Full>) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowGroup; ++r) f(r);
+  } else {
+#pragma GCC unroll 1
+    for (int r = 0; r < rows; ++r) f(r);
+  }
 }
 
 // From row to row of a matrix: elements, and bytes of the mask.
@@ -152,23 +169,20 @@ FASTNORM_LOOP void add_row_gradients(const RunGradient<T>& g, const Strides& str
   const Affine<PerColumn<T>> z = affine;
   const Standardize<PerColumn<T>> xhat = standardize;
   const Strides to_next = stride;
-  for_row_groups(rows, [&](int64_t row, auto group) {
-    constexpr int kRows = decltype(group)::value;
-    RunGradient<T> from[kRows];
-    for (int r = 0; r < kRows; ++r)
-      from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
+  for_row_groups<kAct>(rows, [&](int64_t row, auto here) {
+    RunGradient<T> from[kRowGroup];
+    for (int r = 0; r < here; ++r) from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       P s = P::load_acc(dz + i), sx = P::load_acc(dz_xhat + i);
       const P mean = xhat.mean[i], rstd = xhat.rstd[i], rest = xhat.rest[i];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        prefetch(from[r].x + i + kRows * to_next.elements);
-        prefetch(from[r].dy + i + kRows * to_next.elements);
+      for_each_row(here, count, [&](int r) {
+        prefetch(from[r].x + i + kRowGroup * to_next.elements);
+        prefetch(from[r].dy + i + kRowGroup * to_next.elements);
         const P x = P::load(from[r].x + i, count);
         const P d = from[r].template dz<kAct>(i, count, x, z);
         s = s + d;
         sx = fmadd(d, fmadd(x - mean, rstd, rest), sx);
-      }
+      });
       s.store_acc(dz + i);
       sx.store_acc(dz_xhat + i);
     });

@@ -57,13 +57,12 @@ struct TwoSweeps {
   }
 };
 
-template <auto kFirst, auto kSecond, typename Kernel>
+template <typename Kernel>
 void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces) {
   const TwoSweeps sweeps{
-      &kernel,
-      [](const void* k, int64_t owner, int64_t piece) { (static_cast<const Kernel*>(k)->*kFirst)(owner, piece); },
+      &kernel, [](const void* k, int64_t owner, int64_t piece) { static_cast<const Kernel*>(k)->first(owner, piece); },
       [](const void* k, int64_t owner) { static_cast<const Kernel*>(k)->finish(owner); },
-      [](const void* k, int64_t owner, int64_t piece) { (static_cast<const Kernel*>(k)->*kSecond)(owner, piece); }};
+      [](const void* k, int64_t owner, int64_t piece) { static_cast<const Kernel*>(k)->second(owner, piece); }};
   sweeps.run(owners, pieces, kernel.a.shape.numel(), kernel.stream);
 }
 
@@ -137,21 +136,27 @@ FASTNORM_LOOP void normalize_rows(const T* x, const T* residual, T* y, uint8_t* 
   const Affine<PerColumn<T>> local = affine;
   const Strides to_next = stride;
   stream = stream && fills_lines(y, to_next.elements);
-  for_row_groups(rows, [&](int64_t row, auto group) {
-    constexpr int kRows = decltype(group)::value;
+  for_row_groups<kAct>(rows, [&](int64_t row, auto here) {
     const int64_t first = row * to_next.elements;
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       const P mean = local.mean[i], scale = local.scale[i], shift = local.shift[i];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
+      for_each_row(here, count, [&](int r) {
         const int64_t at = first + r * to_next.elements + i;
-        prefetch(x + at + kRows * to_next.elements);
+        prefetch(x + at + kRowGroup * to_next.elements);
         P z = fmadd(P::load(x + at, count) - mean, scale, shift);
         if (residual) z = z + P::load(residual + at, count);
         if (mask) store_bits<T>(mask + (row + r) * to_next.mask_bytes + i / 8, positive_bits(z), count);
         put(activate<kAct>(z), y + at, count, stream);
-      }
+      });
     });
+  });
+}
+
+template <typename T>
+void normalize_rows(Activation activation, const T* x, const T* residual, T* y, uint8_t* mask, const Strides& stride,
+                    int64_t rows, int64_t columns, const Affine<PerColumn<T>>& affine, bool stream) {
+  visit(activation, [&](auto act) {
+    normalize_rows<decltype(act)::value>(x, residual, y, mask, stride, rows, columns, affine, stream);
   });
 }
 
@@ -176,10 +181,7 @@ struct PlanesForward : ForwardGroups {
   const ScratchArray<Moments> partial{pieces > 1 ? a.shape.N* G* pieces : 0};
   const MaskBits mask{a.mask, group_mask_rows(a.shape)};
 
-  template <Activation kAct>
-  void run() const {
-    sweep_twice<&PlanesForward::first, &PlanesForward::template second<kAct>>(*this, a.shape.N * G, pieces);
-  }
+  void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
 
   void first(int64_t slice, int64_t k) const {
     const Runs chunk = chunks[k];
@@ -193,15 +195,16 @@ struct PlanesForward : ForwardGroups {
     for (int64_t k = 0; k < pieces; ++k) all.merge(partial[slice * pieces + k]);
     keep_statistics(slice, all);
   }
-  template <Activation kAct>
   void second(int64_t slice, int64_t k) const {
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S;
-    for (int64_t run = 0; run < chunk.count; ++run) {
-      const int64_t i = slice * L + chunk.offset + run * S;
-      normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
-                          uniform<T>(affine<T>(slice, c + run)), stream);
-    }
+    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+      for (int64_t run = 0; run < chunk.count; ++run) {
+        const int64_t i = slice * L + chunk.offset + run * S;
+        normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
+                                            uniform<T>(affine<T>(slice, c + run)), stream);
+      }
+    });
   }
 };
 
@@ -223,10 +226,7 @@ struct FlatForward : ForwardGroups {
   const Blocks blocks{G, L};
   const MaskBits mask{a.mask, group_mask_rows(a.shape)};
 
-  template <Activation kAct>
-  void run() const {
-    sweep_twice<&FlatForward::first, &FlatForward::template second<kAct>>(*this, a.shape.N * blocks.size(), 1);
-  }
+  void run() const { sweep_twice(*this, a.shape.N * blocks.size(), 1); }
 
   void first(int64_t owner, int64_t) const {
     const int64_t n = owner / blocks.size(), block = owner % blocks.size();
@@ -238,7 +238,6 @@ struct FlatForward : ForwardGroups {
     }
   }
   void finish(int64_t) const {}
-  template <Activation kAct>
   void second(int64_t owner, int64_t) const {
     const int64_t n = owner / blocks.size(), block = owner % blocks.size();
     const int64_t begin = blocks.begin(block), end = blocks.end(block), width = (end - begin) * L;
@@ -249,8 +248,8 @@ struct FlatForward : ForwardGroups {
     }
     const int64_t i = (n * G + begin) * L;
     const Affine<PerColumn<T>> coefficients = columns;
-    normalize_rows<kAct>(x + i, offset_by(residual, i), y + i, mask(i), Strides{width, 0}, 1, width, coefficients,
-                         stream);
+    normalize_rows(a.activation, x + i, offset_by(residual, i), y + i, mask(i), Strides{width, 0}, 1, width,
+                   coefficients, stream);
   }
 };
 
@@ -264,10 +263,7 @@ struct ColumnsForward : ForwardGroups {
   const ScratchArray<Moments> partial{a.shape.N * parts.size() * G};
   const MaskRows mask = group_mask_rows(a.shape);
 
-  template <Activation kAct>
-  void run() const {
-    sweep_twice<&ColumnsForward::first, &ColumnsForward::template second<kAct>>(*this, a.shape.N, parts.size());
-  }
+  void run() const { sweep_twice(*this, a.shape.N, parts.size()); }
 
   void first(int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), rows = parts.rows(part), repeats = columns / C;
@@ -300,7 +296,6 @@ struct ColumnsForward : ForwardGroups {
       keep_statistics(n * G + g, all);
     }
   }
-  template <Activation kAct>
   void second(int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part);
     const ColumnAffine<T> affines(columns);
@@ -310,9 +305,9 @@ struct ColumnsForward : ForwardGroups {
     }
     const Affine<PerColumn<T>> coefficients = affines;
     const int64_t row = parts.begin(part), i = n * C * S + row * sample.width;
-    normalize_rows<kAct>(x + i, offset_by(residual, i), y + i,
-                         offset_by(a.mask, (n * sample.size() + row) * mask.bytes_per_row()),
-                         Strides{sample.width, mask.bytes_per_row()}, parts.rows(part), columns, coefficients, stream);
+    normalize_rows(a.activation, x + i, offset_by(residual, i), y + i,
+                   offset_by(a.mask, (n * sample.size() + row) * mask.bytes_per_row()),
+                   Strides{sample.width, mask.bytes_per_row()}, parts.rows(part), columns, coefficients, stream);
   }
 };
 
@@ -328,23 +323,20 @@ FASTNORM_LOOP void group_gradient_rows(const RunGradient<T>& g, T* dx, T* dresid
   const PerColumn<T> slope_of = slopes, offset_of = offsets;
   const Strides to_next = stride;
   stream = stream && fills_lines(dx, to_next.elements);
-  for_row_groups(rows, [&](int64_t row, auto group) {
-    constexpr int kRows = decltype(group)::value;
-    RunGradient<T> from[kRows];
-    for (int r = 0; r < kRows; ++r)
-      from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
+  for_row_groups<kAct>(rows, [&](int64_t row, auto here) {
+    RunGradient<T> from[kRowGroup];
+    for (int r = 0; r < here; ++r) from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       const P mean = local.mean[i], scale = local.scale[i], slope = slope_of[i], offset = offset_of[i];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
+      for_each_row(here, count, [&](int r) {
         const int64_t at = (row + r) * to_next.elements + i;
-        prefetch(from[r].x + i + kRows * to_next.elements);
-        prefetch(from[r].dy + i + kRows * to_next.elements);
+        prefetch(from[r].x + i + kRowGroup * to_next.elements);
+        prefetch(from[r].dy + i + kRowGroup * to_next.elements);
         const P x = P::load(from[r].x + i, count);
         const P dz = from[r].template dz<kAct>(i, count, x, local);
         if (dresidual) dz.store(dresidual + at, count);
         if (dx) put(fmsub(dz, scale, fmadd(x - mean, slope, offset)), dx + at, count, stream);
-      }
+      });
     });
   });
 }
@@ -364,6 +356,31 @@ FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
     const P dz = from.template dz<kAct>(i, count, x, local);
     if (dresidual) dz.store(dresidual + i, count);
     if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope, offset)), dx + i, count, stream);
+  });
+}
+
+template <typename T>
+void group_gradient_rows(Activation activation, const RunGradient<T>& g, T* dx, T* dresidual, const Strides& stride,
+                         int64_t rows, int64_t columns, const Affine<PerColumn<T>>& affine, const PerColumn<T>& slopes,
+                         const PerColumn<T>& offsets, bool stream) {
+  visit(activation, [&](auto act) {
+    group_gradient_rows<decltype(act)::value>(g, dx, dresidual, stride, rows, columns, affine, slopes, offsets, stream);
+  });
+}
+
+// Stores dz and dz * xhat of n elements, in whole packs.
+template <Activation kAct, typename T>
+FASTNORM_LOOP void keep_row_gradients(const RunGradient<T>& g, int64_t n, const Affine<PerColumn<T>>& affine,
+                                      const Standardize<PerColumn<T>>& standardize, acc_type<T>* dz,
+                                      acc_type<T>* dz_xhat) {
+  const RunGradient<T> from = g;
+  const Affine<PerColumn<T>> local = affine;
+  const Standardize<PerColumn<T>> xhat = standardize;
+  for_packs<T>(n, [&](int64_t i, auto count, int) {
+    const Pack<T> x = Pack<T>::load(from.x + i, count);
+    const Pack<T> d = from.template dz<kAct>(i, count, x, local);
+    d.store_acc(dz + i);
+    (d * xhat(x, i)).store_acc(dz_xhat + i);
   });
 }
 
@@ -424,31 +441,26 @@ struct PlanesBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
 
-  template <Activation kAct>
   void run() const {
-    sweep_twice<&PlanesBackward::template first<kAct>, &PlanesBackward::template second<kAct>>(*this, a.shape.N * G,
-                                                                                               chunks.size());
+    sweep_twice(*this, a.shape.N * G, chunks.size());
     this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
   }
 
-  template <Activation kAct>
   void first(int64_t slice, int64_t k) const {
     if (!Base::wants_sums) return;
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S, plane = slice * D + chunk.offset / S;
     const auto standardize = uniform<T>(Base::standardize(slice));
-    for (int64_t run = 0; run < chunk.count; ++run) {
-      const int64_t i = slice * L + chunk.offset + run * S;
-      GradientSums<T> total;
-      total.template add_run<kAct>(Base::gradient(i, mask(i)), chunk.length,
-                                   uniform<T>(this->template affine<T>(slice, c + run)), standardize);
-      const Sums sums{tree_sum(total.dz), tree_sum(total.dz_xhat)};
-      if (pieces_of_plane > 1) {
-        partial[slice * chunks.size() + k] = sums;
-      } else {
-        channel_sums[plane + run] = sums;
+    Sums* const to = pieces_of_plane > 1 ? &partial[slice * chunks.size() + k] : &channel_sums[plane];
+    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+      for (int64_t run = 0; run < chunk.count; ++run) {
+        const int64_t i = slice * L + chunk.offset + run * S;
+        GradientSums<T> total;
+        total.template add_run<decltype(act)::value>(Base::gradient(i, mask(i)), chunk.length,
+                                                     uniform<T>(this->template affine<T>(slice, c + run)), standardize);
+        to[run] = {tree_sum(total.dz), tree_sum(total.dz_xhat)};
       }
-    }
+    });
   }
   void finish(int64_t slice) const {
     if (!Base::wants_sums) return;
@@ -461,17 +473,19 @@ struct PlanesBackward : BackwardGroups<T> {
     }
     slice_sums[slice] = Base::weighted(slice, &channel_sums[slice * D]);
   }
-  template <Activation kAct>
   void second(int64_t slice, int64_t k) const {
     if (!Base::wants_elements) return;
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S;
     const auto coefficients = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
-    for (int64_t run = 0; run < chunk.count; ++run) {
-      const int64_t i = slice * L + chunk.offset + run * S;
-      group_gradient_run<kAct>(Base::gradient(i, mask(i)), offset_by(dx, i), offset_by(dresidual, i), chunk.length,
-                               uniform<T>(this->template affine<T>(slice, c + run)), coefficients, stream);
-    }
+    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+      for (int64_t run = 0; run < chunk.count; ++run) {
+        const int64_t i = slice * L + chunk.offset + run * S;
+        group_gradient_run<decltype(act)::value>(Base::gradient(i, mask(i)), offset_by(dx, i), offset_by(dresidual, i),
+                                                 chunk.length, uniform<T>(this->template affine<T>(slice, c + run)),
+                                                 coefficients, stream);
+      }
+    });
   }
 };
 
@@ -504,14 +518,12 @@ struct FlatBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{parts * C};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
 
-  template <Activation kAct>
   void run() const {
     parallel_for(parts * blocks.size(), a.shape.numel(),
-                 [&](int64_t i) { part_of_block<kAct>(i / blocks.size(), i % blocks.size()); });
+                 [&](int64_t i) { part_of_block(i / blocks.size(), i % blocks.size()); });
     this->keep_parameter_gradients(channel_sums.data(), parts);
   }
 
-  template <Activation kAct>
   void part_of_block(int64_t part, int64_t block) const {
     using P = Pack<T>;
     const int64_t begin = blocks.begin(block), end = blocks.end(block), width = (end - begin) * L;
@@ -536,12 +548,12 @@ struct FlatBackward : BackwardGroups<T> {
       const auto standardize = columns.standardize();
       const int64_t first = (n * G + begin) * L;
       const RunGradient<T> g = Base::gradient(first, mask(first));
-      for_packs<T>(width, [&](int64_t j, auto count, int) {
-        const P x = P::load(g.x + j, count), d = g.template dz<kAct>(j, count, x, affine), e = d * standardize(x, j);
-        d.store_acc(&dz[j]);
-        e.store_acc(&dz_xhat[j]);
-        (P::load_acc(&sum_dz[j]) + d).store_acc(&sum_dz[j]);
-        (P::load_acc(&sum_dz_xhat[j]) + e).store_acc(&sum_dz_xhat[j]);
+      visit(a.activation, [&](auto act) {
+        keep_row_gradients<decltype(act)::value>(g, width, affine, standardize, &dz[0], &dz_xhat[0]);
+      });
+      for_packs<T>(width, [&](int64_t j, auto, int) {
+        (P::load_acc(&sum_dz[j]) + P::load_acc(&dz[j])).store_acc(&sum_dz[j]);
+        (P::load_acc(&sum_dz_xhat[j]) + P::load_acc(&dz_xhat[j])).store_acc(&sum_dz_xhat[j]);
       });
       if (!Base::wants_elements) continue;
       for (int64_t g0 = begin; g0 < end; ++g0) {
@@ -559,8 +571,8 @@ struct FlatBackward : BackwardGroups<T> {
         const auto coefficients = Base::input_gradient(n * G + g0, all);
         for (int64_t j = at; j < at + L; ++j) columns.set(j, coefficients);
       }
-      group_gradient_rows<kAct>(g, offset_by(dx, first), offset_by(dresidual, first), Strides{width, 0}, 1, width,
-                                affine, slope, offset, stream);
+      group_gradient_rows(a.activation, g, offset_by(dx, first), offset_by(dresidual, first), Strides{width, 0}, 1,
+                          width, affine, slope, offset, stream);
     }
     if (stream) stream_fence();
     for (int64_t c = begin * D; c < end * D; ++c) {
@@ -581,10 +593,8 @@ struct ColumnsBackward : BackwardGroups<T> {
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
 
-  template <Activation kAct>
   void run() const {
-    sweep_twice<&ColumnsBackward::template first<kAct>, &ColumnsBackward::template second<kAct>>(*this, a.shape.N,
-                                                                                                 parts.size());
+    sweep_twice(*this, a.shape.N, parts.size());
     this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
   }
 
@@ -593,7 +603,6 @@ struct ColumnsBackward : BackwardGroups<T> {
                           offset_by(a.mask, (n * sample.size() + row) * Base::mask_rows.bytes_per_row()));
   }
 
-  template <Activation kAct>
   void first(int64_t n, int64_t part) const {
     if (!Base::wants_sums) return;
     const int64_t columns = parts.width(part), begin = parts.begin(part);
@@ -612,8 +621,10 @@ struct ColumnsBackward : BackwardGroups<T> {
     std::fill(&dz_xhat[0], &dz_xhat[columns], 0.0);
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const auto standardize = coefficients.standardize();
-    add_column_gradients<kAct>(row_gradient(n, begin), strides, parts.rows(part), columns, affine, standardize, &dz[0],
-                               &dz_xhat[0]);
+    visit(a.activation, [&](auto act) {
+      add_column_gradients<decltype(act)::value>(row_gradient(n, begin), strides, parts.rows(part), columns, affine,
+                                                 standardize, &dz[0], &dz_xhat[0]);
+    });
     Sums* out = &partial[(n * parts.size() + part) * C];
     for (int64_t c = 0; c < C; ++c) {
       out[c] = Sums{};
@@ -629,7 +640,6 @@ struct ColumnsBackward : BackwardGroups<T> {
     }
     for (int64_t g = 0; g < G; ++g) slice_sums[n * G + g] = Base::weighted(n * G + g, &channel_sums[n * C + g * D]);
   }
-  template <Activation kAct>
   void second(int64_t n, int64_t part) const {
     if (!Base::wants_elements) return;
     const int64_t columns = parts.width(part);
@@ -646,8 +656,8 @@ struct ColumnsBackward : BackwardGroups<T> {
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const PerColumn<T> slope = coefficients.slope, offset = coefficients.offset;
     const int64_t row = parts.begin(part), i = n * C * S + row * sample.width;
-    group_gradient_rows<kAct>(row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i), strides,
-                              parts.rows(part), columns, affine, slope, offset, stream);
+    group_gradient_rows(a.activation, row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i), strides,
+                        parts.rows(part), columns, affine, slope, offset, stream);
   }
 };
 
@@ -656,28 +666,22 @@ struct ColumnsBackward : BackwardGroups<T> {
 void group_norm_forward(const GroupNormForward& a) {
   visit(a.dtype, [&](auto type) {
     using T = decltype(type);
-    visit(a.activation, [&](auto act) {
-      constexpr Activation kAct = decltype(act)::value;
-      switch (sample_rows(a.shape).layout) {
-        case SampleLayout::kPlanes: return PlanesForward<T>{{{a}}}.template run<kAct>();
-        case SampleLayout::kFlat: return FlatForward<T>{{{a}}}.template run<kAct>();
-        case SampleLayout::kColumns: return ColumnsForward<T>{{{a}}}.template run<kAct>();
-      }
-    });
+    switch (sample_rows(a.shape).layout) {
+      case SampleLayout::kPlanes: return PlanesForward<T>{{{a}}}.run();
+      case SampleLayout::kFlat: return FlatForward<T>{{{a}}}.run();
+      case SampleLayout::kColumns: return ColumnsForward<T>{{{a}}}.run();
+    }
   });
 }
 
 void group_norm_backward(const GroupNormBackward& a) {
   visit(a.dtype, [&](auto type) {
     using T = decltype(type);
-    visit(a.activation, [&](auto act) {
-      constexpr Activation kAct = decltype(act)::value;
-      switch (sample_rows(a.shape).layout) {
-        case SampleLayout::kPlanes: return PlanesBackward<T>{{{a}}}.template run<kAct>();
-        case SampleLayout::kFlat: return FlatBackward<T>{{{a}}}.template run<kAct>();
-        case SampleLayout::kColumns: return ColumnsBackward<T>{{{a}}}.template run<kAct>();
-      }
-    });
+    switch (sample_rows(a.shape).layout) {
+      case SampleLayout::kPlanes: return PlanesBackward<T>{{{a}}}.run();
+      case SampleLayout::kFlat: return FlatBackward<T>{{{a}}}.run();
+      case SampleLayout::kColumns: return ColumnsBackward<T>{{{a}}}.run();
+    }
   });
 }
 

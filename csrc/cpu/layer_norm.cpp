@@ -231,27 +231,31 @@ struct RowsForward {
   }
 
   template <Activation kAct>
+  void whole_rows(int64_t begin, int64_t end, const ColumnParameters<T>& parameters) const {
+    int64_t row = begin;
+    if (N < kShortRow) {
+      for (; row + kGroup <= end; row += kGroup) short_rows<kAct, kGroup>(row, parameters);
+      for (; row < end; ++row) short_rows<kAct, 1>(row, parameters);
+    }
+    for (; row < end; ++row) {
+      Moments m;
+      for (int64_t k = 0; k < chunks; ++k) m.merge(moments(row, k));
+      normalize<kAct>(row, 0, N, finish(row, m), parameters);
+    }
+  }
+
   void run() const {
-    if (chunks > 1 && M < 2 * num_threads()) return long_rows<kAct>();
+    if (chunks > 1 && M < 2 * num_threads()) return long_rows();
     const ParameterArrays<T> parameters(a, 0, N);
     const int64_t rows = (stream ? kFencedElements / N / kGroup + 1 : 1) * kGroup;  // a task
     parallel_for((M + rows - 1) / rows, M * N, [&](int64_t task) {
-      const int64_t end = std::min(M, (task + 1) * rows);
-      int64_t row = task * rows;
-      if (N < kShortRow) {
-        for (; row + kGroup <= end; row += kGroup) short_rows<kAct, kGroup>(row, *parameters);
-        for (; row < end; ++row) short_rows<kAct, 1>(row, *parameters);
-      }
-      for (; row < end; ++row) {
-        Moments m;
-        for (int64_t k = 0; k < chunks; ++k) m.merge(moments(row, k));
-        normalize<kAct>(row, 0, N, finish(row, m), *parameters);
-      }
+      visit(a.activation, [&](auto act) {
+        whole_rows<decltype(act)::value>(task * rows, std::min(M, (task + 1) * rows), *parameters);
+      });
       if (stream) stream_fence();
     });
   }
 
-  template <Activation kAct>
   void long_rows() const {
     const ScratchArray<Moments> partial(M * chunks);
     const ScratchArray<SliceStandardize<acc_t>> standardize(M);
@@ -264,7 +268,8 @@ struct RowsForward {
     parallel_for(M * chunks, M * N, [&](int64_t i) {
       const int64_t row = i / chunks, first = i % chunks * kChunk, n = chunk_length(i % chunks);
       const ParameterArrays<T> parameters(a, first, n);
-      normalize<kAct>(row, first, n, standardize[row], *parameters);
+      visit(a.activation,
+            [&](auto act) { normalize<decltype(act)::value>(row, first, n, standardize[row], *parameters); });
       if (stream) stream_fence();
     });
   }
@@ -331,7 +336,7 @@ struct RowsBackward {
     const Affine<RowWise<T>> z = affine(row, parameters);
     P g_sum[kUnroll], g_xhat_sum[kUnroll];
     for (int u = 0; u < kUnroll; ++u) g_sum[u] = g_xhat_sum[u] = P(0);
-    for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+    for_packs<T, unroll_of<kAct>(kUnroll)>(n, [&](int64_t i, auto count, int u) {
       const P x_i = P::load(from.x + i, count);
       const P dz = from.template dz<kAct>(i, count, x_i, z);
       if constexpr (is_smooth(kAct))
@@ -405,6 +410,19 @@ struct RowsBackward {
   };
 
   template <Activation kAct>
+  void whole_rows(int64_t begin, int64_t end, const ColumnParameters<T>& parameters, const ColumnSums& sums,
+                  acc_t* kept) const {
+    for (int64_t row = begin; row < end; ++row) {
+      Sums total;
+      for (int64_t k = 0; k < (dx ? chunks : 0); ++k) {
+        const ColumnParameters<T> at{PerColumn<T>(parameters.weight.values + k * kChunk),
+                                     PerColumn<T>(parameters.bias.values + k * kChunk)};
+        total += reduce<kAct>(row, k * kChunk, chunk_length(k), at, offset_by(kept, k * kChunk));
+      }
+      write<kAct>(row, 0, N, parameters, row_gradient(total), sums.dweight(), sums.dbias(), kept);
+    }
+  }
+
   void by_rows() const {
     const RowTasks tasks(M, N);
     const ParameterArrays<T> parameters(a, 0, N);
@@ -413,21 +431,13 @@ struct RowsBackward {
     parallel_for(tasks.size(), M * N, [&](int64_t task) {
       const ColumnSums sums(wants_columns ? N : 0);
       // A row's dz, where computing it again would take longer than reading it.
-      const bool keeps = is_smooth(kAct) && dx;
+      const bool keeps = is_smooth(a.activation) && dx;
       const ScratchArray<acc_t> row_dz(keeps ? N + P::kSize : 0);
       acc_t* const kept = keeps ? row_dz.data() : nullptr;
       double *dweight = partial.data() + task * 2 * N, *dbias = dweight + N;
       for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kBlockRows) {
         const int64_t end = std::min(tasks.end(task), begin + kBlockRows);
-        for (int64_t row = begin; row < end; ++row) {
-          Sums total;
-          for (int64_t k = 0; k < (dx ? chunks : 0); ++k) {
-            const ColumnParameters<T> at{PerColumn<T>((*parameters).weight.values + k * kChunk),
-                                         PerColumn<T>((*parameters).bias.values + k * kChunk)};
-            total += reduce<kAct>(row, k * kChunk, chunk_length(k), at, offset_by(kept, k * kChunk));
-          }
-          write<kAct>(row, 0, N, *parameters, row_gradient(total), sums.dweight(), sums.dbias(), kept);
-        }
+        visit(a.activation, [&](auto act) { whole_rows<decltype(act)::value>(begin, end, *parameters, sums, kept); });
         if (wants_columns) sums.flush(begin == tasks.begin(task), N, dweight, dbias);
       }
       if (stream) stream_fence();
@@ -450,7 +460,6 @@ struct RowsBackward {
     });
   }
 
-  template <Activation kAct>
   void by_strips() const {
     const int64_t rows = std::min({M, kBlockRows, std::max<int64_t>(1, kStripsBlock / N)});
     const bool one_block = rows == M;
@@ -463,7 +472,7 @@ struct RowsBackward {
         parallel_for((end - begin) * chunks, (end - begin) * N, [&](int64_t i) {
           const int64_t row = begin + i / chunks, chunk = i % chunks, first = chunk * kChunk, n = chunk_length(chunk);
           const ParameterArrays<T> parameters(a, first, n);
-          partial[i] = reduce<kAct>(row, first, n, *parameters);
+          visit(a.activation, [&](auto act) { partial[i] = reduce<decltype(act)::value>(row, first, n, *parameters); });
         });
       }
       for (int64_t row = begin; row < end; ++row) {
@@ -475,8 +484,11 @@ struct RowsBackward {
         const int64_t first = chunk * kChunk, n = chunk_length(chunk);
         const ParameterArrays<T> parameters(a, first, n);
         const ColumnSums sums(wants_columns ? n : 0);
-        for (int64_t row = begin; row < end; ++row)
-          write<kAct>(row, first, n, *parameters, coefficients[row - begin], sums.dweight(), sums.dbias());
+        visit(a.activation, [&](auto act) {
+          for (int64_t row = begin; row < end; ++row)
+            write<decltype(act)::value>(row, first, n, *parameters, coefficients[row - begin], sums.dweight(),
+                                        sums.dbias());
+        });
         if (stream) stream_fence();
         if (!wants_columns) return;
         if (one_block) {
@@ -494,25 +506,20 @@ struct RowsBackward {
     }
   }
 
-  template <Activation kAct>
   void run() const {
-    if (N > kLongRow || (M < kFewRows && M * N > kSmall)) return by_strips<kAct>();
-    by_rows<kAct>();
+    if (N > kLongRow || (M < kFewRows && M * N > kSmall)) return by_strips();
+    by_rows();
   }
 };
 
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a) {
-  visit(a.dtype, [&](auto type) {
-    visit(a.activation, [&](auto act) { RowsForward<decltype(type)>{a}.template run<decltype(act)::value>(); });
-  });
+  visit(a.dtype, [&](auto type) { RowsForward<decltype(type)>{a}.run(); });
 }
 
 void layer_norm_backward(const LayerNormBackward& a) {
-  visit(a.dtype, [&](auto type) {
-    visit(a.activation, [&](auto act) { RowsBackward<decltype(type)>{a}.template run<decltype(act)::value>(); });
-  });
+  visit(a.dtype, [&](auto type) { RowsBackward<decltype(type)>{a}.run(); });
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -95,6 +95,11 @@ struct RunGradient {
       return activate_backward<kAct>(dy_i, z);
     }
   }
+
+  void prefetch(int64_t i) const {
+    cpu::CPU_CAPABILITY::prefetch(x + i);
+    cpu::CPU_CAPABILITY::prefetch(dy + i);
+  }
 };
 
 // xhat = (x - mean) * rstd + rest
@@ -125,16 +130,21 @@ InputGradient<Uniform<T>> uniform(const SliceGradient<acc_type<T>>& g, bool cons
   return {Uniform<T>(g.slope), Uniform<T>(g.offset), constant_statistics};
 }
 
-// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = (dz - (x - mean) * slope - offset) * scale
+// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = (dz - (x - mean) * slope - offset) * scale. Prefetches what
+// lies `ahead`, if not 0.
 template <Activation kAct, typename T, typename C>
 FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n, const Affine<C>& affine,
-                                      const InputGradient<C>& coefficient, bool stream) {
+                                      const InputGradient<C>& coefficient, bool stream, int64_t ahead = 0) {
   using P = Pack<T>;
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const InputGradient<C> by = coefficient;
   stream = stream && fills_lines(dx, n);
   for_packs<T>(n, [&](int64_t i, auto count, int) {
+    if (ahead) {
+      from.prefetch(i + ahead);
+      if (dx) prefetch_to_write(dx + i + ahead);
+    }
     const P x = P::load(from.x + i, count);
     const P dz = from.template dz<kAct>(i, count, x, local);
     if (dresidual) dz.store(dresidual + i, count);
@@ -156,10 +166,10 @@ struct GradientSums {
     for (int u = 0; u < kUnroll; ++u) dz[u] = dz_xhat[u] = Pack<T>(0);
   }
 
-  // Elements past the end have dy = 0 and add nothing.
+  // Elements past the end have dy = 0 and add nothing. Prefetches what lies `ahead`, if not 0.
   template <Activation kAct, typename C>
   FASTNORM_LOOP void add_run(const RunGradient<T>& g, int64_t n, const Affine<C>& affine,
-                             const Standardize<C>& standardize) {
+                             const Standardize<C>& standardize, int64_t ahead = 0) {
     const RunGradient<T> from = g;
     const Affine<C> local = affine;
     const Standardize<C> xhat = standardize;
@@ -168,7 +178,8 @@ struct GradientSums {
       s[u] = dz[u];
       sx[u] = dz_xhat[u];
     }
-    for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+    for_packs<T, unroll_of<kAct>(kUnroll)>(n, [&](int64_t i, auto count, int u) {
+      if (ahead) from.prefetch(i + ahead);
       const Pack<T> x = Pack<T>::load(from.x + i, count);
       const Pack<T> d = from.template dz<kAct>(i, count, x, local);
       s[u] = s[u] + d;

@@ -41,9 +41,10 @@ Moments chunk_moments_float64(const T* x, const Runs& chunk) {
   return shifted_moments(static_cast<double>(chunk.numel()), mean, deviations, squares);
 }
 
-// Scalar math: m = sum(x) / n;  s1 = sum(x - m);  s2 = sum((x - m)^2)
+// Scalar math: m = sum(x) / n;  s1 = sum(x - m);  s2 = sum((x - m)^2). Prefetches what lies `ahead` of the chunk, if not
+// 0.
 template <typename T>
-FASTNORM_LOOP Moments chunk_moments(const T* x, const Runs& chunk) {
+FASTNORM_LOOP Moments chunk_moments(const T* x, const Runs& chunk, int64_t ahead = 0) {
   using acc_t = acc_type<T>;
   using P = Pack<T>;
   constexpr int kUnroll = 8 / P::kVecs;
@@ -53,8 +54,10 @@ FASTNORM_LOOP Moments chunk_moments(const T* x, const Runs& chunk) {
   for (auto& s : sum) s = P(0);
   for (int64_t run = 0; run < chunk.count; ++run) {
     const T* row = x + chunk.offset + run * chunk.stride;
-    for_packs<T, kUnroll>(chunk.length,
-                          [&](int64_t i, auto count, int u) { sum[u] = sum[u] + P::load(row + i, count); });
+    for_packs<T, kUnroll>(chunk.length, [&](int64_t i, auto count, int u) {
+      if (ahead) prefetch(row + i + ahead);
+      sum[u] = sum[u] + P::load(row + i, count);
+    });
   }
   for (int u = 1; u < kUnroll; ++u) sum[0] = sum[0] + sum[u];
   const acc_t m = static_cast<acc_t>(sum[0].sum() / n);

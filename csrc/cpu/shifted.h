@@ -62,12 +62,11 @@ constexpr int64_t kShiftRows = 16 * kBlockRows, kLeastShiftRows = 16;
 template <typename T>
 FASTNORM_LOOP void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, acc_type<T>* sum) {
   using P = Pack<T>;
-  for_row_groups(rows, [&](int64_t row, auto group) {
+  for_row_groups<Activation::kNone>(rows, [&](int64_t row, auto here) {
     const T* const first = x + row * stride;
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       P s = P::load_acc(sum + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < decltype(group)::value; ++r) s = s + P::load(first + r * stride + i, count);
+      for_each_row(here, count, [&](int r) { s = s + P::load(first + r * stride + i, count); });
       s.store_acc(sum + i);
     });
   });
@@ -78,19 +77,17 @@ template <typename T>
 FASTNORM_LOOP void add_deviations(const T* x, int64_t stride, int64_t rows, int64_t columns, const acc_type<T>* shift,
                                   acc_type<T>* s1, acc_type<T>* s2) {
   using P = Pack<T>;
-  for_row_groups(rows, [&](int64_t row, auto group) {
-    constexpr int kRows = decltype(group)::value;
+  for_row_groups<Activation::kNone>(rows, [&](int64_t row, auto here) {
     const T* const first = x + row * stride;
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       const P m = P::load_acc(shift + i);
       P sum = P::load_acc(s1 + i), squares = P::load_acc(s2 + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        prefetch(first + (r + kRows) * stride + i);
+      for_each_row(here, count, [&](int r) {
+        prefetch(first + (r + kRowGroup) * stride + i);
         const P d = P::load(first + r * stride + i, count) - m;
         sum = sum + d;
         squares = fmadd(d, d, squares);
-      }
+      });
       sum.store_acc(s1 + i);
       squares.store_acc(s2 + i);
     });

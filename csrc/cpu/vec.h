@@ -173,6 +173,7 @@ bool fills_lines(const T* p, int64_t n) {
 // Asks for the cache line at p, which may lie past the end of what may be read, to come to the second-level cache. For
 // sweeps of several rows side by side, which the processor's own prefetchers do not foresee.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 2); }
 
 template <typename T, typename Count>
 void put(const Pack<T>& pack, T* p, Count count, bool stream) {
