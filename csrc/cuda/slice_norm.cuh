@@ -1070,7 +1070,7 @@ inline Grid split_grid(const SlicePlan& p) {
 
 // A warp for each of `groups`.
 inline Grid merge_grid(int64_t groups) {
-  return {dim3(static_cast<unsigned>(ceil_div(groups, kMergeThreads / kWarp))), kMergeThreads};
+  return {dim3(static_cast<unsigned>(ceil_divide(groups, kMergeThreads / kWarp))), kMergeThreads};
 }
 
 // Pieces of the workspace, each aligned to 16 bytes.
@@ -1081,7 +1081,7 @@ class Workspace {
   template <typename V>
   V* take(int64_t n) {
     unsigned char* here = start_ ? start_ + bytes_ : nullptr;
-    bytes_ += ceil_div(n * static_cast<int64_t>(sizeof(V)), 16) * 16;
+    bytes_ += ceil_divide(n * static_cast<int64_t>(sizeof(V)), 16) * 16;
     return reinterpret_cast<V*>(here);
   }
   int64_t bytes() const { return bytes_; }
@@ -1189,7 +1189,7 @@ inline void run_forward(const char* op, Dtype dtype, const SliceForward& a, bool
 inline void run_parameter_gradients(const char* op, const SliceBackward& a, int64_t samples, void* dweight, void* dbias,
                                     Dtype dtype, cudaStream_t stream) {
   if (!dweight && !dbias) return;
-  const Grid grid{dim3(static_cast<unsigned>(ceil_div(a.plan.C, kWarp))), kMergeThreads};
+  const Grid grid{dim3(static_cast<unsigned>(ceil_divide(a.plan.C, kWarp))), kMergeThreads};
   launch(op, parameter_gradients, grid, stream, a.channel_sums, samples, a.plan.C, a.r, a.d, dweight, dbias, dtype);
 }
 

@@ -193,8 +193,6 @@ __global__ void __launch_bounds__(kThreads) columns(Call<T> a, Phase phase) {
 
 // ---- launches
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool by_columns(const Shape& shape) { return shape.N > 1 && shape.S < kShortRun; }
 int64_t blocks_of(const Shape& shape) { return by_columns(shape) ? ceil_divide(shape.C, kWarp / shape.S) : shape.C; }
 

@@ -140,9 +140,9 @@ MUTATIONS = (
     Mutation("plan.h", "return p.shared.all <= in.shared;", "return true;", "every_device and batch_norm"),
     Mutation("plan.h", "p.threads / p.team;", "1;", _PLANS, by="asan"),
     Mutation("plan.h", "p.shared.exchange = take(2 * (", "p.shared.exchange = take((", _PLANS, by="trace"),
-    Mutation("row_plan.h", "while (kRowWarp * p.packs < n)", "while (2 * kRowWarp * p.packs < n)", "layer_norm"),
-    Mutation("row_plan.h", "ceil_divide(ceil_divide(n, p.cluster), kRowWarp * most)",
-             "ceil_divide(n / p.cluster, kRowWarp * most)", "layer_norm or rms_norm"),
+    Mutation("row_plan.h", "while (kWarp * p.packs < n)", "while (2 * kWarp * p.packs < n)", "layer_norm"),
+    Mutation("row_plan.h", "ceil_divide(ceil_divide(n, p.cluster), kWarp * most)",
+             "ceil_divide(n / p.cluster, kWarp * most)", "layer_norm or rms_norm"),
     # compiled for sm_80
     Mutation("launch.cuh", "cluster_rank() { return 0; }", "cluster_rank() { return 1; }", "compiled_for"),
     Mutation("slice_norm.cuh", "in.bulk_copies = d.has_clusters();", "in.bulk_copies = true;", "compiled_for"),
