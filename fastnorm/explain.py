@@ -228,8 +228,7 @@ def _dropout(op: str, shape: Sequence[int], dtype: torch.dtype, channels_last: b
         return _C.plan_dropout(N, C, S, last, dims == 2 and S != 1, dtype.itemsize)
     if len(shape) < dims or prod(shape) == 0:
         raise ValueError(f"explain_launch: {op} cannot take shape {list(shape)}")
-    N = shape[0] if dims == 1 else 1
-    return _C.plan_dropout(1, N, prod(shape) // N, False, dims == 1, dtype.itemsize)
+    return _C.plan_dropout(1, 1, prod(shape), False, dims == 1, dtype.itemsize)  # samples lie one after the other
 
 
 def _windows(

@@ -26,9 +26,9 @@ CALLS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "rms_norm": (lambda x: fn.rms_norm(x, (16384,)), (2, 16384), {}),
     "local_response_norm": (lambda x: fn.local_response_norm(x, 3), (2, 40, 9, 8), {"size": 3}),
     "local_response_norm-even": (
-        lambda x: fn.local_response_norm(x, 20, convention="paper"),
-        (2, 80, 7, 7),
-        {"size": 20, "convention": "paper"},
+        lambda x: fn.local_response_norm(x, 4, region="intra", convention="paper"),
+        (1, 20, 70, 60),
+        {"size": 4, "region": "intra", "convention": "paper"},
     ),
     "local_response_norm-intra": (
         lambda x: fn.local_response_norm(x, 3, region="intra"),
@@ -43,7 +43,7 @@ CALLS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "dropout": (fn.dropout, (3, 40, 9, 11), {}),
     "alpha_dropout": (lambda x: fn.alpha_dropout(x, training=True), (70, 33), {}),
     "dropout2d": (fn.dropout2d, (3, 40, 9, 11), {}),
-    "dropout1d": (fn.dropout1d, (3, 5, 1), {}),
+    "dropout1d": (fn.dropout1d, (64, 130, 1), {}),
     "feature_alpha_dropout": (lambda x: fn.feature_alpha_dropout(x, training=True), (3, 5, 9, 11), {}),
     "drop_path": (lambda x: fn.drop_path(x, 0.5, training=True), (9, 40, 7), {}),
 }
