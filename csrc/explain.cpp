@@ -3,6 +3,7 @@
 #include "cuda/dropout_plan.h"
 #include "cuda/plan.h"
 #include "cuda/row_plan.h"
+#include "cuda/weight_plan.h"
 #include "cuda/window_plan.h"
 
 namespace fastnorm {
@@ -66,6 +67,22 @@ Decision plan_windows(int64_t N, int64_t C, int64_t H, int64_t W, bool channels_
   return {
       {"in_workspace", p.in_workspace}, {"window", p.pack},     {"blocks", p.blocks},
       {"threads", p.threads},           {"shared", p.shared()}, {"parts", parts(p.row) * parts(p.column)},
+  };
+}
+
+Decision plan_weights(int64_t N, int64_t C, int64_t S, int64_t element, bool backward, int multiprocessors,
+                      int64_t shared) {
+  const cuda::WeightPlan p = cuda::plan_weights({
+      .shape = {N, C, S, Layout::kContiguous},
+      .element = element,
+      .aligned = true,
+      .backward = backward,
+      .multiprocessors = multiprocessors,
+      .shared = shared,
+  });
+  return {
+      {"resident", p.resident},          {"window", p.pack},   {"blocks", p.blocks * p.parts},
+      {"threads", cuda::kWeightThreads}, {"shared", p.shared}, {"parts", p.parts},
   };
 }
 

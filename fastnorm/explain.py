@@ -18,7 +18,7 @@ _DROPOUTS = {
     "drop_path": 1,
     **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"), 2),
 }
-_OPS = (*_SLICES, *_ROWS, "local_response_norm", *_DROPOUTS)
+_OPS = (*_SLICES, *_ROWS, "local_response_norm", "weight_norm", *_DROPOUTS)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Launch:
             output, and each element is read once; "split": slices are reduced by one launch and read again by another;
             "registers": rows stay in registers, each element is read once; "long rows": rows are read again;
             "tiles": of local_response_norm, in shared memory; "tiles in workspace": those of wide windows;
-            "elements": each by itself.
+            "elements": each by itself; "read again": weight_norm's slices that do not stay on chip.
         blocks, threads: of the launch that writes the output: blocks, and threads of each.
         cluster: blocks that share a slice or row through distributed shared memory; 1: none do.
         shared_memory: dynamic, bytes a block.
@@ -107,6 +107,7 @@ def explain_launch(
     channels_last: bool = False,
     num_groups: int = 1,
     normalized_dims: int = 1,
+    dim: int | None = 0,
     size: int = 5,
     region: str = "inter",
     convention: str = "torch",
@@ -116,14 +117,15 @@ def explain_launch(
 
     Args:
         op: "batch_norm" (batch_renorm is the same), "group_norm", "instance_norm", "layer_norm", "rms_norm",
-            "local_response_norm", "dropout", "alpha_dropout", "drop_path", "dropout1d", "dropout2d", "dropout3d" or
-            "feature_alpha_dropout". weight_norm and spectral_norm are several launches, of weights alone.
-        shape: of the input; (N, C, *) where channels count. Aligned to 16 bytes, as torch allocates.
+            "local_response_norm", "weight_norm", "dropout", "alpha_dropout", "drop_path", "dropout1d", "dropout2d",
+            "dropout3d" or "feature_alpha_dropout". Nothing is chosen for spectral_norm.
+        shape: of the input, (N, C, *) where channels count, or of the weight. Aligned to 16 bytes, as torch allocates.
         dtype: float64, float32, bfloat16 or float16.
         direction: "forward" or "backward", which wants dx, dweight and dbias.
         channels_last: how the input lies in memory.
         num_groups: of group_norm.
         normalized_dims: of layer_norm and rms_norm: how many of the last dimensions are one row.
+        dim: of weight_norm.
         size, region, convention: of local_response_norm.
         device: a CUDA device of this machine, or a :class:`fastnorm.explain.Device`. If None the current CUDA device,
             or where there is none an H100.
@@ -165,6 +167,10 @@ def explain_launch(
     elif op in _DROPOUTS:
         decided = _dropout(op, shape, dtype, channels_last)
         path = "elements"
+    elif op == "weight_norm":
+        decided = _weights(op, shape, dtype, backward, channels_last, dim, device)
+        once = bool(decided["resident"])
+        path = "resident" if once else "split" if decided["parts"] > 1 else "read again"
     else:
         decided = _windows(op, shape, dtype, backward, channels_last, size, region, convention, device)
         path = "tiles in workspace" if decided["in_workspace"] else "tiles"
@@ -229,6 +235,26 @@ def _dropout(op: str, shape: Sequence[int], dtype: torch.dtype, channels_last: b
     if len(shape) < dims or prod(shape) == 0:
         raise ValueError(f"explain_launch: {op} cannot take shape {list(shape)}")
     return _C.plan_dropout(1, 1, prod(shape), False, dims == 1, dtype.itemsize)  # samples lie one after the other
+
+
+def _weights(
+    op: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    backward: bool,
+    channels_last: bool,
+    dim: int | None,
+    device: Device,
+) -> dict[str, int]:
+    if prod(shape) == 0 or (dim is not None and not -len(shape) <= dim < len(shape)):
+        raise ValueError(f"explain_launch: {op} along dim={dim} cannot take shape {list(shape)}")
+    N, C, S = 1, 1, prod(shape)
+    if dim is not None:
+        C, last = shape[dim], channels_last and len(shape) > 2
+        in_memory = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
+        S = prod(shape[d] for d in in_memory[in_memory.index(dim % len(shape)) + 1 :])
+        N = prod(shape) // (C * S)
+    return _C.plan_weights(N, C, S, dtype.itemsize, backward, device.multiprocessors, device.shared_memory)
 
 
 def _windows(
