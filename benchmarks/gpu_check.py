@@ -1,22 +1,27 @@
 """``make gpu-check OUT=DIR``: on a machine with an NVIDIA GPU, builds for it, tests, looks for errors, and measures.
 
-1. The extension for the present device, in place.
-2. The tests that run on a CUDA device, several processes at once.
-3. compute-sanitizer, memcheck and racecheck, on every case of the table at two small shapes.
-4. The benchmarks: fastnorm, torch, torch.compile and whichever of Liger and apex can be imported.
+1. The extension for the present device, in place; of the CPU's kernels the plain ones alone.
+2. All at once: the tests that run on a CUDA device, in several processes, and compute-sanitizer's memcheck and
+   racecheck on every case of the table at two small shapes.
+3. The benchmarks: fastnorm, torch, torch.compile and whichever of Liger and apex can be imported.
 
-Logs, ``results.json`` and ``results.md`` go to DIR. The exit code is 1 if there is no GPU, or 1 to 3 failed.
+Logs, ``results.json`` and ``results.md`` go to DIR, the results anew after every step and row, and what takes too long
+is stopped, so that a kernel that hangs costs no more than what waits for it. The exit code is 1 if there is no GPU, or
+something failed.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,45 +35,68 @@ from workloads import DropPath, WithinChannel, Workload, alike, fastnorm, fused
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-SECONDS = 9 * 60  # for everything; what the benchmarks have not reached by then, they say
+# For everything, for the build, for what comes before the benchmarks. These say what they have not reached by the end.
+SECONDS, BUILD_SECONDS, CHECKED_BY = 9 * 60, 4 * 60, 5.5 * 60
 
 # ---- build, tests, compute-sanitizer
 
 
-def run(command: list[str], log: Path, **environment: str) -> bool:
-    """Whether the command succeeds; what it says goes to the log."""
-    with log.open("w") as out:
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=out)
-    return done.returncode == 0
+class Step:
+    """A command that runs beside others, what it says in a log."""
+
+    def __init__(self, command: list[str], log: Path, **environment: str) -> None:
+        self.log = log
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def wait(self, deadline: float) -> str:
+        """Either "ok", or "failed: " and why. At the deadline it is stopped, and what it started."""
+        try:
+            code = self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            return "failed: not done in time"
+        return "ok" if code == 0 else f"failed: exit code {code}"
+
+    def last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1].strip("= ") if lines else "no output"
 
 
-def build(out: Path) -> bool:
+def build(out: Path, deadline: float) -> str:
     major, minor = torch.cuda.get_device_capability()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run(command, out / "build.log", TORCH_CUDA_ARCH_LIST=f"{major}.{minor}", FASTNORM_CUDA="1")
+    architecture = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "FASTNORM_CUDA": "1", "FASTNORM_PLAIN": "1"}
+    return Step(command, out / "build.log", **architecture).wait(deadline)
 
 
-def test(out: Path) -> dict[str, str]:
-    """The last line of pytest for each share of the tests; a share is an op, or what belongs to none."""
+def start_tests(logs: Path) -> dict[str, Step]:
+    """A process for each share of the tests; a share is an op, or what belongs to none."""
     sys.path.insert(0, str(TESTS))
     cases = importlib.import_module("cases")
     ops = sorted({case.op for case in cases.CASES})
     shares = {op: f"cuda and {op}" for op in ops} | {"rest": f"cuda and not ({' or '.join(ops)})"}
-    running = {}
+    steps = {}
     for name, expression in shares.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", expression, "tests"]
+        # verbose: the log of a test that hangs ends with its name
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", expression, "tests"]
         command += [f"--ignore=tests/test_cuda_{name}.py" for name in ("on_cpu", "emulator", "traffic")]  # need no GPU
-        log = (out / f"tests_{name}.log").open("w")
-        running[name] = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        steps[name] = Step(command, logs / f"{name}.log", OMP_NUM_THREADS="1")
+    return steps
+
+
+def results_of_tests(steps: dict[str, Step], out: Path, deadline: float) -> dict[str, str]:
+    """What each share ends with; all that they say goes to tests.log."""
     results = {}
-    for name, process in running.items():
-        process.wait()
-        words = (out / f"tests_{name}.log").read_text().strip().splitlines()
-        results[name] = words[-1].strip("= ") if words else "no output"
-        if process.returncode != 0 and "failed" not in results[name]:
-            results[name] += f" (failed: exit code {process.returncode})"
+    for name, step in steps.items():
+        how = step.wait(deadline)
+        results[f"tests {name}"] = step.last_line() if how == "ok" else f"{how}: {step.last_line()}"
+    logs = (f"######## {name}\n{step.log.read_text(errors='replace')}\n" for name, step in steps.items())
+    (out / "tests.log").write_text("".join(logs))
     return results
 
 
@@ -86,20 +114,27 @@ def sample() -> None:
     torch.cuda.synchronize()
 
 
-def sanitize(out: Path) -> dict[str, str]:
+def start_sanitizers(out: Path) -> dict[str, Step]:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(program).exists():
-        return {"compute-sanitizer": "not run: it is not installed"}
-    results = {}
-    for tool in ("memcheck", "racecheck"):
+    steps = {}
+    for tool in ("memcheck", "racecheck") if Path(program).exists() else ():
         command = [program, "--tool", tool, "--kernel-name", "kns=fastnorm", "--error-exitcode", "1"]
         if tool == "memcheck":
             command += ["--report-api-errors", "no"]  # torch asks the driver things that it may refuse
         command += [sys.executable, __file__, "--sample"]
         # without torch's cache each tensor is an allocation of its own, whose end memcheck knows
-        ok = run(command, out / f"{tool}.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1", PYTHONPATH=str(ROOT))
-        results[tool] = "ok" if ok else "failed"
-    return results
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+        steps[tool] = Step(command, out / f"{tool}.log", **environment)
+    return steps
+
+
+def check(out: Path, deadline: float) -> dict[str, str]:
+    """The tests and compute-sanitizer, by name."""
+    with tempfile.TemporaryDirectory() as logs:
+        tests, sanitizers = start_tests(Path(logs)), start_sanitizers(out)
+        results = results_of_tests(tests, out, deadline)
+        results |= {name: step.wait(deadline) for name, step in sanitizers.items()}
+    return results if sanitizers else results | {"compute-sanitizer": "not run: it is not installed"}
 
 
 # ---- benchmarks
@@ -215,8 +250,10 @@ def of_the_host() -> list[Workload]:
 
 def benches() -> list[Workload]:
     dtypes, layouts = (torch.bfloat16, torch.float32), ("contiguous", "channels_last")
-    images = [bench for dtype in dtypes for layout in layouts for bench in of_images(dtype=dtype, layout=layout)]
-    return [*images, *(bench for dtype in dtypes for bench in of_rows(dtype)), *of_the_host()]
+    found = of_the_host()
+    for dtype in dtypes:
+        found += [bench for layout in layouts for bench in of_images(dtype=dtype, layout=layout)] + of_rows(dtype)
+    return found
 
 
 def libraries(bench: Workload, compiles: bool) -> dict[str, nn.Module]:
@@ -270,11 +307,11 @@ def measure(bench: Workload, clock: CudaClock, compiles: bool) -> list[Row]:
     return rows
 
 
-def benchmark(deadline: float) -> tuple[list[Row], list[str]]:
-    """The rows, and what there was no time for. torch.compile takes the most, so it stops first."""
+def benchmark(deadline: float, rows: list[Row], missing: list[str], write: Callable[[], None]) -> None:
+    """Adds the rows, and what there was no time for; `write` after each. torch.compile takes the most, so it stops
+    first.
+    """
     clock = CudaClock()
-    rows: list[Row] = []
-    missing: list[str] = []
     compiled: set[tuple[str, torch.dtype, str]] = set()
     started = time.monotonic()
     for bench in benches():
@@ -290,7 +327,7 @@ def benchmark(deadline: float) -> tuple[list[Row], list[str]]:
             rows += measure(bench, clock, compiles)
         except Exception as error:  # a peer's, perhaps: the other rows are still worth having
             missing.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    return rows, missing
+        write()
 
 
 # ---- report
@@ -301,7 +338,8 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def machine() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = shutil.which("git") or "false"
+    commit = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -340,34 +378,34 @@ def main(out: Path) -> int:
     if not torch.cuda.is_available():
         print("gpu-check: needs an NVIDIA GPU, but torch sees none")
         return 1
+    faulthandler.dump_traceback_later(SECONDS + 15, exit=True)  # nothing else ends a benchmark whose kernel hangs
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     steps: dict[str, str] = {}
-    report: dict[str, Any] = {"machine": machine(), "steps": steps, "not measured": [], "rows": []}
     rows: list[Row] = []
+    missing: list[str] = []
+    report: dict[str, Any] = {"machine": machine(), "steps": steps, "not measured": missing}
 
     def write() -> None:
-        """After each step, so that a machine that is lost leaves what it had."""
         report["seconds"] = round(time.monotonic() - started)
+        report["rows"] = [
+            asdict(r) | {"terabytes_per_s": r.terabytes_per_s, "share_of_copy": r.share_of_copy} for r in rows
+        ]
         (out / "results.json").write_text(json.dumps(report, indent=1))
         (out / "results.md").write_text(markdown(report, rows))
 
-    steps["build"] = "ok" if build(out) else "failed, see build.log"
+    steps["build"] = build(out, started + BUILD_SECONDS)
     write()
     if steps["build"] != "ok":
-        print(f"gpu-check: the build failed, see {out}/build.log")
+        print(f"gpu-check: the build {steps['build']}, see {out}/build.log")
         return 1
     sys.path.insert(0, str(ROOT))
-    for step in (test, sanitize):
-        steps |= {f"{step.__name__} {name}": result for name, result in step(out).items()}
-        write()
-    rows, report["not measured"] = benchmark(started + SECONDS - 30)
-    report["rows"] = [
-        asdict(r) | {"terabytes_per_s": r.terabytes_per_s, "share_of_copy": r.share_of_copy} for r in rows
-    ]
+    steps |= check(out, started + CHECKED_BY)
+    write()
+    benchmark(started + SECONDS - 30, rows, missing, write)
     write()
     print((out / "results.md").read_text())
-    failed = [name for name, result in steps.items() if "failed" in result or "error" in result]
+    failed = [name for name, result in steps.items() if result.startswith("failed")]
     print(f"gpu-check: {report['seconds']} s; failed: {', '.join(failed) or 'nothing'}; tables in {out}")
     return 1 if failed else 0
 

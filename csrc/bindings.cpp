@@ -54,6 +54,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def("plan_slices", fastnorm::plan_slices);
   m.def("plan_rows", fastnorm::plan_rows);
+  m.def("plan_dropout", fastnorm::plan_dropout);
+  m.def("plan_windows", fastnorm::plan_windows);
+  m.def("plan_weights", fastnorm::plan_weights);
   m.def("instruction_set", instruction_set, "The instruction set that the kernels use in this process.");
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;

@@ -199,6 +199,15 @@ def _skipped_statistics() -> list[Tensor]:
     return [mean, var, count]
 
 
+def _infinite_gradient() -> list[Tensor]:
+    """Of weight and bias, from one infinite element, which threads meet an element at a time."""
+    weight, bias = (_values(5, seed=seed).requires_grad_() for seed in range(2))
+    dy = _values(6, 5, 9, 7)
+    dy[3, 2, 4, 1] = math.inf
+    y = fn.batch_norm(channels_last(_values(6, 5, 9, 7, seed=1)), None, None, weight, bias, True)
+    return list(torch.autograd.grad(y, (weight, bias), channels_last(dy)))
+
+
 def _two_processes(activation: str | None, last: bool) -> list[Tensor]:
     """A batch shared by two processes, as SyncBatchNorm takes it."""
     x, dy, residual = (channels_last(t) if last else t for t in (_values(6, 8, 5, 7, seed=seed) for seed in range(3)))
@@ -254,6 +263,7 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         for momentum, dtype in ((0.1, torch.float32), (None, torch.float32), (0.3, torch.bfloat16))
     },
     "batch_norm-skipped-statistics": _skipped_statistics,
+    "batch_norm-infinite-gradient": _infinite_gradient,
     **{
         f"batch_norm-two-processes-{activation}{'-last' if last else ''}": partial(_two_processes, activation, last)
         for activation, last in (("relu", False), ("silu", True), (None, False), ("leaky_relu", True))

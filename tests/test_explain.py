@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_ops import channels_last
 
 import fastnorm
 import fastnorm.functional as fn
+from fastnorm import _C
 from fastnorm.explain import H100, Device
 
 SMALL = Device("four multiprocessors", (9, 0), 4, 32 << 10)
@@ -24,16 +26,42 @@ CALLS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "instance_norm": (fn.instance_norm, (2, 3, 70, 70), {}),
     "layer_norm": (lambda x: fn.layer_norm(x, (24, 40)), (5, 24, 40), {"normalized_dims": 2}),
     "rms_norm": (lambda x: fn.rms_norm(x, (16384,)), (2, 16384), {}),
+    "local_response_norm": (lambda x: fn.local_response_norm(x, 3), (2, 40, 9, 8), {"size": 3}),
+    "local_response_norm-even": (
+        lambda x: fn.local_response_norm(x, 4, region="intra", convention="paper"),
+        (1, 20, 70, 60),
+        {"size": 4, "region": "intra", "convention": "paper"},
+    ),
+    "local_response_norm-intra": (
+        lambda x: fn.local_response_norm(x, 3, region="intra"),
+        (1, 20, 70, 60),
+        {"size": 3, "region": "intra"},
+    ),
+    "local_response_norm-wide": (
+        lambda x: fn.local_response_norm(x, 2000),
+        (1, 2000, 9, 8),
+        {"size": 2000},
+    ),
+    "weight_norm": (lambda v: _C.weight_norm(v, torch.ones(30, 1, 1, 1), 0), (30, 5, 9, 11), {}),
+    "weight_norm-columns": (lambda v: _C.weight_norm(v, torch.ones(1, 70, 1, 1), 1), (30, 70, 3, 3), {"dim": 1}),
+    "weight_norm-parts": (lambda v: _C.weight_norm(v, torch.ones(()), -1), (90, 300), {"dim": None}),
+    "dropout": (fn.dropout, (3, 40, 9, 11), {}),
+    "alpha_dropout": (lambda x: fn.alpha_dropout(x, training=True), (70, 33), {}),
+    "dropout2d": (fn.dropout2d, (3, 40, 9, 11), {}),
+    "dropout1d": (fn.dropout1d, (64, 130, 1), {}),
+    "feature_alpha_dropout": (lambda x: fn.feature_alpha_dropout(x, training=True), (3, 5, 9, 11), {}),
+    "drop_path": (lambda x: fn.drop_path(x, 0.5, training=True), (9, 40, 7), {}),
 }
 
 
 @pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("device", (SMALL, OLD), ids=lambda d: d.name)
-@pytest.mark.parametrize("op", CALLS)
-def test_as_it_is_launched(op: str, device: Device, last: bool) -> None:
-    function, shape, setting = CALLS[op]
+@pytest.mark.parametrize("call", CALLS)
+def test_as_it_is_launched(call: str, device: Device, last: bool) -> None:
+    function, shape, setting = CALLS[call]
+    op = call.split("-")[0]
     if last and len(shape) < 4:
-        pytest.skip("rows have one layout")
+        pytest.skip("one layout")
     x = torch.randn(shape).requires_grad_()
     if last:
         x = channels_last(x.detach()).requires_grad_()
@@ -48,12 +76,14 @@ def test_as_it_is_launched(op: str, device: Device, last: bool) -> None:
     assert len(reports) == 2
     for direction, report in zip(("forward", "backward"), reports, strict=True):
         told = fastnorm.explain_launch(op, shape, direction=direction, channels_last=last, device=device, **setting)
-        launches = [(launch.blocks[0], launch.threads, launch.cluster) for launch in report.launches]
+        launches = [(prod(launch.blocks), launch.threads, launch.cluster) for launch in report.launches]
         assert (told.blocks, told.threads, told.cluster) in launches, told
         if op not in ("layer_norm", "rms_norm"):
             assert told.shared_memory in [launch.shared for launch in report.launches]
             # split: reduced, merged and written by launches of their own
-            assert (told.path == "split") == (len(report.launches) >= 3), told
+            assert (told.path == "split") == (len(report.launches) > 1), told
+        if op == "local_response_norm":
+            assert (told.path == "tiles in workspace") == (report.workspace > 0), told
 
 
 def test_what_decides() -> None:
@@ -65,18 +95,36 @@ def test_what_decides() -> None:
     assert fastnorm.explain_launch("batch_norm", shape, dtype=torch.bfloat16, device=H100).window == 8
     assert fastnorm.explain_launch("layer_norm", (8, 1027), device=H100).window == 1
     assert fastnorm.explain_launch("layer_norm", (8, 1 << 20), direction="backward", device=OLD).path == "long rows"
+    images, intra = (256, 96, 55, 55), {"region": "intra", "direction": "backward"}
+    assert fastnorm.explain_launch("local_response_norm", images, device=H100).parts == 1
+    large = fastnorm.explain_launch("local_response_norm", (1, 8, 500, 500), device=H100, **intra)
+    assert large.path == "tiles" and large.parts > 1 and large.tensors_moved == 3
+    small = fastnorm.explain_launch("local_response_norm", (1, 8, 500, 500), device=OLD, size=99, **intra)
+    assert small.path == "tiles in workspace" and small.shared_memory == 0
+    dropped = fastnorm.explain_launch("dropout", (8192, 8192), direction="backward", dtype=torch.float16, device=H100)
+    assert (dropped.blocks, dropped.window, dropped.tensors_moved) == (8192 * 8192 // 8 // 256, 8, 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "setting", "message"),
     (
-        (("dropout", (4, 4)), {}, "op must be one of batch_norm, .*, got 'dropout'"),
+        (("softmax", (4, 4)), {}, "op must be one of batch_norm, .*, got 'softmax'"),
         (("batch_norm", (4, 4)), {"direction": "both"}, "direction must be 'forward' or 'backward', got 'both'"),
         (("batch_norm", (4, 4)), {"dtype": torch.int8}, "dtype must be .*, got torch.int8"),
         (("batch_norm", (4,)), {}, r"batch_norm cannot take shape \[4\]"),
         (("instance_norm", (4, 0, 3)), {}, r"instance_norm cannot take shape \[4, 0, 3\]"),
         (("group_norm", (2, 6, 4)), {"num_groups": 4}, "6 channels cannot be split into num_groups=4"),
         (("layer_norm", (2, 6)), {"normalized_dims": 3}, r"layer_norm of 3 dimensions cannot take shape \[2, 6\]"),
+        (
+            ("local_response_norm", (4, 3)),
+            {},
+            r"local_response_norm cannot take shape \[4, 3\]: wanted \(N, C, L, \*\)",
+        ),
+        (("local_response_norm", (4, 3, 2)), {"region": "intra"}, r".* \[4, 3, 2\]: wanted \(N, C, H, W\)"),
+        (("local_response_norm", (4, 3, 2)), {"size": 0}, "local_response_norm cannot take size=0, region='inter'"),
+        (("weight_norm", (2, 6)), {"dim": 2}, r"weight_norm along dim=2 cannot take shape \[2, 6\]"),
+        (("dropout2d", (4,)), {}, r"dropout2d cannot take shape \[4\]"),
+        (("drop_path", ()), {}, r"drop_path cannot take shape \[\]"),
     ),
     ids=str,
 )

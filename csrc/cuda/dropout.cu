@@ -14,16 +14,17 @@
 // positions.
 #include "../dropout.h"
 
+#include "dropout_plan.h"
 #include "launch.cuh"
 #include "pack.cuh"
-#include "reduce.cuh"  // kWarp
+#include "reduce.cuh"
 
 namespace fastnorm::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kStripRows = 32;
-constexpr int kRowsPerThread = 4;
+constexpr int kThreads = kDropoutThreads;
+constexpr int kStripRows = kDropoutStripRows;
+constexpr int kRowsPerThread = kDropoutRows;
 
 template <typename T>
 struct Call {
@@ -202,10 +203,8 @@ __global__ void draw_state(DropoutState args) {
   args.state[1] = 0;
 }
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T, int kPack>
-void run(const Dropout& a, cudaStream_t stream) {
+void run(const Dropout& a, const DropoutPlan& p, cudaStream_t stream) {
   using acc_t = acc_type<T>;
   // What is not shifted has -0 added, the one number that changes no product, not even -0.
   const auto shift = [](double s) { return static_cast<acc_t>(s == 0 ? -0.0 : s); };
@@ -222,22 +221,11 @@ void run(const Dropout& a, cudaStream_t stream) {
                      static_cast<acc_t>(a.level.scale),
                      shift(a.level.shift_kept),
                      shift(a.level.shift_dropped)};
-  const auto grid = [](int64_t threads) {
-    return Grid{dim3(static_cast<unsigned>(ceil_divide(threads, kThreads))), kThreads};
-  };
-  if (layout == Layout::kContiguous) {
-    if (a.by_channel)
-      return launch("dropout", drop_channels<T, kPack>, grid(ceil_divide(N * C * S, kPack)), stream, call);
-    return launch("dropout", drop_elements<T, kPack>, grid(ceil_divide(N * C * S, kElementsPerPhilox)), stream, call);
-  }
-  if (a.by_channel) {
-    const int64_t chunks = ceil_divide(S, kRowsPerThread);
-    return launch("dropout", drop_channels_channels_last<T, kPack>, grid(N * chunks * (C / kPack)), stream, call,
-                  chunks);
-  }
-  const int64_t strips = ceil_divide(S, kStripRows), groups = ceil_divide(C, kWarp);
-  launch("dropout", drop_elements_channels_last<T, kPack>, grid(N * strips * groups * kWarp), stream, call, strips,
-         groups);
+  const Grid grid{dim3(static_cast<unsigned>(p.blocks())), kThreads};
+  if (layout == Layout::kContiguous)
+    return launch("dropout", a.by_channel ? drop_channels<T, kPack> : drop_elements<T, kPack>, grid, stream, call);
+  if (a.by_channel) return launch("dropout", drop_channels_channels_last<T, kPack>, grid, stream, call, p.strips);
+  launch("dropout", drop_elements_channels_last<T, kPack>, grid, stream, call, p.strips, p.groups);
 }
 
 }  // namespace
@@ -249,9 +237,9 @@ void dropout(const Dropout& a, const Queue& queue) {
   visit(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto stream = static_cast<cudaStream_t>(queue.stream);
-    const bool whole_packs = a.shape.layout == Layout::kContiguous || a.shape.C % kWindow<T> == 0;
-    if (whole_packs && is_aligned(a.x, a.y)) return run<T, kWindow<T>>(a, stream);
-    run<T, 1>(a, stream);
+    const DropoutPlan p = plan_dropout(a.shape, a.by_channel, sizeof(T), is_aligned(a.x, a.y));
+    if (p.pack == 1) return run<T, 1>(a, p, stream);
+    run<T, kWindow<T>>(a, p, stream);
   });
 }
 

@@ -19,10 +19,9 @@
 // element.
 #include "../local_response_norm.h"
 
-#include <algorithm>
-
 #include "launch.cuh"
 #include "pack.cuh"
+#include "window_plan.h"
 
 namespace fastnorm::cuda {
 namespace {
@@ -66,23 +65,16 @@ struct Span {
   int size;
 };
 
-struct Axis {
-  int64_t length;
-  int64_t before = 0, after = 0;  // the window, no longer than the axis
-  int64_t tile = 1;
+// Tile i of the axis.
+__device__ inline Span of_tile(const Axis& axis, int64_t i) {
+  return {i * axis.tile, static_cast<int>(min(axis.length - i * axis.tile, axis.tile))};
+}
 
-  FASTNORM_HOST_DEVICE bool has_window() const { return before + after > 0; }
-  FASTNORM_HOST_DEVICE int64_t tiles() const { return (length + tile - 1) / tile; }
-  // The most elements that a tile and `windows` windows around it have.
-  int64_t widest(int windows) const { return std::min(length, tile + windows * (before + after)); }
-
-  __device__ Span of_tile(int64_t i) const { return {i * tile, static_cast<int>(min(length - i * tile, tile))}; }
-  // The span and what lies up to `left` before it and `right` after it.
-  __device__ Span widened(const Span& span, int64_t left, int64_t right) const {
-    const int64_t begin = max(span.begin - left, int64_t{0}), end = min(span.begin + span.size + right, length);
-    return {begin, static_cast<int>(end - begin)};
-  }
-};
+// The span and what lies up to `left` before it and `right` after it.
+__device__ inline Span widened(const Axis& axis, const Span& span, int64_t left, int64_t right) {
+  const int64_t begin = max(span.begin - left, int64_t{0}), end = min(span.begin + span.size + right, axis.length);
+  return {begin, static_cast<int>(end - begin)};
+}
 
 // The windows of a span's elements, by places in that span widened by a window: what the tensor cuts off is cut off
 // there, too, and places are 32 bits.
@@ -96,21 +88,6 @@ struct Windows {
         size(widened.size) {}
   __device__ int first(int i) const { return max(i + shift - left, 0); }
   __device__ int count(int i) const { return min(i + shift + right + 1, size) - first(i); }
-};
-
-// The tensor, its tiles, and the bytes of a block's buffers.
-struct Plan {
-  int64_t slices;
-  Axis row, column;
-  int64_t lanes, tile_lanes;
-  int64_t x, sums, values, staging;  // bytes of each buffer
-  int64_t widest;                    // packs of the largest buffer
-  int64_t packs;                     // that the block computes
-  bool in_workspace;                 // the tile is too large for shared memory
-
-  FASTNORM_HOST_DEVICE int64_t bytes() const { return x + sums + 2 * values + staging; }
-  FASTNORM_HOST_DEVICE int64_t lane_tiles() const { return (lanes + tile_lanes - 1) / tile_lanes; }
-  FASTNORM_HOST_DEVICE int64_t tiles() const { return slices * row.tiles() * column.tiles() * lane_tiles(); }
 };
 
 // floor(n / d), by a multiplication if n and d are below 2^16.
@@ -202,19 +179,17 @@ struct Call {
   Power power;
   acc_type<T> a, beta, k;
   unsigned char* workspace;  // where the buffers are if not in shared memory
-  Plan plan;
+  WindowPlan plan;
 };
-
-constexpr int kMaxThreads = 256;
 
 // kPack lanes at a time, or, if that is 1, elements one by one, staged so that memory is read and written by 16 bytes
 // where the tile lies in one piece.
 template <typename T, int kPack, bool kBackward>
-__global__ void __launch_bounds__(kMaxThreads, 1) normalize(const __grid_constant__ Call<T> call) {
+__global__ void __launch_bounds__(kMaxWindowThreads, 1) normalize(const __grid_constant__ Call<T> call) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   constexpr bool kStaged = kPack == 1;
-  const Plan& plan = call.plan;
+  const WindowPlan& plan = call.plan;
   const Axis &row = plan.row, &column = plan.column;
   const bool by_rows = row.has_window(), by_columns = column.has_window(), is_small = plan.widest < 1 << 16;
   const int64_t row_stride = column.length * plan.lanes;
@@ -232,13 +207,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) normalize(const __grid_constan
     const int64_t above = tile / plan.lane_tiles(), of_rows = above / column.tiles();
     const int64_t slice = of_rows / row.tiles();
     const int lanes = static_cast<int>(min(plan.lanes - first_lane, plan.tile_lanes)) / kPack;
-    const Box own{row.of_tile(of_rows % row.tiles()), column.of_tile(above % column.tiles()), lanes};
+    const Box own{of_tile(row, of_rows % row.tiles()), of_tile(column, above % column.tiles()), lanes};
     Box near = own;  // where the scale is needed
     if (kBackward)
-      near = {row.widened(own.row, row.after, row.before), column.widened(own.column, column.after, column.before),
+      near = {widened(row, own.row, row.after, row.before), widened(column, own.column, column.after, column.before),
               lanes};
-    const Box far{row.widened(near.row, row.before, row.after),
-                  column.widened(near.column, column.before, column.after), lanes};  // where x is
+    const Box far{widened(row, near.row, row.before, row.after),
+                  widened(column, near.column, column.before, column.after), lanes};  // where x is
 
     // Where a box begins in memory, and a pack of it.
     const auto begin_of = [&](const Box& box) {
@@ -360,110 +335,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1) normalize(const __grid_constan
 
 // ---- the launch
 
-template <typename T>
-constexpr int kLanePack = sizeof(T) == 8 ? 2 : 4;
-
-constexpr int64_t kPreferredBytes = 64 << 10;     // so that a multiprocessor holds three blocks
-constexpr int64_t kLargestWorkspace = 256 << 20;  // bytes, unless one tile is larger
-
-Plan view(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetting& setting) {
-  const auto [N, C, S, layout] = shape;
-  const bool last = layout == Layout::kChannelsLast;
-  const auto axis = [&](int64_t length) {
-    return Axis{length, std::min(setting.before, length - 1), std::min(setting.after, length - 1)};
-  };
-  Plan p{};
-  if (setting.region == Region::kIntra) {
-    p.slices = last ? N : N * C;
-    p.row = axis(H), p.column = axis(W);
-    p.lanes = last ? C : 1;
-  } else if (last) {
-    p.slices = 1;
-    p.row = {N * S}, p.column = axis(C);
-    p.lanes = 1;
-  } else {
-    p.slices = N;
-    p.row = axis(C), p.column = {1};
-    p.lanes = S;
-  }
-  return p;
-}
-
-// Whole slices of 128 bytes of lanes where a few of them fit a multiprocessor; else of 64; else, while windows are
-// narrower than tiles, parts of a slice.
-Plan plan(Dtype dtype, Plan p, int pack, bool backward) {
-  const int64_t size = size_of(dtype), acc_size = dtype == Dtype::kFloat64 ? 8 : 4;
-  const int64_t limit = static_cast<int64_t>(device().shared_per_block);
-  const int windows = backward ? 2 : 1;
-  const auto fits = [&](int64_t budget) {
-    const auto bytes = [](int64_t elements, int64_t size) {
-      return (elements * size + kAccess - 1) / kAccess * kAccess;
-    };
-    const int64_t far_rows = p.row.widest(windows), far = far_rows * p.column.widest(windows) * p.tile_lanes;
-    const int64_t near_columns = p.column.widest(windows - 1);
-    const int64_t near = p.row.widest(windows - 1) * near_columns * p.tile_lanes;
-    p.x = bytes(far, size);
-    p.sums = p.row.has_window() && p.column.has_window() ? bytes(far_rows * near_columns * p.tile_lanes, acc_size) : 0;
-    p.values = backward ? bytes(near, acc_size) : 0;
-    p.staging = pack == 1 ? bytes(near, size) : 0;
-    p.widest = far / pack;
-    p.packs = near / pack;
-    return p.bytes() <= budget;
-  };
-  p.row.tile = p.row.has_window() ? p.row.length
-                                  : (p.row.length + 4 * device().multiprocessors - 1) / (4 * device().multiprocessors);
-  p.column.tile = p.column.length;
-  for (const int64_t bytes : {128, 64}) {
-    p.tile_lanes = std::min(p.lanes, bytes / size);
-    if (fits(std::min(kPreferredBytes, limit))) return p;
-  }
-  while (!p.row.has_window() && p.row.tile > 1) {
-    p.row.tile = (p.row.tile + 1) / 2;
-    if (fits(std::min(kPreferredBytes, limit))) return p;
-  }
-  while (!fits(limit / 2)) {
-    Axis& longer = p.row.tile >= p.column.tile ? p.row : p.column;
-    if (longer.tile <= longer.before + longer.after || longer.tile == 1) break;
-    longer.tile = (longer.tile + 1) / 2;
-  }
-  if (fits(limit)) return p;
-  p.row.tile = p.row.has_window() ? p.row.length : 1;
-  p.column.tile = p.column.length;
-  fits(limit);
-  p.in_workspace = true;
-  return p;
-}
-
-int64_t blocks_of(const Plan& p) {
-  if (!p.in_workspace) return std::min<int64_t>(p.tiles(), INT32_MAX);
-  const int64_t most = std::min<int64_t>(2 * device().multiprocessors, kLargestWorkspace / p.bytes());
-  return std::clamp<int64_t>(most, 1, p.tiles());
-}
-
-// f(T, lanes a pack, plan) of a call.
-template <bool kBackward, typename Args, typename F>
-void with_plan(const Args& a, bool aligned, const F& f) {
-  const Plan viewed = view(a.shape, a.H, a.W, a.setting);
-  visit(a.dtype, [&](auto type) {
-    constexpr int kPack = kLanePack<typename decltype(type)::type>;
-    if (aligned && viewed.lanes % kPack == 0)
-      return f(type, std::integral_constant<int, kPack>{}, plan(a.dtype, viewed, kPack, kBackward));
-    f(type, std::integral_constant<int, 1>{}, plan(a.dtype, viewed, 1, kBackward));
-  });
-}
-
 template <bool kBackward, typename Args>
-int64_t workspace_of(const Args& a, bool aligned) {
-  int64_t bytes = 0;
-  with_plan<kBackward>(a, aligned, [&](auto, auto, const Plan& p) {
-    if (p.in_workspace) bytes = blocks_of(p) * p.bytes();
+WindowPlan plan(const Args& a, bool aligned) {
+  const Device& d = device();
+  return plan_windows({
+      .shape = a.shape,
+      .H = a.H,
+      .W = a.W,
+      .region = a.setting.region,
+      .before = a.setting.before,
+      .after = a.setting.after,
+      .element = size_of(a.dtype),
+      .aligned = aligned,
+      .backward = kBackward,
+      .multiprocessors = d.multiprocessors,
+      .shared = static_cast<int64_t>(d.shared_per_block),
   });
-  return bytes;
 }
 
 template <bool kBackward, typename Args>
 void run(const Args& a, const void* dy, void* out, bool aligned, const Queue& queue) {
-  with_plan<kBackward>(a, aligned, [&](auto type, auto pack, const Plan& p) {
+  const WindowPlan p = plan<kBackward>(a, aligned);
+  const Grid grid{dim3(static_cast<unsigned>(p.blocks)), p.threads, 1, static_cast<size_t>(p.shared())};
+  visit(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using acc_t = acc_type<T>;
     const LocalResponseNormSetting& s = a.setting;
@@ -476,13 +370,8 @@ void run(const Args& a, const void* dy, void* out, bool aligned, const Queue& qu
                        static_cast<acc_t>(s.k),
                        static_cast<unsigned char*>(queue.workspace),
                        p};
-    constexpr int64_t kPacksPerThread = 4;
-    const int64_t warps = (p.packs + 32 * kPacksPerThread - 1) / (32 * kPacksPerThread);
-    const Grid grid{dim3(static_cast<unsigned>(blocks_of(p))),
-                    static_cast<int>(std::clamp<int64_t>(32 * warps, 64, kMaxThreads)), 1,
-                    p.in_workspace ? 0 : static_cast<size_t>(p.bytes())};
-    launch("local_response_norm", normalize<T, decltype(pack)::value, kBackward>, grid,
-           static_cast<cudaStream_t>(queue.stream), call);
+    const auto kernel = p.pack == 1 ? normalize<T, 1, kBackward> : normalize<T, lane_pack(sizeof(T)), kBackward>;
+    launch("local_response_norm", kernel, grid, static_cast<cudaStream_t>(queue.stream), call);
   });
 }
 
@@ -492,14 +381,14 @@ bool is_aligned_call(const LocalResponseNormBackward& a) { return is_aligned(a.x
 }  // namespace
 
 int64_t local_response_norm_forward_workspace(const LocalResponseNormForward& a) {
-  return workspace_of<false>(a, is_aligned_call(a));
+  return plan<false>(a, is_aligned_call(a)).workspace();
 }
 void local_response_norm_forward(const LocalResponseNormForward& a, const Queue& queue) {
   run<false>(a, nullptr, a.y, is_aligned_call(a), queue);
 }
 
 int64_t local_response_norm_backward_workspace(const LocalResponseNormBackward& a) {
-  return workspace_of<true>(a, is_aligned_call(a));
+  return plan<true>(a, is_aligned_call(a)).workspace();
 }
 void local_response_norm_backward(const LocalResponseNormBackward& a, const Queue& queue) {
   run<true>(a, a.dy, a.dx, is_aligned_call(a), queue);

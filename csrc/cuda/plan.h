@@ -13,6 +13,7 @@
 
 #include "../layout.h"
 #include "../moments.h"  // FASTNORM_HOST_DEVICE
+#include "sizes.h"
 
 namespace fastnorm::cuda {
 
@@ -118,8 +119,6 @@ struct SlicePlan {
 
 namespace {  // internal linkage: see isa.h
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int power_of_two_from(int64_t n) {
   int p = 1;
   while (p < n) p *= 2;
@@ -137,7 +136,7 @@ inline void set_slices(SlicePlan& p, const PlanInput& in, int64_t width) {
   p.sample_stride = in.per_sample ? C * S : 0;
   if (p.strips) {
     p.entries = static_cast<int>(width);
-    p.inner = ceil_div(C, width);
+    p.inner = ceil_divide(C, width);
     p.slices = in.per_sample ? N * p.inner : p.inner;
     p.slice_stride = p.run_length = width;
     p.runs = in.per_sample ? S : N * S;
@@ -166,21 +165,21 @@ inline void set_pieces(SlicePlan& p) {
   const int per_octet = 8 / p.window;  // windows
   p.per_run = 0;
   if (p.strips) {
-    p.span = static_cast<int>(ceil_div(p.entries, p.window));
+    p.span = static_cast<int>(ceil_divide(p.entries, p.window));
     p.team = power_of_two_from(p.span);
   } else {
     // A plane may begin anywhere in its first eight elements.
     const int64_t octets = p.S % 8 == 0 ? p.S / 8 : (p.S + 14) / 8;
     p.team = 32;
     if (octets * per_octet > p.team) {
-      p.per_run = static_cast<int>(ceil_div(octets * per_octet, p.team * kBatch));
-      p.span = static_cast<int>(ceil_div(octets, p.per_run)) * per_octet;
+      p.per_run = static_cast<int>(ceil_divide(octets * per_octet, p.team * kBatch));
+      p.span = static_cast<int>(ceil_divide(octets, p.per_run)) * per_octet;
     } else {
       p.span = static_cast<int>(octets) * per_octet;
       p.team = power_of_two_from(p.span);
     }
   }
-  p.pieces = static_cast<int>(p.per_run > 0 ? p.runs * p.per_run : ceil_div(p.runs, kBatch));
+  p.pieces = static_cast<int>(p.per_run > 0 ? p.runs * p.per_run : ceil_divide(p.runs, kBatch));
 }
 
 // As many as have a piece to work on, in whole warps and teams.
@@ -198,7 +197,7 @@ inline void set_shared(SlicePlan& p, const PlanInput& in) {
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
     const int64_t here = at;
-    at += ceil_div(bytes, 16) * 16;
+    at += ceil_divide(bytes, 16) * 16;
     return here;
   };
   p.shared.table = take((in.backward ? kBackwardColumns : kForwardColumns) * p.entries * acc);
@@ -212,7 +211,7 @@ inline void set_shared(SlicePlan& p, const PlanInput& in) {
   // Split: forward's first pieces, which are needed twice.
   const int64_t kept = p.resident ? p.pieces_per_block() : in.backward || in.split_only ? 0 : p.threads / p.team;
   p.shared.buffer = kept * p.piece_windows() * p.window * in.element;
-  p.shared.buffer = ceil_div(p.shared.buffer, 16) * 16;
+  p.shared.buffer = ceil_divide(p.shared.buffer, 16) * 16;
   p.shared.buffers = take(p.stages * in.arrays * p.shared.buffer);
   p.shared.all = at;
 }
@@ -220,7 +219,7 @@ inline void set_shared(SlicePlan& p, const PlanInput& in) {
 // Channels a strip: whole groups and windows and bytes of the mask, `bytes` or more unless there are fewer channels.
 inline int64_t strip_width(const SlicePlan& p, const PlanInput& in, int64_t bytes) {
   const int64_t unit = std::lcm(std::lcm(p.resident ? in.D : 1, p.window), 8);
-  return std::min(in.shape.C, ceil_div(bytes / in.element, unit) * unit);
+  return std::min(in.shape.C, ceil_divide(bytes / in.element, unit) * unit);
 }
 
 // Whether a cluster of that size holds a slice. Fills in all but the number of clusters.
@@ -286,10 +285,11 @@ inline void plan_split(SlicePlan& p, const PlanInput& in) {
   set_pieces(p);
   const int threads = max_threads(p.strips ? p.window : 1, in.backward);
   const int64_t teams = std::max(1, threads / p.team);
-  const int64_t wanted = ceil_div(int64_t{kWaves} * in.multiprocessors, p.slices), most = ceil_div(p.pieces, 2 * teams);
-  const int64_t fewest = ceil_div(p.runs * p.run_length, kMostElements);
+  const int64_t wanted = ceil_divide(int64_t{kWaves} * in.multiprocessors, p.slices),
+                most = ceil_divide(p.pieces, 2 * teams);
+  const int64_t fewest = ceil_divide(p.runs * p.run_length, kMostElements);
   p.parts = static_cast<int>(std::min<int64_t>(p.pieces, std::max({fewest, std::min(wanted, most), int64_t{1}})));
-  p.parts = static_cast<int>(ceil_div(p.pieces, p.pieces_per_block()));  // none empty
+  p.parts = static_cast<int>(ceil_divide(p.pieces, p.pieces_per_block()));  // none empty
   set_threads(p, threads);
   set_shared(p, in);
 }

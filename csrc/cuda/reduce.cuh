@@ -4,10 +4,10 @@
 
 #include "../moments.h"
 #include "launch.cuh"
+#include "sizes.h"
 
 namespace fastnorm::cuda {
 
-constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxWarps = 32;
 

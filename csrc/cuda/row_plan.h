@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "sizes.h"
+
 namespace fastnorm::cuda {
 
 // What the choice depends on.
@@ -31,30 +33,25 @@ constexpr int backward_threads(bool is_float64) { return is_float64 ? 256 : 512;
 
 namespace {  // internal linkage: see isa.h
 
-constexpr int kRowWarp = 32;
 constexpr int kForwardPacks = 4, kBackwardPacks = 2;  // of a thread: 16 bytes each
 constexpr int kForwardTeams = 4;                      // warps with a row each, of a block
-
-inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of `most` packs a thread, `widest` threads a block.
 inline RowPlan plan_rows(const RowPlanInput& in, int most, int widest) {
   const int64_t n = ceil_divide(in.N, in.pack);
-  RowPlan p{most, kRowWarp, 1, 1};
-  if (n <= kRowWarp * most) {
+  RowPlan p{most, kWarp, 1, 1};
+  if (n <= kWarp * most) {
     p.packs = 1;
-    while (kRowWarp * p.packs < n) p.packs *= 2;
+    while (kWarp * p.packs < n) p.packs *= 2;
     return p;
   }
   // The fewest threads in whole warps that hold a block's share.
-  const auto threads = [&] {
-    return static_cast<int>(ceil_divide(ceil_divide(n, p.cluster), kRowWarp * most) * kRowWarp);
-  };
+  const auto threads = [&] { return static_cast<int>(ceil_divide(ceil_divide(n, p.cluster), kWarp * most) * kWarp); };
   constexpr int kLargestCluster = 8;  // that every device with clusters has
   if (in.has_clusters) {
     while (p.cluster < kLargestCluster && threads() > widest) p.cluster *= 2;
     // Few rows: more multiprocessors for each, while a block keeps four warps.
-    while (p.cluster < kLargestCluster && 2 * in.M * p.cluster <= in.multiprocessors && threads() >= 8 * kRowWarp)
+    while (p.cluster < kLargestCluster && 2 * in.M * p.cluster <= in.multiprocessors && threads() >= 8 * kWarp)
       p.cluster *= 2;
   }
   p.team = threads();
@@ -66,7 +63,7 @@ inline RowPlan plan_rows(const RowPlanInput& in, int most, int widest) {
 
 inline RowPlan plan_rows_forward(const RowPlanInput& in) {
   RowPlan p = plan_rows(in, kForwardPacks, kForwardThreads);
-  if (p.team == kRowWarp && p.cluster == 1) p.teams = kForwardTeams;
+  if (p.team == kWarp && p.cluster == 1) p.teams = kForwardTeams;
   return p;
 }
 

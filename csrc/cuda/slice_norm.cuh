@@ -193,6 +193,39 @@ __device__ inline void start_copies(const Walk<kN>& walk, const T* const (&tenso
   }
 }
 
+// n sums of a thread. A thread that takes an element at a time has some hundred terms where others have some tens: in
+// float32 it keeps what each addition rounds off, too.
+template <typename acc_t, int n, int kN>
+class ThreadSums {
+ public:
+  __device__ void add(int k, acc_t v) {
+    if constexpr (kKeepsRest) {
+      const acc_t total = sum_[k] + v, added = total - sum_[k];  // Knuth's two-sum
+      rest_[k] += (sum_[k] - (total - added)) + (v - added);
+      sum_[k] = total;
+    } else {
+      sum_[k] += v;
+    }
+  }
+
+  __device__ void add_product(int k, acc_t a, acc_t b) {
+    if constexpr (kKeepsRest) {
+      add(k, a * b);
+    } else {
+      sum_[k] = multiply_add(a, b, sum_[k]);
+    }
+  }
+
+  __device__ acc_t operator[](int k) const {
+    if constexpr (kKeepsRest) return isfinite(rest_[k]) ? sum_[k] + rest_[k] : sum_[k];  // infinity leaves NaN
+    return sum_[k];
+  }
+
+ private:
+  static constexpr bool kKeepsRest = kN == 1 && sizeof(acc_t) == 4;
+  acc_t sum_[n] = {}, rest_[n] = {};
+};
+
 // Sums of n numbers a thread over the block's threads of each column (plan.h): totals[column * n + k]. Then all threads
 // may read them.
 template <int n, typename acc_t>
@@ -380,7 +413,8 @@ class Forward {
     find_shift(walk, groups, members);
 
     constexpr int n = 2 * kC + 1;
-    acc_t sum[n] = {}, shift[kC];
+    ThreadSums<acc_t, 2 * kC, kN> sums;
+    acc_t count = 0, shift[kC];
 #pragma unroll
     for (int j = 0; j < kC; ++j) shift[j] = shared.shift()[p.strips ? min(walk.lane * kN + j, p.entries - 1) : 0];
     for_windows<kFlight>(
@@ -393,11 +427,14 @@ class Forward {
           for (int j = 0; j < kN; ++j) {
             if (kC == 1 && (j < at.begin || j >= at.end)) continue;
             const acc_t d = v[j] - shift[j % kC];
-            sum[j % kC] += d;
-            sum[kC + j % kC] = multiply_add(d, d, sum[kC + j % kC]);
+            sums.add(j % kC, d);
+            sums.add_product(kC + j % kC, d, d);
           }
-          sum[2 * kC] += static_cast<acc_t>(kC > 1 ? 1 : at.end - at.begin);
+          count += static_cast<acc_t>(kC > 1 ? 1 : at.end - at.begin);
         });
+    acc_t sum[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) sum[k] = k < 2 * kC ? sums[k] : count;
     column_sums(p, sum, shared.partial(), shared.totals());
     for_groups(groups, members, [&](int g, int lane, int lanes) {
       double v[3] = {0, 0, 0};
@@ -713,7 +750,7 @@ class Backward {
   template <typename Store>
   __device__ void sums(const Walk<kN>& walk, const Store& store) {
     constexpr int n = 2 * kC;
-    acc_t sum[n] = {};
+    ThreadSums<acc_t, n, kN> sums;
     Coefficients c;
     load_affine(walk, 0, c);
     load_standardize(walk, 0, c);
@@ -738,19 +775,21 @@ class Backward {
             for (int j = 0; j < kN; ++j) {
               if (kC == 1 && (j < at.begin || j >= at.end)) continue;
               const acc_t xhat = multiply_add(v[j] - c.affine.mean[j % kC], c.rstd[j % kC], c.rest[j % kC]);
-              sum[j % kC] += dz[j];
-              sum[kC + j % kC] = multiply_add(dz[j], xhat, sum[kC + j % kC]);
+              sums.add(j % kC, dz[j]);
+              sums.add_product(kC + j % kC, dz[j], xhat);
             }
           }
           if (p.by_run() && (p.per_run == 0 || u == kBatch - 1)) {
-            keep_run(walk, k, u, sum);
-#pragma unroll
-            for (int i = 0; i < n; ++i) sum[i] = 0;
+            keep_run(walk, k, u, sums[0], sums[kC]);
+            sums = {};
           }
         });
     if (p.by_run()) {
       __syncthreads();
     } else {
+      acc_t sum[n];
+#pragma unroll
+      for (int k = 0; k < n; ++k) sum[k] = sums[k];
       column_sums(p, sum, shared.partial(), shared.totals());
     }
     for (int e = static_cast<int>(threadIdx.x); e < walk.channels; e += static_cast<int>(blockDim.x)) {
@@ -902,9 +941,8 @@ class Backward {
   }
 
   // A team's sums of a run, or of its piece of a long one.
-  template <int n>
-  __device__ void keep_run(const Walk<kN>& walk, int k, int u, const acc_t (&sum)[n]) const {
-    acc_t v[2] = {sum[0], sum[kC]};
+  __device__ void keep_run(const Walk<kN>& walk, int k, int u, acc_t dz, acc_t dz_xhat) const {
+    acc_t v[2] = {dz, dz_xhat};
     warp_sum(v, 1, p.team);
     if (walk.lane != 0 || walk.run(k, u) >= p.runs) return;
     acc_t* to = shared.runs() + 2 * walk.stretch(k, u);
@@ -1032,7 +1070,7 @@ inline Grid split_grid(const SlicePlan& p) {
 
 // A warp for each of `groups`.
 inline Grid merge_grid(int64_t groups) {
-  return {dim3(static_cast<unsigned>(ceil_div(groups, kMergeThreads / kWarp))), kMergeThreads};
+  return {dim3(static_cast<unsigned>(ceil_divide(groups, kMergeThreads / kWarp))), kMergeThreads};
 }
 
 // Pieces of the workspace, each aligned to 16 bytes.
@@ -1043,7 +1081,7 @@ class Workspace {
   template <typename V>
   V* take(int64_t n) {
     unsigned char* here = start_ ? start_ + bytes_ : nullptr;
-    bytes_ += ceil_div(n * static_cast<int64_t>(sizeof(V)), 16) * 16;
+    bytes_ += ceil_divide(n * static_cast<int64_t>(sizeof(V)), 16) * 16;
     return reinterpret_cast<V*>(here);
   }
   int64_t bytes() const { return bytes_; }
@@ -1151,7 +1189,7 @@ inline void run_forward(const char* op, Dtype dtype, const SliceForward& a, bool
 inline void run_parameter_gradients(const char* op, const SliceBackward& a, int64_t samples, void* dweight, void* dbias,
                                     Dtype dtype, cudaStream_t stream) {
   if (!dweight && !dbias) return;
-  const Grid grid{dim3(static_cast<unsigned>(ceil_div(a.plan.C, kWarp))), kMergeThreads};
+  const Grid grid{dim3(static_cast<unsigned>(ceil_divide(a.plan.C, kWarp))), kMergeThreads};
   launch(op, parameter_gradients, grid, stream, a.channel_sums, samples, a.plan.C, a.r, a.d, dweight, dbias, dtype);
 }
 

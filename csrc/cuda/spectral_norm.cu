@@ -25,7 +25,6 @@ constexpr int kThreads = 256;
 constexpr int kPartRows = 64;
 constexpr int kMaxParts = 512;  // of a sum over the whole weight
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Grid grid_for(int64_t threads, int64_t y = 1) {
   return {dim3(static_cast<unsigned>(ceil_divide(threads, kThreads)), static_cast<unsigned>(y)), kThreads};
 }

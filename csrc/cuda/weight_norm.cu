@@ -10,17 +10,15 @@
 // of its blocks in the same order, before it maps.
 #include "../weight_norm.h"
 
-#include <algorithm>
-
 #include "launch.cuh"
 #include "pack.cuh"
 #include "reduce.cuh"
+#include "weight_plan.h"
 
 namespace fastnorm::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kShortRun = 16;
+constexpr int kThreads = kWeightThreads, kWarps = kThreads / kWarp;
 
 enum class Phase { kAll, kSum, kMap };
 
@@ -193,22 +191,20 @@ __global__ void __launch_bounds__(kThreads) columns(Call<T> a, Phase phase) {
 
 // ---- launches
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool by_columns(const Shape& shape) { return shape.N > 1 && shape.S < kShortRun; }
-int64_t blocks_of(const Shape& shape) { return by_columns(shape) ? ceil_divide(shape.C, kWarp / shape.S) : shape.C; }
-
-// Enough for two blocks a multiprocessor, of at least kLeast elements each.
-int64_t parts_of(const Shape& shape) {
-  constexpr int64_t kLeast = 1 << 13;
-  const int64_t blocks = blocks_of(shape), wanted = ceil_divide(2 * device().multiprocessors, blocks);
-  const int64_t rows = by_columns(shape) ? shape.N : INT64_MAX;  // a part has one at least
-  return std::clamp<int64_t>(std::min({wanted, shape.numel() / blocks / kLeast, rows}), 1, 1 << 10);
+WeightPlan plan(const Shape& shape, Dtype dtype, bool backward, bool aligned = true) {
+  const Device& d = device();
+  return plan_weights({
+      .shape = shape,
+      .element = size_of(dtype),
+      .aligned = aligned,
+      .backward = backward,
+      .multiprocessors = d.multiprocessors,
+      .shared = static_cast<int64_t>(d.shared_per_block),
+  });
 }
 
-int64_t workspace(const Shape& shape) {
-  const int64_t parts = parts_of(shape);
-  return parts > 1 ? shape.C * parts * static_cast<int64_t>(sizeof(double)) : 0;
+int64_t workspace(const Shape& shape, const WeightPlan& p) {
+  return p.parts > 1 ? shape.C * p.parts * static_cast<int64_t>(sizeof(double)) : 0;
 }
 
 template <typename Args>
@@ -218,27 +214,24 @@ void run(const Args& a, const void* dw, void* out, double* norm, void* dg, const
     constexpr const char* kOp = "weight_norm";
     const auto stream = static_cast<cudaStream_t>(queue.stream);
     const auto [N, C, S, layout] = a.shape;
-    Call<T> call{static_cast<const T*>(a.v),
-                 static_cast<const T*>(dw),
-                 static_cast<T*>(out),
-                 a.g,
-                 dg,
-                 norm,
-                 a.param_dtype,
-                 N,
-                 C,
-                 S,
-                 parts_of(a.shape),
-                 static_cast<double*>(queue.workspace),
-                 false};
-    const size_t bytes = static_cast<size_t>(N * S) * sizeof(T) * (dw ? 2 : 1);
-    call.resident = call.parts == 1 && !by_columns(a.shape) && bytes <= device().shared_per_block / 2;
-    const Grid grid{dim3(static_cast<unsigned>(blocks_of(a.shape)), static_cast<unsigned>(call.parts)), kThreads, 1,
-                    call.resident ? bytes : 0};
-    const auto kernel = by_columns(a.shape)                               ? columns<T>
-                        : S % kWindow<T> == 0 && is_aligned(a.v, dw, out) ? planes<T, kWindow<T>>
-                                                                          : planes<T, 1>;
-    if (call.parts == 1) return launch(kOp, kernel, grid, stream, call, Phase::kAll);
+    const WeightPlan p = plan(a.shape, a.dtype, dw != nullptr, is_aligned(a.v, dw, out));
+    const Call<T> call{static_cast<const T*>(a.v),
+                       static_cast<const T*>(dw),
+                       static_cast<T*>(out),
+                       a.g,
+                       dg,
+                       norm,
+                       a.param_dtype,
+                       N,
+                       C,
+                       S,
+                       p.parts,
+                       static_cast<double*>(queue.workspace),
+                       p.resident};
+    const Grid grid{dim3(static_cast<unsigned>(p.blocks), static_cast<unsigned>(p.parts)), kThreads, 1,
+                    static_cast<size_t>(p.shared)};
+    const auto kernel = p.by_columns ? columns<T> : p.pack > 1 ? planes<T, kWindow<T>> : planes<T, 1>;
+    if (p.parts == 1) return launch(kOp, kernel, grid, stream, call, Phase::kAll);
     launch(kOp, kernel, grid, stream, call, Phase::kSum);
     launch(kOp, kernel, grid, stream, call, Phase::kMap);
   });
@@ -246,12 +239,16 @@ void run(const Args& a, const void* dw, void* out, double* norm, void* dg, const
 
 }  // namespace
 
-int64_t weight_norm_forward_workspace(const WeightNormForward& a) { return workspace(a.shape); }
+int64_t weight_norm_forward_workspace(const WeightNormForward& a) {
+  return workspace(a.shape, plan(a.shape, a.dtype, false));
+}
 void weight_norm_forward(const WeightNormForward& a, const Queue& queue) {
   run(a, nullptr, a.w, a.norm, nullptr, queue);
 }
 
-int64_t weight_norm_backward_workspace(const WeightNormBackward& a) { return workspace(a.shape); }
+int64_t weight_norm_backward_workspace(const WeightNormBackward& a) {
+  return workspace(a.shape, plan(a.shape, a.dtype, true));
+}
 void weight_norm_backward(const WeightNormBackward& a, const Queue& queue) {
   run(a, a.dw, a.dv, const_cast<double*>(a.norm), a.dg, queue);
 }

@@ -1,0 +1,145 @@
+// How local response normalisation's tensors are cut in tiles: local_response_norm.cu says what a block does with one.
+// Plain C++, as plan.h.
+#pragma once
+
+#include <algorithm>
+
+#include "../local_response_norm.h"
+#include "../moments.h"  // FASTNORM_HOST_DEVICE
+#include "sizes.h"
+
+namespace fastnorm::cuda {
+
+// What the choice depends on.
+struct WindowPlanInput {
+  Shape shape;
+  int64_t H, W;  // of a plane; inter does not read them
+  Region region;
+  int64_t before, after;  // the window
+  int64_t element;        // bytes
+  bool aligned;           // all tensors start at a multiple of 16 bytes
+  bool backward;
+  int multiprocessors;
+  int64_t shared;  // bytes a block may have
+};
+
+struct Axis {
+  int64_t length;
+  int64_t before = 0, after = 0;  // the window, no longer than the axis
+  int64_t tile = 1;
+
+  FASTNORM_HOST_DEVICE bool has_window() const { return before + after > 0; }
+  FASTNORM_HOST_DEVICE int64_t tiles() const { return (length + tile - 1) / tile; }
+  // The most elements that a tile and `windows` windows around it have.
+  int64_t widest(int windows) const { return std::min(length, tile + windows * (before + after)); }
+};
+
+// The tensor, its tiles, and the bytes of a block's buffers.
+struct WindowPlan {
+  int64_t slices;
+  Axis row, column;
+  int64_t lanes, tile_lanes;
+  int pack;                          // lanes an access
+  int64_t x, sums, values, staging;  // bytes of each buffer
+  int64_t widest;                    // packs of the largest buffer
+  int64_t packs;                     // that the block computes
+  bool in_workspace;                 // the tile is too large for shared memory
+  int64_t blocks;
+  int threads;  // of each
+
+  FASTNORM_HOST_DEVICE int64_t bytes() const { return x + sums + 2 * values + staging; }
+  FASTNORM_HOST_DEVICE int64_t lane_tiles() const { return (lanes + tile_lanes - 1) / tile_lanes; }
+  FASTNORM_HOST_DEVICE int64_t tiles() const { return slices * row.tiles() * column.tiles() * lane_tiles(); }
+  int64_t shared() const { return in_workspace ? 0 : bytes(); }
+  int64_t workspace() const { return in_workspace ? blocks * bytes() : 0; }
+};
+
+namespace {  // internal linkage: see isa.h
+
+// Lanes of an access where threads take several.
+constexpr int lane_pack(int64_t element) { return element == 8 ? 2 : 4; }
+
+// The tensor, not yet cut.
+inline WindowPlan view_windows(const WindowPlanInput& in) {
+  const auto [N, C, S, layout] = in.shape;
+  const bool last = layout == Layout::kChannelsLast;
+  const auto axis = [&](int64_t length) {
+    return Axis{length, std::min(in.before, length - 1), std::min(in.after, length - 1)};
+  };
+  WindowPlan p{};
+  if (in.region == Region::kIntra) {
+    p.slices = last ? N : N * C;
+    p.row = axis(in.H), p.column = axis(in.W);
+    p.lanes = last ? C : 1;
+  } else if (last) {
+    p.slices = 1;
+    p.row = {N * S}, p.column = axis(C);
+    p.lanes = 1;
+  } else {
+    p.slices = N;
+    p.row = axis(C), p.column = {1};
+    p.lanes = S;
+  }
+  p.pack = in.aligned && p.lanes % lane_pack(in.element) == 0 ? lane_pack(in.element) : 1;
+  return p;
+}
+
+// Whole slices of 128 bytes of lanes where a few of them fit a multiprocessor; else of 64; else, while windows are
+// narrower than tiles, parts of a slice.
+inline void cut_in_tiles(WindowPlan& p, const WindowPlanInput& in) {
+  constexpr int64_t kPreferredBytes = 64 << 10;  // so that a multiprocessor holds three blocks
+  const int64_t acc = in.element == 8 ? 8 : 4, preferred = std::min(kPreferredBytes, in.shared);
+  const int windows = in.backward ? 2 : 1;
+  const auto fits = [&](int64_t budget) {
+    const auto bytes = [](int64_t elements, int64_t size) { return ceil_divide(elements * size, 16) * 16; };
+    const int64_t far_rows = p.row.widest(windows), far = far_rows * p.column.widest(windows) * p.tile_lanes;
+    const int64_t near_columns = p.column.widest(windows - 1);
+    const int64_t near = p.row.widest(windows - 1) * near_columns * p.tile_lanes;
+    p.x = bytes(far, in.element);
+    p.sums = p.row.has_window() && p.column.has_window() ? bytes(far_rows * near_columns * p.tile_lanes, acc) : 0;
+    p.values = in.backward ? bytes(near, acc) : 0;
+    p.staging = p.pack == 1 ? bytes(near, in.element) : 0;
+    p.widest = far / p.pack;
+    p.packs = near / p.pack;
+    return p.bytes() <= budget;
+  };
+  p.row.tile = p.row.has_window() ? p.row.length : ceil_divide(p.row.length, 4 * in.multiprocessors);
+  p.column.tile = p.column.length;
+  for (const int64_t bytes : {128, 64}) {
+    p.tile_lanes = std::min(p.lanes, bytes / in.element);
+    if (fits(preferred)) return;
+  }
+  while (!p.row.has_window() && p.row.tile > 1) {
+    p.row.tile = (p.row.tile + 1) / 2;
+    if (fits(preferred)) return;
+  }
+  while (!fits(in.shared / 2)) {
+    Axis& longer = p.row.tile >= p.column.tile ? p.row : p.column;
+    if (longer.tile <= longer.before + longer.after || longer.tile == 1) break;
+    longer.tile = (longer.tile + 1) / 2;
+  }
+  if (fits(in.shared)) return;
+  p.row.tile = p.row.has_window() ? p.row.length : 1;
+  p.column.tile = p.column.length;
+  fits(in.shared);
+  p.in_workspace = true;
+}
+
+constexpr int kMaxWindowThreads = 256;
+
+inline WindowPlan plan_windows(const WindowPlanInput& in) {
+  constexpr int64_t kLargestWorkspace = 256 << 20;  // bytes, unless one tile is larger
+  constexpr int kPacksPerThread = 4;
+  WindowPlan p = view_windows(in);
+  cut_in_tiles(p, in);
+  p.blocks = std::min<int64_t>(p.tiles(), INT32_MAX);
+  if (p.in_workspace)
+    p.blocks =
+        std::clamp<int64_t>(std::min<int64_t>(2 * in.multiprocessors, kLargestWorkspace / p.bytes()), 1, p.tiles());
+  const int64_t warps = ceil_divide(p.packs, kWarp * kPacksPerThread);
+  p.threads = static_cast<int>(std::clamp<int64_t>(kWarp * warps, 64, kMaxWindowThreads));
+  return p;
+}
+
+}  // namespace
+}  // namespace fastnorm::cuda
