@@ -7,6 +7,7 @@
 #   make accuracy largest errors of every op and type on hard inputs, beside torch's
 #   make slow     the tests of tensors beyond 2^31 elements: 16 GB of memory, half an hour
 #   make sanitize all kernels but the CUDA ones under AddressSanitizer and UndefinedBehaviorSanitizer: half an hour
+#   make sanitize-quick  a choice of that, which CI runs: four minutes
 #   make package  a source distribution and a wheel, which is tried in an empty environment
 #   make mutate   bugs planted in the CUDA kernels, which the emulator must catch: an hour
 # and for NVIDIA GPUs, with a CUDA toolkit:
@@ -28,7 +29,8 @@ CUDA_TREE := build/cuda
 CUDA_CHECKED := 8.0 9.0 10.0 12.0
 NVCC := $(shell command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc)
 
-.PHONY: ladder test lint format bench fuzz accuracy slow sanitize package mutate build cuda-check gpu-check clean
+.PHONY: ladder test lint format bench fuzz accuracy slow sanitize sanitize-quick package mutate build \
+	cuda-check gpu-check clean
 .DEFAULT_GOAL := build
 
 # torch first and by its exact version: an open range would pull the CUDA build, gigabytes of it.
@@ -69,19 +71,22 @@ slow: build
 
 # A tree of its own, as its extension has the same name. The wide instruction sets are left out: under the sanitizers each
 # takes ten times as long to compile; PLAIN=0 builds them too. Without the check of shifts, which GCC 12 gets wrong
-# beside that of bounds.
-SANITIZE_TREE := build/sanitize
+# beside that of bounds. Without optimisation the compiler takes a fraction of the time.
 PLAIN := 1
-SANITIZERS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=shift,vptr \
+SANITIZERS := -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=shift,vptr \
 	-fno-sanitize-recover=all
-sanitize: $(VENV)/.ready
-	mkdir -p $(SANITIZE_TREE)
-	rm -rf $(addprefix $(SANITIZE_TREE)/,csrc fastnorm tests)
+sanitize: OPTIMISE := -O1
+sanitize-quick: OPTIMISE := -O0
+sanitize-quick: QUICK := --quick
+sanitize sanitize-quick: TREE = build/$@
+sanitize sanitize-quick: $(VENV)/.ready
+	mkdir -p $(TREE)
+	rm -rf $(addprefix $(TREE)/,csrc fastnorm tests)
 	tar -cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md csrc fastnorm tests | \
-		tar -xf - -C $(SANITIZE_TREE)
-	cd $(SANITIZE_TREE) && { FASTNORM_PLAIN=$(PLAIN) FASTNORM_CUDA=0 FASTNORM_CXX_FLAGS="$(SANITIZERS)" \
+		tar -xf - -C $(TREE)
+	cd $(TREE) && { FASTNORM_PLAIN=$(PLAIN) FASTNORM_CUDA=0 FASTNORM_CXX_FLAGS="$(OPTIMISE) $(SANITIZERS)" \
 		$(CURDIR)/$(BIN)/python setup.py build_ext --inplace > log.txt 2>&1 || { cat log.txt; exit 1; }; }
-	cd $(SANITIZE_TREE) && $(CURDIR)/$(BIN)/python tests/sanitize.py $(ARGS)
+	cd $(TREE) && $(CURDIR)/$(BIN)/python tests/sanitize.py $(QUICK) $(ARGS)
 
 # Without isolation, which would download a torch to build with; the wheel belongs to the one in $(VENV).
 package: $(VENV)/.ready

@@ -1,5 +1,8 @@
 """The tests of ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer, which `make sanitize` makes: each
-instruction set that it has. Arguments go to pytest. Leaks are not looked for, as Python's own would drown them."""
+instruction set that it has. Leaks are not looked for, as Python's own would drown them.
+
+With --quick a choice of them, for `make sanitize-quick`. Other arguments go to pytest.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,20 @@ FILES = (
 )  # fmt: skip
 # Tests that use more memory than a sanitizer leaves, or measure it, or start processes without one.
 LEFT_OUT = "not kept_for_backward and not data_loader"
+# Drawn calls of every op; several threads; of the table's rows one or more of each op, in the two types whose kernels
+# have least in common.
+QUICK_FILES = ("fuzz", "threads", "ops")
+QUICK_CASES = (
+    "batch_norm-train-residual-relu", "batch_norm-eval-gelu", "sync_batch_norm-train-residual-gelu",
+    "batch_renorm-residual-relu", "group_norm-some-residual-leaky_relu", "group_norm-all-residual-relu",
+    "instance_norm-input-residual-gelu", "layer_norm-residual-silu", "layer_norm-but-1-residual-leaky_relu",
+    "rms_norm-relu", "dropout-0.5", "dropout2d-0.3", "alpha_dropout-0.5", "drop_path-0.25", "spectral_norm-1",
+    "weight_norm-1", "local_response_norm-inter-torch-size5-beta0.75", "local_response_norm-intra-torch-size3-beta0.75",
+)  # fmt: skip
+QUICK = (
+    "test_threads_get and not size100 or test_fuzz and test_against_float64 or test_ops and test_against_float64"
+    f" and ({' or '.join(f'[cpu-{name}-' for name in QUICK_CASES)}) and (float32 or bfloat16)"
+)
 
 
 def main() -> int:
@@ -25,7 +42,8 @@ def main() -> int:
     named = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     best = named.stdout.split()[0].lower()
     sets = {"avx512": ("avx512", "avx2", "default"), "avx2": ("avx2", "default")}.get(best, (best,))
-    files = [str(HERE / f"test_{name}.py") for name in FILES]
+    quick, arguments = "--quick" in sys.argv, [a for a in sys.argv[1:] if a != "--quick"]
+    files = [str(HERE / f"test_{name}.py") for name in (QUICK_FILES if quick else FILES)]
     for name in sets:
         print(f"sanitizers: {name}", flush=True)
         command = [
@@ -37,12 +55,12 @@ def main() -> int:
             "-p",
             "no:cacheprovider",
             "-k",
-            LEFT_OUT,
+            QUICK if quick else LEFT_OUT,
             *files,
         ]
         # of torch's own kernels, too: tests allow more where vectors are short
         forced = {"ATEN_CPU_CAPABILITY": name} if name in ("avx512", "avx2", "default") else {}
-        done = subprocess.run([*command, *sys.argv[1:]], env={**environment, **forced}, cwd=HERE.parent)
+        done = subprocess.run([*command, *arguments], env={**environment, **forced}, cwd=HERE.parent)
         if done.returncode != 0:
             return done.returncode
     return 0

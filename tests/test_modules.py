@@ -147,10 +147,9 @@ def replicas(module: nn.Module, count: int) -> list[nn.Module]:
     def broadcast(tensors: list[Tensor], devices: list[object], detach: bool = False) -> list[list[Tensor]]:
         return [[t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices]
 
-    with (
-        mock.patch("torch.nn.parallel.replicate._broadcast_coalesced_reshape", broadcast),
-        mock.patch("torch.nn.parallel.replicate._get_device_index", lambda device, optional: device),
-    ):
+    # by the function's globals: Python 3.10 takes the module's name for the function, which is called the same
+    changes = {"_broadcast_coalesced_reshape": broadcast, "_get_device_index": lambda device, optional: device}
+    with mock.patch.dict(replicate.__globals__, changes):
         return replicate(module, list(range(count)))
 
 
