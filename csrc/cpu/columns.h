@@ -145,8 +145,9 @@ void for_each_row(Rows rows, Count, const F& f) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRowGroup; ++r) f(r);
   } else {
-#pragma GCC unroll 1
-    for (int r = 0; r < rows; ++r) f(r);
+    int n = rows;
+    asm("" : "+r"(n));  // kept from the compiler, which would unroll what is not worth its code
+    for (int r = 0; r < n; ++r) f(r);
   }
 }
 
