@@ -33,7 +33,7 @@ NVCC := $(shell command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc)
 	cuda-check gpu-check clean
 .DEFAULT_GOAL := build
 
-# torch first and by its exact version: an open range would pull the CUDA build, gigabytes of it.
+# torch first: the extension is compiled against it, and its version decides how large it is.
 $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
