@@ -102,7 +102,7 @@ mutate: build
 $(CUDA_VENV)/.ready: Makefile
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(CUDA_TORCH)
-	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" ninja pybind11 numpy \
+	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77,<82" ninja pybind11 numpy \
 		"pytest>=8" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66"
 	touch $@
 
