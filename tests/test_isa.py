@@ -20,7 +20,7 @@ LEFT_OUT = (
     "isa", "ladder", "compile", "cuda", "cuda_check", "cuda_emulator", "cuda_on_cpu", "cuda_traffic", "adding_an_op",
     "packaging", "threads",
 )  # fmt: skip
-NUMERICAL = "against_float64 or far_above or threads or strides or constant or scales or mask or in_place"
+NUMERICAL = "against_float64 or far_above or threads or strides or constant or scales or mask or in_place or left_tail"
 
 
 @pytest.mark.parametrize("capability", LESSER)

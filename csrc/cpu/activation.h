@@ -62,7 +62,7 @@ struct Normal {
       return Vec::blendv(Vec(1) - tail, tail, z < Vec(0));
     }
 #endif
-    return Vec(0.5) * (Vec(1) + (z * Vec(M_SQRT1_2)).erf());
+    return Vec(0.5) * (z * Vec(-M_SQRT1_2)).erfc();  // 1 + erf would cancel on the left
   }
 };
 
