@@ -7,7 +7,7 @@
 #   make accuracy largest errors of every op and type on hard inputs, beside torch's
 #   make slow     the tests of tensors beyond 2^31 elements: 16 GB of memory, half an hour
 #   make sanitize all kernels but the CUDA ones under AddressSanitizer and UndefinedBehaviorSanitizer: half an hour
-#   make sanitize-quick  a choice of that, which CI runs: four minutes
+#   make sanitize-quick  a choice of that, which CI runs: three minutes
 #   make package  a source distribution and a wheel, which is tried in an empty environment
 #   make mutate   bugs planted in the CUDA kernels, which the emulator must catch: an hour
 # and for NVIDIA GPUs, with a CUDA toolkit:
