@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from fastnorm import _C
+from fastnorm.local_response_norm import window
 
 _SLICES = ("batch_norm", "group_norm", "instance_norm")
 _ROWS = ("layer_norm", "rms_norm")
@@ -274,6 +275,6 @@ def _windows(
     if region == "intra" and len(shape) != 4:
         raise ValueError(f"explain_launch: {op} cannot take shape {list(shape)}: wanted (N, C, H, W)")
     H = shape[2] if region == "intra" else 1
-    before, after = size // 2, (size - 1) // 2 if convention == "torch" else size // 2
+    before, after = window(size, convention)
     limits = device.multiprocessors, device.shared_memory
     return _C.plan_windows(N, C, H, S // H, last, region == "intra", before, after, dtype.itemsize, backward, *limits)

@@ -98,12 +98,17 @@ class LocalResponseNormBackwardFunction(torch.autograd.Function):
         return LocalResponseNormBackwardFunction.apply(*folded, setting).unflatten(0, (info.batch_size, -1)), 0
 
 
+def window(size: int, convention: str) -> tuple[int, int]:
+    """How many elements before and after its own a window has."""
+    return size // 2, (size - 1) // 2 if convention == "torch" else size // 2
+
+
 def _composite(
     input: Tensor, size: int, alpha: float, beta: float, k: float, region: Region, convention: Convention
 ) -> Tensor:
     """The op in torch's ops, for every region and convention, differentiable any number of times."""
     dims = (1,) if region == "inter" else (2, 3)
-    before, after = size // 2, (size - 1) // 2 if convention == "torch" else size // 2
+    before, after = window(size, convention)
     x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
     sums = x * x
     for dim in dims:
