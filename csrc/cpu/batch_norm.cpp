@@ -313,9 +313,8 @@ struct ColumnsForward {
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
-  const Parts parts{column_view(a.shape)};
-  const int64_t width = parts.view.width;
-  const MaskRows mask = mask_rows(a.shape);
+  const Parts parts{long_rows(column_view(a.shape), a.mask)};
+  const int64_t width = parts.view.width, mask_bytes = (width + 7) / 8;
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
   void statistics(double* variance) const {
@@ -373,8 +372,8 @@ struct ColumnsForward {
       visit(a.activation, [&](auto act) {
         parts.for_rows(part, [&](int64_t row, int64_t columns) {
           const int64_t i = row * width;
-          normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i,
-                                              offset_by(a.mask, row * mask.bytes_per_row()), columns, affine, stream);
+          normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask_bytes),
+                                              columns, affine, stream);
         });
       });
       if (stream) stream_fence();
@@ -391,18 +390,18 @@ struct ColumnsBackward {
   const T* residual = static_cast<const T*>(a.residual);
   T* dx = static_cast<T*>(a.dx);
   T* dresidual = static_cast<T*>(a.dresidual);
-  const Parts parts{column_view(a.shape)};
-  const int64_t width = parts.view.width;
-  const MaskRows mask = mask_rows(a.shape);
+  // Sums go down tiles of columns, whose many rows are best near each other; elements go along the rows.
+  const Parts parts{column_view(a.shape)}, long_parts{long_rows(parts.view, a.mask)};
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
-  RunGradient<T> gradient(int64_t row) const {
+  RunGradient<T> gradient(int64_t row, int64_t width) const {
     const int64_t i = row * width;
-    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * mask.bytes_per_row())};
+    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * ((width + 7) / 8))};
   }
 
   void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
                     Sums* total) const {
+    const int64_t width = parts.view.width;
     const ScratchArray<double> dz(parts.size() * width), dz_xhat(parts.size() * width);
     parallel_for(parts.size(), a.shape.numel(), [&](int64_t part) {
       double *s = &dz[part * width], *sx = &dz_xhat[part * width];
@@ -411,8 +410,9 @@ struct ColumnsBackward {
       visit(a.activation, [&](auto act) {
         parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
           for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-            add_tile_sums<decltype(act)::value, decltype(tile)::value>(
-                [&](int64_t r) { return gradient(r); }, row, row + rows, j, count, affine, standardize, s + j, sx + j);
+            add_tile_sums<decltype(act)::value, decltype(tile)::value>([&](int64_t r) { return gradient(r, width); },
+                                                                       row, row + rows, j, count, affine, standardize,
+                                                                       s + j, sx + j);
           });
         });
       });
@@ -427,12 +427,12 @@ struct ColumnsBackward {
   }
 
   void run() const {
-    const int64_t C = a.shape.C;
+    const int64_t C = a.shape.C, width = long_parts.view.width;
     const ColumnArray<T> mean(width), scale(width), shift(width), rstd(width), rest(width), slope(width), offset(width);
     for (int64_t c = 0; c < C; ++c) {
       const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, c);
       const SliceStandardize<acc_t> standardize(a.mean[c], a.rstd[c]);
-      parts.for_columns(c, [&](int64_t j) {
+      long_parts.for_columns(c, [&](int64_t j) {
         mean[j] = channel.mean;
         scale[j] = channel.scale;
         shift[j] = channel.shift;
@@ -448,18 +448,18 @@ struct ColumnsBackward {
 
     for (int64_t c = 0; c < C; ++c) {
       const SliceGradient<acc_t> g(count_of(a), a.mean[c], a.rstd[c], total[c].dz, total[c].dz_xhat);
-      parts.for_columns(c, [&](int64_t j) {
+      long_parts.for_columns(c, [&](int64_t j) {
         slope[j] = g.slope;
         offset[j] = g.offset;
       });
     }
     const InputGradient<PerColumn<T>> coefficient{slope, offset, !a.training};
-    parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
+    parallel_for_reversed(long_parts.size(), a.shape.numel(), [&](int64_t part) {
       visit(a.activation, [&](auto act) {
-        parts.for_rows(part, [&](int64_t row, int64_t columns) {
+        long_parts.for_rows(part, [&](int64_t row, int64_t columns) {
           const int64_t i = row * width;
-          input_gradient_run<decltype(act)::value>(gradient(row), offset_by(dx, i), offset_by(dresidual, i), columns,
-                                                   affine, coefficient, stream);
+          input_gradient_run<decltype(act)::value>(gradient(row, width), offset_by(dx, i), offset_by(dresidual, i),
+                                                   columns, affine, coefficient, stream);
         });
       });
       if (stream) stream_fence();

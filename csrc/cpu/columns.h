@@ -125,6 +125,20 @@ void for_row_blocks(int64_t begin, int64_t end, const F& f) {
 constexpr int kRowGroup = 4;
 constexpr int64_t kStrip = 512;  // columns whose sums and shifts leave room there
 
+// A matrix (its rows, their width, and the elements of one more that is not full) with several rows as one, where they
+// are short and many: a row costs what some hundred elements do. A mask in which rows end within a byte forbids it.
+template <typename Rows>
+Rows long_rows(Rows matrix, const uint8_t* mask) {
+  constexpr int64_t kShort = 256, kLeastRows = 16;  // fewer rows would not be worth the coefficients of one
+  if (mask && matrix.width % 8) return matrix;
+  int64_t fold = 1;
+  while (fold * matrix.width < kShort && 2 * fold * kLeastRows <= matrix.rows) fold *= 2;
+  matrix.rest += matrix.rows % fold * matrix.width;
+  matrix.rows /= fold;
+  matrix.width *= fold;
+  return matrix;
+}
+
 // Calls f(first row, rows) for `rows` rows in groups. Whole groups are known to the compiler where unrolled code is
 // worth its size: not around an exponential.
 struct WholeGroup {

@@ -1,13 +1,12 @@
 // Group and instance normalisation on the CPU. A slice is a group of a sample, an owner what one task reduces and
 // normalises:
 //
-// planes   (contiguous, planes of 16 elements or more): an owner is a slice, read once from memory for its moments and
-// once
-//          more from the cache to normalise it, plane by plane.
-// flat     (contiguous, tiny planes): an owner is some neighbouring slices, normalised as one run with a coefficient an
-// element. columns  (channels_last): an owner is a sample, a matrix whose columns are channels. Parts of it give
-// partial moments of every
-//          group; then its rows are normalised with a coefficient a column.
+// - Planes (contiguous, planes of 16 elements or more): an owner is a slice, read once from memory for its moments and
+//   once more from the cache to normalise it, plane by plane.
+// - Flat (contiguous, tiny planes): an owner is some neighbouring slices, normalised as one run with a coefficient an
+//   element.
+// - Columns (channels_last): an owner is a sample, a matrix whose columns are channels. Parts of it give partial moments
+//   of every group; then its rows are normalised with a coefficient a column.
 //
 // Too few owners for the threads: the same pieces of them, in two parallel sweeps. Sums are float32 within a piece and
 // float64 beyond, in an order fixed by the shape alone.
@@ -113,51 +112,28 @@ struct ColumnAffine {
 struct Parts {
   static constexpr int64_t kElements = 1 << 17;
   SampleRows sample;
+  int64_t mask_bytes_per_sample;
   int64_t rows_per_part = std::clamp(kElements / sample.width / kBlockRows * kBlockRows, 2 * kBlockRows, kShiftRows);
   int64_t full = (sample.rows + rows_per_part - 1) / rows_per_part;
 
+  Parts(const Shape& shape, const uint8_t* mask)
+      : sample(long_rows(sample_rows(shape), mask)),
+        mask_bytes_per_sample(sample_rows(shape).size() * group_mask_rows(shape).bytes_per_row()) {}
   int64_t size() const { return full + (sample.rest > 0); }
   int64_t begin(int64_t part) const { return std::min(sample.rows, part * rows_per_part); }
   int64_t rows(int64_t part) const { return part == full ? 1 : begin(part + 1) - begin(part); }
   int64_t width(int64_t part) const { return part == full ? sample.rest : sample.width; }
+
+  // From row to row.
+  Strides strides() const { return {sample.width, (sample.width + 7) / 8}; }
+  // Where a row of a sample has its bits of the mask.
+  int64_t mask_byte(int64_t n, int64_t row) const { return n * mask_bytes_per_sample + row * strides().mask_bytes; }
 };
 
 // a * b - c
 template <typename T>
 Pack<T> fmsub(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c) {
   return map<T>([](auto x, auto y, auto z) { return at::vec::fmsub(x, y, z); }, a, b, c);
-}
-
-// normalize_run() for `rows` rows, the pointers those of the first.
-template <Activation kAct, typename T>
-FASTNORM_LOOP void normalize_rows(const T* x, const T* residual, T* y, uint8_t* mask, const Strides& stride,
-                                  int64_t rows, int64_t columns, const Affine<PerColumn<T>>& affine, bool stream) {
-  using P = Pack<T>;
-  const Affine<PerColumn<T>> local = affine;
-  const Strides to_next = stride;
-  stream = stream && fills_lines(y, to_next.elements);
-  for_row_groups<kAct>(rows, [&](int64_t row, auto here) {
-    const int64_t first = row * to_next.elements;
-    for_packs<T>(columns, [&](int64_t i, auto count, int) {
-      const P mean = local.mean[i], scale = local.scale[i], shift = local.shift[i];
-      for_each_row(here, count, [&](int r) {
-        const int64_t at = first + r * to_next.elements + i;
-        prefetch(x + at + kRowGroup * to_next.elements);
-        P z = fmadd(P::load(x + at, count) - mean, scale, shift);
-        if (residual) z = z + P::load(residual + at, count);
-        if (mask) store_bits<T>(mask + (row + r) * to_next.mask_bytes + i / 8, positive_bits(z), count);
-        put(activate<kAct>(z), y + at, count, stream);
-      });
-    });
-  });
-}
-
-template <typename T>
-void normalize_rows(Activation activation, const T* x, const T* residual, T* y, uint8_t* mask, const Strides& stride,
-                    int64_t rows, int64_t columns, const Affine<PerColumn<T>>& affine, bool stream) {
-  visit(activation, [&](auto act) {
-    normalize_rows<decltype(act)::value>(x, residual, y, mask, stride, rows, columns, affine, stream);
-  });
 }
 
 // ---- forward
@@ -248,8 +224,9 @@ struct FlatForward : ForwardGroups {
     }
     const int64_t i = (n * G + begin) * L;
     const Affine<PerColumn<T>> coefficients = columns;
-    normalize_rows(a.activation, x + i, offset_by(residual, i), y + i, mask(i), Strides{width, 0}, 1, width,
-                   coefficients, stream);
+    visit(a.activation, [&](auto act) {
+      normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i, mask(i), width, coefficients, stream);
+    });
   }
 };
 
@@ -258,10 +235,9 @@ struct ColumnsForward : ForwardGroups {
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
-  const SampleRows sample = sample_rows(a.shape);
-  const Parts parts{sample};
+  const Parts parts{a.shape, a.mask};
+  const int64_t width = parts.sample.width;
   const ScratchArray<Moments> partial{a.shape.N * parts.size() * G};
-  const MaskRows mask = group_mask_rows(a.shape);
 
   void run() const { sweep_twice(*this, a.shape.N, parts.size()); }
 
@@ -269,8 +245,7 @@ struct ColumnsForward : ForwardGroups {
     const int64_t columns = parts.width(part), rows = parts.rows(part), repeats = columns / C;
     const ColumnArray<T> shift(columns);
     const ScratchArray<double> mean(columns), m2(columns);
-    column_moments(x + n * C * S + parts.begin(part) * sample.width, sample.width, rows, columns, &shift[0],
-                   mean.data(), m2.data());
+    column_moments(x + n * C * S + parts.begin(part) * width, width, rows, columns, &shift[0], mean.data(), m2.data());
     // Columns of one group have the same count, so their merge needs no weights.
     const double count = static_cast<double>(repeats * D);
     for (int64_t g = 0; g < G; ++g) {
@@ -297,74 +272,39 @@ struct ColumnsForward : ForwardGroups {
     }
   }
   void second(int64_t n, int64_t part) const {
-    const int64_t columns = parts.width(part);
+    const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnAffine<T> affines(columns);
     for (int64_t c = 0; c < C; ++c) {
       const auto channel = affine<T>(n * G + c / D, c);
       for (int64_t j = c; j < columns; j += C) affines.set(j, channel);
     }
     const Affine<PerColumn<T>> coefficients = affines;
-    const int64_t row = parts.begin(part), i = n * C * S + row * sample.width;
-    normalize_rows(a.activation, x + i, offset_by(residual, i), y + i,
-                   offset_by(a.mask, (n * sample.size() + row) * mask.bytes_per_row()),
-                   Strides{sample.width, mask.bytes_per_row()}, parts.rows(part), columns, coefficients, stream);
+    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+      for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
+        const int64_t i = n * C * S + row * width;
+        normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i,
+                                            offset_by(a.mask, parts.mask_byte(n, row)), columns, coefficients, stream);
+      }
+    });
   }
 };
 
 // ---- backward
 
-// group_gradient_run() for `rows` rows, the pointers those of the first.
-template <Activation kAct, typename T>
-FASTNORM_LOOP void group_gradient_rows(const RunGradient<T>& g, T* dx, T* dresidual, const Strides& stride,
-                                       int64_t rows, int64_t columns, const Affine<PerColumn<T>>& affine,
-                                       const PerColumn<T>& slopes, const PerColumn<T>& offsets, bool stream) {
-  using P = Pack<T>;
-  const Affine<PerColumn<T>> local = affine;
-  const PerColumn<T> slope_of = slopes, offset_of = offsets;
-  const Strides to_next = stride;
-  stream = stream && fills_lines(dx, to_next.elements);
-  for_row_groups<kAct>(rows, [&](int64_t row, auto here) {
-    RunGradient<T> from[kRowGroup];
-    for (int r = 0; r < here; ++r) from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
-    for_packs<T>(columns, [&](int64_t i, auto count, int) {
-      const P mean = local.mean[i], scale = local.scale[i], slope = slope_of[i], offset = offset_of[i];
-      for_each_row(here, count, [&](int r) {
-        const int64_t at = (row + r) * to_next.elements + i;
-        prefetch(from[r].x + i + kRowGroup * to_next.elements);
-        prefetch(from[r].dy + i + kRowGroup * to_next.elements);
-        const P x = P::load(from[r].x + i, count);
-        const P dz = from[r].template dz<kAct>(i, count, x, local);
-        if (dresidual) dz.store(dresidual + at, count);
-        if (dx) put(fmsub(dz, scale, fmadd(x - mean, slope, offset)), dx + at, count, stream);
-      });
-    });
-  });
-}
-
 // Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
-template <Activation kAct, typename T>
-FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n,
-                                      const Affine<Uniform<T>>& affine, const GroupGradient<acc_type<T>>& coefficients,
-                                      bool stream) {
+template <Activation kAct, typename T, typename C>
+FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n, const Affine<C>& affine,
+                                      const C& slopes, const C& offsets, bool stream) {
   using P = Pack<T>;
   const RunGradient<T> from = g;
-  const Affine<Uniform<T>> local = affine;
-  const P slope(coefficients.slope), offset(coefficients.offset);
+  const Affine<C> local = affine;
+  const C slope = slopes, offset = offsets;
   stream = stream && fills_lines(dx, n);
   for_packs<T>(n, [&](int64_t i, auto count, int) {
     const P x = P::load(from.x + i, count);
     const P dz = from.template dz<kAct>(i, count, x, local);
     if (dresidual) dz.store(dresidual + i, count);
-    if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope, offset)), dx + i, count, stream);
-  });
-}
-
-template <typename T>
-void group_gradient_rows(Activation activation, const RunGradient<T>& g, T* dx, T* dresidual, const Strides& stride,
-                         int64_t rows, int64_t columns, const Affine<PerColumn<T>>& affine, const PerColumn<T>& slopes,
-                         const PerColumn<T>& offsets, bool stream) {
-  visit(activation, [&](auto act) {
-    group_gradient_rows<decltype(act)::value>(g, dx, dresidual, stride, rows, columns, affine, slopes, offsets, stream);
+    if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope[i], offset[i])), dx + i, count, stream);
   });
 }
 
@@ -477,13 +417,14 @@ struct PlanesBackward : BackwardGroups<T> {
     if (!Base::wants_elements) return;
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S;
-    const auto coefficients = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
+    const auto gradient = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
+    const Uniform<T> slope(gradient.slope), offset(gradient.offset);
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       for (int64_t run = 0; run < chunk.count; ++run) {
         const int64_t i = slice * L + chunk.offset + run * S;
         group_gradient_run<decltype(act)::value>(Base::gradient(i, mask(i)), offset_by(dx, i), offset_by(dresidual, i),
                                                  chunk.length, uniform<T>(this->template affine<T>(slice, c + run)),
-                                                 coefficients, stream);
+                                                 slope, offset, stream);
       }
     });
   }
@@ -571,8 +512,10 @@ struct FlatBackward : BackwardGroups<T> {
         const auto coefficients = Base::input_gradient(n * G + g0, all);
         for (int64_t j = at; j < at + L; ++j) columns.set(j, coefficients);
       }
-      group_gradient_rows(a.activation, g, offset_by(dx, first), offset_by(dresidual, first), Strides{width, 0}, 1,
-                          width, affine, slope, offset, stream);
+      visit(a.activation, [&](auto act) {
+        group_gradient_run<decltype(act)::value>(g, offset_by(dx, first), offset_by(dresidual, first), width, affine,
+                                                 slope, offset, stream);
+      });
     }
     if (stream) stream_fence();
     for (int64_t c = begin * D; c < end * D; ++c) {
@@ -587,9 +530,7 @@ template <typename T>
 struct ColumnsBackward : BackwardGroups<T> {
   using Base = BackwardGroups<T>;
   using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
-  const SampleRows sample = sample_rows(a.shape);
-  const Parts parts{sample};
-  const Strides strides{sample.width, Base::mask_rows.bytes_per_row()};
+  const Parts parts{a.shape, a.mask};
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
 
@@ -599,8 +540,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   }
 
   RunGradient<T> row_gradient(int64_t n, int64_t row) const {
-    return Base::gradient(n * C * S + row * sample.width,
-                          offset_by(a.mask, (n * sample.size() + row) * Base::mask_rows.bytes_per_row()));
+    return Base::gradient(n * C * S + row * parts.sample.width, offset_by(a.mask, parts.mask_byte(n, row)));
   }
 
   void first(int64_t n, int64_t part) const {
@@ -622,8 +562,8 @@ struct ColumnsBackward : BackwardGroups<T> {
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const auto standardize = coefficients.standardize();
     visit(a.activation, [&](auto act) {
-      add_column_gradients<decltype(act)::value>(row_gradient(n, begin), strides, parts.rows(part), columns, affine,
-                                                 standardize, &dz[0], &dz_xhat[0]);
+      add_column_gradients<decltype(act)::value>(row_gradient(n, begin), parts.strides(), parts.rows(part), columns,
+                                                 affine, standardize, &dz[0], &dz_xhat[0]);
     });
     Sums* out = &partial[(n * parts.size() + part) * C];
     for (int64_t c = 0; c < C; ++c) {
@@ -642,7 +582,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   }
   void second(int64_t n, int64_t part) const {
     if (!Base::wants_elements) return;
-    const int64_t columns = parts.width(part);
+    const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
     for (int64_t c = 0; c < C; ++c) {
       const int64_t slice = n * G + c / D;
@@ -655,9 +595,13 @@ struct ColumnsBackward : BackwardGroups<T> {
     }
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const PerColumn<T> slope = coefficients.slope, offset = coefficients.offset;
-    const int64_t row = parts.begin(part), i = n * C * S + row * sample.width;
-    group_gradient_rows(a.activation, row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i), strides,
-                        parts.rows(part), columns, affine, slope, offset, stream);
+    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+      for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
+        const int64_t i = n * C * S + row * parts.sample.width;
+        group_gradient_run<decltype(act)::value>(row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i),
+                                                 columns, affine, slope, offset, stream);
+      }
+    });
   }
 };
 
