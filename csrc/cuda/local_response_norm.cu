@@ -102,6 +102,23 @@ class Quotient {
   unsigned d_, up_;  // up_ = 2^32 / d, rounded up
 };
 
+// store(i, load(i)) for i = first, first + step, .. below n, by several at a time: a store between two loads would keep
+// the second waiting for the first, and memory takes hundreds of cycles.
+template <typename Load, typename Store>
+__device__ void move(int first, int n, int step, const Load& load, const Store& store) {
+  using V = decltype(load(0));
+  constexpr int kOnTheWay = sizeof(V) < kAccess ? 8 : 4;
+  for (; first < n; first += kOnTheWay * step) {
+    V held[kOnTheWay];
+#pragma unroll
+    for (int j = 0; j < kOnTheWay; ++j)
+      if (first + j * step < n) held[j] = load(first + j * step);
+#pragma unroll
+    for (int j = 0; j < kOnTheWay; ++j)
+      if (first + j * step < n) store(first + j * step, held[j]);
+  }
+}
+
 // Part of a slice as it lies in a buffer, lanes innermost, in packs.
 struct Box {
   Span row, column;
@@ -110,15 +127,22 @@ struct Box {
   __device__ int at(int r, int c, int lane) const { return (r * column.size + c) * lanes + lane; }
   __device__ int packs() const { return row.size * column.size * lanes; }
 
+  // A function of a pack's row, column, lane and place in the buffer as one of the place alone.
+  template <typename F>
+  __device__ auto by_place(bool is_small, const F& f) const {
+    const int row_packs = column.size * lanes;
+    return [f, row_packs, lanes = lanes, row_of = Quotient(row_packs, is_small),
+            column_of = Quotient(lanes, is_small)](int i) {
+      const int r = row_of(i), in_row = i - r * row_packs, c = column_of(in_row);
+      return f(r, c, in_row - c * lanes, i);
+    };
+  }
+
   // f(row, column, lane, place in the buffer) for every pack, by all threads of the block.
   template <typename F>
   __device__ void for_each(bool is_small, const F& f) const {
-    const int row_packs = column.size * lanes;
-    const Quotient row_of(row_packs, is_small), column_of(lanes, is_small);
-    for (int i = static_cast<int>(threadIdx.x); i < packs(); i += static_cast<int>(blockDim.x)) {
-      const int r = row_of(i), in_row = i - r * row_packs, c = column_of(in_row);
-      f(r, c, in_row - c * lanes, i);
-    }
+    const auto g = by_place(is_small, f);
+    for (int i = static_cast<int>(threadIdx.x); i < packs(); i += static_cast<int>(blockDim.x)) g(i);
   }
 };
 
@@ -222,26 +246,29 @@ __global__ void __launch_bounds__(kMaxWindowThreads, 1) normalize(const __grid_c
     const auto place = [&](int64_t begin, int r, int c, int lane) {
       return begin + r * row_stride + c * plan.lanes + lane * kPack;
     };
-    const int64_t own_begin = begin_of(own), near_begin = begin_of(near);
+    const int64_t own_begin = begin_of(own);
     // Whether a box is one piece of memory that may be read and written by 16 bytes.
     const auto is_run = [&](const Box& box, const T* p) {
       return kStaged && box.column.size == column.length && lanes == plan.lanes &&
              reinterpret_cast<uintptr_t>(p) % kAccess == 0;
     };
-    const auto for_run = [](const Box& box, const auto& f) {
-      const int n = box.packs(), step = static_cast<int>(blockDim.x) * kWindow<T>;
-      for (int i = static_cast<int>(threadIdx.x) * kWindow<T>; i < n; i += step) f(i, min(kWindow<T>, n - i));
-    };
-    const auto fetch = [&](const T* from, const Box& box, T* to) {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    // A box of x or dy to a buffer, where packs are `spread` times as far apart as they must be.
+    const auto fetch = [&](const T* from, const Box& box, T* to, int spread = 1) {
       const int64_t begin = begin_of(box);
       if (is_run(box, from + begin)) {
-        for_run(box, [&](int i, int n) {
-          load_part<kWindow<T>>(from + begin + i, 0, n, n == kWindow<T>).store(to + i);  // buffers are whole windows
-        });
+        const int n = box.packs();
+        move(
+            thread * kWindow<T>, n, threads * kWindow<T>,
+            [&](int i) {
+              return load_part<kWindow<T>>(from + begin + i, 0, min(kWindow<T>, n - i), i + kWindow<T> <= n);
+            },
+            [&](int i, const auto& window) { window.store(to + i); });  // buffers are whole windows
       } else {
-        box.for_each(is_small, [&](int r, int c, int lane, int i) {
-          P::load_streaming(from + place(begin, r, c, lane)).store(to + i * kPack);
-        });
+        move(thread, box.packs(), threads,
+             box.by_place(is_small, [&](int r, int c, int lane,
+                                        int) { return P::load_streaming(from + place(begin, r, c, lane)); }),
+             [&](int i, const P& pack) { pack.store(to + i * kPack * spread); });
       }
     };
     const auto put = [&](const acc_t(&values)[kPack], int64_t at, int i) {
@@ -253,7 +280,10 @@ __global__ void __launch_bounds__(kMaxWindowThreads, 1) normalize(const __grid_c
     };
 
     fetch(call.x, far, x);
-    if (kBackward && kStaged) fetch(call.dy, near, staging);
+    // dy lies where g will: each pack where g's has its first elements. Elements that go one by one are staged.
+    constexpr int kSpread = kStaged ? 1 : sizeof(acc_t) / sizeof(T);
+    T* const dy_buffer = kStaged ? staging : reinterpret_cast<T*>(g);
+    if (kBackward) fetch(call.dy, near, dy_buffer, kSpread);
     __syncthreads();
 
     // Scalar math: y = x * scale^-beta,   or   g = dy * scale^-beta,  u = g * x / scale
@@ -274,10 +304,9 @@ __global__ void __launch_bounds__(kMaxWindowThreads, 1) normalize(const __grid_c
       for (int j = 0; j < kPack; ++j) scale[j] = multiply_add(call.a, scale[j], call.k);
       powers(call.power, call.beta, scale, power, inverse);
       P::load(x + squares.center(r, c, lane)).unpack(values);
-      const int64_t at = place(near_begin, r, c, lane);
       if constexpr (kBackward) {
         acc_t dy[kPack];
-        (kStaged ? P::load(staging + i) : P::load_streaming(call.dy + at)).unpack(dy);
+        P::load(dy_buffer + i * kPack * kSpread).unpack(dy);
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
           dy[j] *= power[j];
@@ -288,7 +317,7 @@ __global__ void __launch_bounds__(kMaxWindowThreads, 1) normalize(const __grid_c
       } else {
 #pragma unroll
         for (int j = 0; j < kPack; ++j) values[j] *= power[j];
-        put(values, at, i);
+        put(values, place(own_begin, r, c, lane), i);  // near is own
       }
     });
 
@@ -320,9 +349,9 @@ __global__ void __launch_bounds__(kMaxWindowThreads, 1) normalize(const __grid_c
     if (kStaged) {
       __syncthreads();
       if (is_run(own, call.out + own_begin)) {
-        for_run(own, [&](int i, int n) {
-          store_part(Pack<T, kWindow<T>>::load(staging + i), call.out + own_begin + i, 0, n);
-        });
+        const int n = own.packs();
+        for (int i = thread * kWindow<T>; i < n; i += threads * kWindow<T>)
+          store_part(Pack<T, kWindow<T>>::load(staging + i), call.out + own_begin + i, 0, min(kWindow<T>, n - i));
       } else {
         own.for_each(is_small, [&](int r, int c, int lane, int i) {
           P::load(staging + i).store_streaming(call.out + place(own_begin, r, c, lane));
