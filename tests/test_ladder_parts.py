@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,3 +370,36 @@ def test_he_initialisation() -> None:
 def test_unknown_norm_is_named() -> None:
     with pytest.raises(ValueError, match=r"norm must be None or one of batch, .* got 'bath'"):
         norms.make_norm("bath", 8)
+
+
+# Memory
+
+COUNT_FAULTS = """
+import resource, sys
+import torch
+from ladder.allocator import keep_freed_memory
+
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit("the allocator is not glibc's")
+faults = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(4 << 20) for _ in range(8)]
+    del tensors
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(max(faults[3:]))
+"""
+
+
+def test_freed_memory_is_kept() -> None:
+    def faults(how: str) -> int:
+        examples = Path(__file__).parent.parent / "examples"
+        command = [sys.executable, "-c", COUNT_FAULTS, how]
+        done = subprocess.run(command, cwd=examples, capture_output=True, text=True, check=False)
+        if "not glibc's" in done.stderr:
+            pytest.skip(done.stderr.strip())
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert faults("keep") < 200
+    assert faults("default") > 2000  # 128 MiB in pages of 4 KiB are 32 thousand

@@ -20,6 +20,7 @@ averaging.py   predictions averaged over several passes
 checks.py      what is looked at before training
 checkpoint.py  files to go on from
 processes.py   several processes under torchrun
+allocator.py   what becomes of freed memory on a CPU
 
 report.py      tables, results.json, results.csv
 pictures.py    PNG

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from . import report
+from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError
 from .checks import run_checks
 from .data import DataError, Dataset, UrlOpener, load
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None, *, open_url: UrlOpener = urllib.requ
         if args.report is not None:
             return _report_again(args.report)
         device = local_device(args.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         with joined(device) as processes:
             # Of several processes one speaks.
             with contextlib.nullcontext() if processes.is_first else contextlib.redirect_stdout(io.StringIO()):
