@@ -72,7 +72,8 @@ def ladder_chart(results: Content) -> Figure | None:
     positions = range(len(rungs))
     axes.bar(positions, [one["val_accuracy"] for one in rungs], width=0.7, color=VALIDATION, label="validation")
     training = [one["train_accuracy"] for one in rungs]
-    axes.plot(positions, training, "D", color=TRAINING, markeredgecolor="black", markersize=6, label="training")
+    markers = {"markersize": 6, "markeredgecolor": "black", "clip_on": False}  # whole ones at 100 %, too
+    axes.plot(positions, training, "D", color=TRAINING, label="training", **markers)
     styles = {"pytorch": (NOTES, "solid", "PyTorch version"), "earlier": (EARLIER, (0, (2, 1)), "earlier version")}
     for version, (colour, dashes, words) in styles.items():
         marked = [(i, one["notes"][version]) for i, one in enumerate(rungs) if one["notes"][version] is not None]
