@@ -107,7 +107,7 @@ class Quotient {
 template <typename Load, typename Store>
 __device__ void move(int first, int n, int step, const Load& load, const Store& store) {
   using V = decltype(load(0));
-  constexpr int kOnTheWay = sizeof(V) < kAccess ? 8 : 4;
+  constexpr int kOnTheWay = sizeof(V) < 8 ? 8 : kAccess / sizeof(V);
   for (; first < n; first += kOnTheWay * step) {
     V held[kOnTheWay];
 #pragma unroll
@@ -206,10 +206,18 @@ struct Call {
   WindowPlan plan;
 };
 
+// How many blocks a multiprocessor is to hold at once: as many as registers can be had for without spilling any.
+template <typename T, int kPack, bool kBackward>
+constexpr int resident_blocks() {
+  if (sizeof(T) == 8) return 1;
+  return (kPack == 1 ? 2 : 1) + (kBackward ? 0 : 1);
+}
+
 // kPack lanes at a time, or, if that is 1, elements one by one, staged so that memory is read and written by 16 bytes
 // where the tile lies in one piece.
 template <typename T, int kPack, bool kBackward>
-__global__ void __launch_bounds__(kMaxWindowThreads, 1) normalize(const __grid_constant__ Call<T> call) {
+__global__ void __launch_bounds__(kMaxWindowThreads, resident_blocks<T, kPack, kBackward>())
+    normalize(const __grid_constant__ Call<T> call) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   constexpr bool kStaged = kPack == 1;
@@ -256,19 +264,17 @@ __global__ void __launch_bounds__(kMaxWindowThreads, 1) normalize(const __grid_c
     // A box of x or dy to a buffer, where packs are `spread` times as far apart as they must be.
     const auto fetch = [&](const T* from, const Box& box, T* to, int spread = 1) {
       const int64_t begin = begin_of(box);
+      const int n = box.packs();
       if (is_run(box, from + begin)) {
-        const int n = box.packs();
-        move(
-            thread * kWindow<T>, n, threads * kWindow<T>,
-            [&](int i) {
-              return load_part<kWindow<T>>(from + begin + i, 0, min(kWindow<T>, n - i), i + kWindow<T> <= n);
-            },
-            [&](int i, const auto& window) { window.store(to + i); });  // buffers are whole windows
+        const auto load = [&](int i) {
+          return load_part<kWindow<T>>(from + begin + i, 0, min(kWindow<T>, n - i), i + kWindow<T> <= n);
+        };
+        move(thread * kWindow<T>, n, threads * kWindow<T>, load,
+             [&](int i, const auto& window) { window.store(to + i); });  // buffers are whole windows
       } else {
-        move(thread, box.packs(), threads,
-             box.by_place(is_small, [&](int r, int c, int lane,
-                                        int) { return P::load_streaming(from + place(begin, r, c, lane)); }),
-             [&](int i, const P& pack) { pack.store(to + i * kPack * spread); });
+        const auto load = box.by_place(
+            is_small, [&](int r, int c, int lane, int) { return P::load_streaming(from + place(begin, r, c, lane)); });
+        move(thread, n, threads, load, [&](int i, const P& pack) { pack.store(to + i * kPack * spread); });
       }
     };
     const auto put = [&](const acc_t(&values)[kPack], int64_t at, int i) {
