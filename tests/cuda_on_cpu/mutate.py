@@ -77,6 +77,8 @@ MUTATIONS = (
     Mutation("window_plan.h", "in.aligned && p.lanes", "p.lanes", "misaligned and local_response", by="asan"),
     Mutation("window_plan.h", "const int windows = in.backward ? 2 : 1;", "const int windows = 1;", "local_response"),
     Mutation(_LRN, "inverse[j] = r * r;", "inverse[j] = r;", "local_response"),
+    Mutation(_LRN, "if (first + j * step < n) held", "held", "local_response", by="asan"),
+    Mutation(_LRN, "kStaged ? 1 : sizeof(acc_t) / sizeof(T)", "1", "local_response_norm-intra", by="trace"),
     Mutation(_LRN, "reinterpret_cast<uintptr_t>(p) % kAccess == 0", "true",
              "local_response", by="trace"),
     # ---- what kernels share
