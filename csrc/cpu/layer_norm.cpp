@@ -155,7 +155,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) s1[u * kRows + r] = s1[u * kRows + r] + P::load(x + r * N + i, count);
   });
-  const int64_t ahead = kRows * N;  // the next group
+  const int64_t ahead = kRows > 1 ? kRows * N : n;  // the next rows, or what follows of a long one
   acc_t m[kRows];
   for (int r = 0; r < kRows; ++r) m[r] = static_cast<acc_t>(total(s1, r) * reciprocal);
   P shift[kRows];
@@ -164,7 +164,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
   for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kRows > 1 && std::is_same_v<decltype(count), Full>) prefetch(x + r * N + i + ahead);
+      if constexpr (std::is_same_v<decltype(count), Full>) prefetch(x + r * N + i + ahead);
       const P d = (P::load(x + r * N + i, count) - shift[r]).keep(count);
       s1[u * kRows + r] = s1[u * kRows + r] + d;
       s2[u * kRows + r] = fmadd(d, d, s2[u * kRows + r]);
