@@ -5,7 +5,7 @@
 #   make bench    benchmarks against torch.nn
 #   make fuzz     drawn calls of every op against float64: make fuzz ARGS="100000 --seed 1"
 #   make accuracy largest errors of every op and type on hard inputs, beside torch's
-#   make slow     the tests of tensors beyond 2^31 elements: 16 GB of memory, half an hour
+#   make slow     the tests of tensors beyond 2^31 elements: 16 GB of memory, five minutes
 #   make sanitize all kernels but the CUDA ones under AddressSanitizer and UndefinedBehaviorSanitizer: half an hour
 #   make sanitize-quick  a choice of that, which CI runs: three minutes
 #   make package  a source distribution and a wheel, which is tried in an empty environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -395,11 +396,11 @@ def test_freed_memory_is_kept() -> None:
     def faults(how: str) -> int:
         examples = Path(__file__).parent.parent / "examples"
         command = [sys.executable, "-c", COUNT_FAULTS, how]
-        done = subprocess.run(command, cwd=examples, capture_output=True, text=True, check=False)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        done = subprocess.run(command, cwd=examples, env=environment, capture_output=True, text=True, check=False)
         if "not glibc's" in done.stderr:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
-    assert faults("keep") < 200
-    assert faults("default") > 2000  # 128 MiB in pages of 4 KiB are 32 thousand
+    assert 10 * faults("keep") < faults("default")  # of 128 MiB: 32 thousand pages, or 64 huge ones

@@ -275,6 +275,7 @@ struct Parts {
 
   int64_t size() const { return full.size() + (view.rest > 0); }
   bool is_rest(int64_t part) const { return part == full.size(); }
+  int64_t mask_bytes() const { return MaskRows{view.rows, view.width}.bytes_per_row(); }
   int64_t rows(int64_t part) const { return is_rest(part) ? 1 : full.end(part) - full.begin(part); }
   int64_t width(int64_t part) const { return is_rest(part) ? view.rest : view.width; }
 
@@ -314,7 +315,7 @@ struct ColumnsForward {
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
   const Parts parts{long_rows(column_view(a.shape), a.mask)};
-  const int64_t width = parts.view.width, mask_bytes = (width + 7) / 8;
+  const int64_t width = parts.view.width;
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
   void statistics(double* variance) const {
@@ -372,8 +373,8 @@ struct ColumnsForward {
       visit(a.activation, [&](auto act) {
         parts.for_rows(part, [&](int64_t row, int64_t columns) {
           const int64_t i = row * width;
-          normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask_bytes),
-                                              columns, affine, stream);
+          normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i,
+                                              offset_by(a.mask, row * parts.mask_bytes()), columns, affine, stream);
         });
       });
       if (stream) stream_fence();
@@ -394,9 +395,9 @@ struct ColumnsBackward {
   const Parts parts{column_view(a.shape)}, long_parts{long_rows(parts.view, a.mask)};
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
-  RunGradient<T> gradient(int64_t row, int64_t width) const {
-    const int64_t i = row * width;
-    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * ((width + 7) / 8))};
+  RunGradient<T> gradient(const Parts& of, int64_t row) const {
+    const int64_t i = row * of.view.width;
+    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * of.mask_bytes())};
   }
 
   void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
@@ -410,7 +411,7 @@ struct ColumnsBackward {
       visit(a.activation, [&](auto act) {
         parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
           for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-            add_tile_sums<decltype(act)::value, decltype(tile)::value>([&](int64_t r) { return gradient(r, width); },
+            add_tile_sums<decltype(act)::value, decltype(tile)::value>([&](int64_t r) { return gradient(parts, r); },
                                                                        row, row + rows, j, count, affine, standardize,
                                                                        s + j, sx + j);
           });
@@ -458,7 +459,7 @@ struct ColumnsBackward {
       visit(a.activation, [&](auto act) {
         long_parts.for_rows(part, [&](int64_t row, int64_t columns) {
           const int64_t i = row * width;
-          input_gradient_run<decltype(act)::value>(gradient(row, width), offset_by(dx, i), offset_by(dresidual, i),
+          input_gradient_run<decltype(act)::value>(gradient(long_parts, row), offset_by(dx, i), offset_by(dresidual, i),
                                                    columns, affine, coefficient, stream);
         });
       });

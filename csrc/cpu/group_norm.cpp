@@ -125,7 +125,7 @@ struct Parts {
   int64_t width(int64_t part) const { return part == full ? sample.rest : sample.width; }
 
   // From row to row.
-  Strides strides() const { return {sample.width, (sample.width + 7) / 8}; }
+  Strides strides() const { return {sample.width, MaskRows{sample.rows, sample.width}.bytes_per_row()}; }
   // Where a row of a sample has its bits of the mask.
   int64_t mask_byte(int64_t n, int64_t row) const { return n * mask_bytes_per_sample + row * strides().mask_bytes; }
 };
