@@ -375,8 +375,8 @@ def test_unknown_norm_is_named() -> None:
 
 # Memory
 
-# How much more malloc has from the system (glibc's mallinfo2 in malloc.h: the heaps, and blocks that are mapped) after the
-# first tensors, 128 MiB, were freed. Later ones may find holes in the heap that no setting gives back.
+# How much more malloc has from the system (glibc's mallinfo2 in malloc.h: the heaps, and blocks that are mapped) after
+# the first tensors, 128 MiB, were freed. Later ones may find holes in the heap that no setting gives back.
 COUNT_KEPT = """
 import ctypes, sys
 import torch
