@@ -50,6 +50,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cache_mib": harness.clock(harness.SESSION.device).cache_bytes / 2**20,
         "huge_pages": huge_pages(),
+        "keeps_freed_memory": harness.SESSION.device == "cpu" and harness.keeps_freed_memory(),
         "system": platform.system(),
         "machine": platform.machine(),
         "python": platform.python_version(),

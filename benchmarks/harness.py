@@ -8,6 +8,7 @@ from typing import Any
 
 import memory
 import torch
+from ladder.allocator import keep_freed_memory
 from timing import CpuClock, CudaClock, Prepare, Times, by_turns, clock_of
 from torch import Tensor, nn
 from workloads import Workload
@@ -39,8 +40,20 @@ class Session:
 SESSION = Session()
 
 
+@functools.cache
+def keeps_freed_memory() -> bool:
+    """Whether the allocator keeps what is freed, from the first question on.
+
+    Left to itself it returns memory to the system when enough of it lies together: whichever library frees the last piece
+    pays for all, ten milliseconds at times, and the next that allocates pays to have it back.
+    """
+    return keep_freed_memory()
+
+
 @functools.lru_cache(maxsize=1)
 def clock(device: str) -> CpuClock | CudaClock:
+    if device == "cpu":
+        keeps_freed_memory()
     return clock_of(device)
 
 

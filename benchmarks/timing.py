@@ -21,7 +21,7 @@ REPEATS = 50  # calls of tiny tensors, microseconds each, that are timed as one
 
 
 class CpuClock:
-    """Wall-clock time. Memory for outputs comes as a user gets it: from the system's allocator, fresh where large."""
+    """Wall-clock time."""
 
     @property
     def cache_bytes(self) -> int:

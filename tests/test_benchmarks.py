@@ -66,6 +66,7 @@ def test_results_name_the_machine_but_not_the_host(results: Path) -> None:
     machine = json.loads(text)["machine_info"]
     assert machine["fastnorm"]["torch"] == torch.__version__
     assert machine["threads"] >= 1 and machine["device"]
+    assert machine["keeps_freed_memory"] == (platform.libc_ver()[0] == "glibc")
     assert str(ROOT) not in text
     assert "node" not in machine and f'"{platform.node()}"' not in text
 
