@@ -44,8 +44,8 @@ SESSION = Session()
 def keeps_freed_memory() -> bool:
     """Whether the allocator keeps what is freed, from the first question on.
 
-    Left to itself it returns memory to the system when enough of it lies together: whichever library frees the last piece
-    pays for all, ten milliseconds at times, and the next that allocates pays to have it back.
+    Left to itself it returns memory to the system when enough of it lies together: whichever library frees the last
+    piece pays for all, ten milliseconds at times, and the next that allocates pays to have it back.
     """
     return keep_freed_memory()
 
