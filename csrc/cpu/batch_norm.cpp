@@ -7,6 +7,8 @@
 //          partial moments of every column, merged in a fixed order; the second sweep takes the tasks' parts from the
 //          last to the first.
 //
+// Backward with constant statistics, whose dx needs no sums, takes both of its sweeps as one, block by block.
+//
 // Sums are float32 within a chunk or block and float64 beyond, in an order fixed by the shape alone.
 #include "../batch_norm.h"
 
@@ -187,6 +189,8 @@ bool wants_sums(const BatchNormBackward& a) {
   return a.dweight || a.dbias || a.sums || (a.training && a.dx && a.given_sums == nullptr);
 }
 bool wants_elements(const BatchNormBackward& a) { return a.dx || a.dresidual; }
+// Each block's sums and elements in one go.
+bool in_one_sweep(const BatchNormBackward& a) { return !a.training && wants_sums(a) && wants_elements(a); }
 
 template <typename T>
 struct PlanesBackward {
@@ -233,15 +237,24 @@ struct PlanesBackward {
   void run() const {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
     const Bundles bundles(a.shape, 2 * sizeof(T));  // x and dy
+    const bool one_sweep = in_one_sweep(a);
+    const auto sums_and_elements = [&](int64_t c, int64_t chunk) {
+      const Sums of_chunk = sums(c, chunk);
+      if (one_sweep) elements(c, chunk, Sums{});
+      return of_chunk;
+    };
     if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Sums> partial(C * per_channel), total(C);
       for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
       if (wants_sums(a)) {
-        parallel_for(C * per_channel, numel, [&](int64_t i) { partial[i] = sums(i / per_channel, i % per_channel); });
+        parallel_for(C * per_channel, numel, [&](int64_t i) {
+          partial[i] = sums_and_elements(i / per_channel, i % per_channel);
+          if (stream) stream_fence();
+        });
         for (int64_t i = 0; i < C * per_channel; ++i) total[i / per_channel] += partial[i];
         for (int64_t c = 0; c < C; ++c) keep_sums(a, c, total[c]);
       }
-      if (wants_elements(a)) {
+      if (wants_elements(a) && !one_sweep) {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
           elements(i / per_channel, i % per_channel, total[i / per_channel]);
           if (stream) stream_fence();
@@ -255,12 +268,12 @@ struct PlanesBackward {
       for (int64_t c = begin; c < end; ++c) total[c - begin] = given_sums(a, c);
       if (wants_sums(a)) {
         for (int64_t k = 0; k < per_channel; ++k)
-          for (int64_t c = begin; c < end; ++c) total[c - begin] += sums(c, k);
+          for (int64_t c = begin; c < end; ++c) total[c - begin] += sums_and_elements(c, k);
         for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
       }
-      if (!wants_elements(a)) return;
-      for (int64_t k = 0; k < per_channel; ++k)
-        for (int64_t c = begin; c < end; ++c) elements(c, k, total[c - begin]);
+      if (wants_elements(a) && !one_sweep)
+        for (int64_t k = 0; k < per_channel; ++k)
+          for (int64_t c = begin; c < end; ++c) elements(c, k, total[c - begin]);
       if (stream) stream_fence();
     });
   }
@@ -391,6 +404,7 @@ struct ColumnsBackward {
   const T* residual = static_cast<const T*>(a.residual);
   T* dx = static_cast<T*>(a.dx);
   T* dresidual = static_cast<T*>(a.dresidual);
+  const bool one_sweep = in_one_sweep(a);
   // Sums go down tiles of columns, whose many rows are best near each other; elements go along the rows.
   const Parts parts{column_view(a.shape)}, long_parts{long_rows(parts.view, a.mask)};
   const bool stream = stream_output(a.shape.numel(), a.dtype);
@@ -400,8 +414,18 @@ struct ColumnsBackward {
     return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * of.mask_bytes())};
   }
 
+  // n elements from the first one of a row, long or not.
+  template <Activation kAct>
+  void elements(const Parts& of, int64_t row, int64_t n, const Affine<PerColumn<T>>& affine,
+                const InputGradient<PerColumn<T>>& coefficient) const {
+    const int64_t i = row * of.view.width;
+    input_gradient_run<kAct>(gradient(of, row), offset_by(dx, i), offset_by(dresidual, i), n, affine, coefficient,
+                             stream);
+  }
+
+  // Writes the elements, too, if in one sweep.
   void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
-                    Sums* total) const {
+                    const InputGradient<PerColumn<T>>& coefficient, Sums* total) const {
     const int64_t width = parts.view.width;
     const ScratchArray<double> dz(parts.size() * width), dz_xhat(parts.size() * width);
     parallel_for(parts.size(), a.shape.numel(), [&](int64_t part) {
@@ -415,8 +439,12 @@ struct ColumnsBackward {
                                                                        row, row + rows, j, count, affine, standardize,
                                                                        s + j, sx + j);
           });
+          const int64_t fold = long_parts.view.width / width;
+          for (int64_t r = row; one_sweep && r < row + rows; r += fold)
+            elements<decltype(act)::value>(parts, r, std::min(fold, row + rows - r) * columns, affine, coefficient);
         });
       });
+      if (stream) stream_fence();
     });
     parallel_for(a.shape.C, parts.size() * width, [&](int64_t c) {
       parts.for_columns(c, [&](int64_t j) {
@@ -444,8 +472,9 @@ struct ColumnsBackward {
     const Affine<PerColumn<T>> affine{mean, scale, shift};
     const ScratchArray<Sums> total(C);
     for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
-    if (wants_sums(a)) channel_sums(affine, Standardize<PerColumn<T>>{mean, rstd, rest}, total.data());
-    if (!wants_elements(a)) return;
+    const InputGradient<PerColumn<T>> coefficient{slope, offset, !a.training};
+    if (wants_sums(a)) channel_sums(affine, Standardize<PerColumn<T>>{mean, rstd, rest}, coefficient, total.data());
+    if (!wants_elements(a) || one_sweep) return;
 
     for (int64_t c = 0; c < C; ++c) {
       const SliceGradient<acc_t> g(count_of(a), a.mean[c], a.rstd[c], total[c].dz, total[c].dz_xhat);
@@ -454,13 +483,10 @@ struct ColumnsBackward {
         offset[j] = g.offset;
       });
     }
-    const InputGradient<PerColumn<T>> coefficient{slope, offset, !a.training};
     parallel_for_reversed(long_parts.size(), a.shape.numel(), [&](int64_t part) {
       visit(a.activation, [&](auto act) {
         long_parts.for_rows(part, [&](int64_t row, int64_t columns) {
-          const int64_t i = row * width;
-          input_gradient_run<decltype(act)::value>(gradient(long_parts, row), offset_by(dx, i), offset_by(dresidual, i),
-                                                   columns, affine, coefficient, stream);
+          elements<decltype(act)::value>(long_parts, row, columns, affine, coefficient);
         });
       });
       if (stream) stream_fence();
