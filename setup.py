@@ -126,18 +126,13 @@ if CUDA_HOME:
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
 
 
-def slowest_first(names):
-    """Files in an order in which no processor waits long for the last: those with the headers of torch's autograd and
-    pybind11, then the largest."""
-    return sorted(names, key=lambda f: ("<torch/csrc" in Path(f).read_text(), os.path.getsize(f)), reverse=True)
-
-
 class build_ext(cpp_extension.BuildExtension):
     def build_extension(self, ext):
         for name, flags in INSTRUCTION_SETS.items():
             macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None)]
             objects = self.compiler.compile(
-                slowest_first(glob("csrc/cpu/*.cpp")),
+                # The largest take longest: if they are first, no processor waits for the last one.
+                sorted(glob("csrc/cpu/*.cpp"), key=os.path.getsize, reverse=True),
                 output_dir=str(Path(self.build_temp) / name.lower()),
                 macros=macros,
                 include_dirs=ext.include_dirs,
@@ -177,7 +172,7 @@ setup(
     ext_modules=[
         (cpp_extension.CUDAExtension if CUDA_HOME else cpp_extension.CppExtension)(
             "fastnorm._C",
-            slowest_first(glob("csrc/*.cpp")),
+            sorted(glob("csrc/*.cpp")),
             define_macros=CUDA_MACROS,
             extra_compile_args={"cxx": CXX_FLAGS + EXTRA_FLAGS},
             extra_link_args=["-fopenmp", *EXTRA_FLAGS],
