@@ -76,7 +76,8 @@ def configure(tmp_path: Path, release: str, by_script: bool = False, **environme
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(NVCC.format(release=release, top=home / "bin/.."))
         path.chmod(0o755)
-    clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")}
+    named = ("CUDA_HOME", "CUDA_PATH", "FASTNORM_CUDA", "TORCH_CUDA_ARCH_LIST")
+    clean = {k: v for k, v in os.environ.items() if k not in named}
     found = {"PATH": f"{scripts}:{os.environ['PATH']}"} if by_script else {"CUDA_HOME": str(home)}
     command = [sys.executable, "setup.py", "--name"]
     done = subprocess.run(command, cwd=ROOT, env={**clean, **found, **environment}, capture_output=True, text=True)
