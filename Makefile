@@ -108,7 +108,7 @@ $(CUDA_VENV)/.ready: Makefile
 
 # The objects of kernels are made anew: it is their compiler's words that are checked. Left out are the tests that repeat
 # others, or that have nothing to do with the build.
-CUDA_UNTESTED := benchmarks gpu_check explain isa ladder ladder_data ladder_parts cuda_on_cpu cuda_emulator cuda_traffic adding_an_op packaging
+CUDA_UNTESTED := benchmarks readme gpu_check explain isa ladder ladder_data ladder_parts cuda_on_cpu cuda_emulator cuda_traffic adding_an_op packaging
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: needs a CUDA toolkit, but there is no nvcc"; exit 1; }
 	$(MAKE) $(CUDA_VENV)/.ready
