@@ -22,8 +22,7 @@ static MaskRows mask_rows(const Tensor& input, const Shape& shape) {
 }
 
 static Tensor new_mask(const Tensor& input, const Shape& shape) {
-  return empty({mask_rows(input, shape).bytes()},
-               input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  return new_empty({mask_rows(input, shape).bytes()}, at::kByte, input.device());
 }
 
 static void check_channels(const char* op, const Tensor& input) {
@@ -81,8 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
 
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);
-  const auto per_channel = input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
-  const Tensor statistics = empty({corrects ? 4 : 2, shape.C}, per_channel);
+  const Tensor statistics = new_empty({corrects ? 4 : 2, shape.C}, at::kDouble, input.device());
   Tensor mask;
   if (input.numel() == 0) {
     // As torch does: a batch that is counted but teaches nothing.
@@ -202,8 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
                      activation, corrected);
   const auto [dx, dresidual] = o.make_elements(grad_output, wanted[0], wanted[3]);
   Tensor dweight, dbias;
-  if (wanted[1] && is_given(weight)) dweight = input.numel() ? empty_like(*o.weight) : zeros_like(*o.weight);
-  if (wanted[2] && is_given(bias)) dbias = input.numel() ? empty_like(*o.bias) : zeros_like(*o.bias);
+  if (wanted[1] && is_given(weight)) dweight = input.numel() ? new_empty_like(*o.weight) : new_zeros_like(*o.weight);
+  if (wanted[2] && is_given(bias)) dbias = input.numel() ? new_empty_like(*o.bias) : new_zeros_like(*o.bias);
   if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
   o.args.training = training;
   o.args.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
@@ -218,9 +216,8 @@ Tensor batch_norm_statistics(const Tensor& input) {
   check_supported(kOp, input);
   check_channels(kOp, input);
   const Shape shape = shape_of(input);
-  const auto per_channel = input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous);
-  if (input.numel() == 0) return zeros({2, shape.C}, per_channel);
-  const Tensor x = in_layout(input, shape.layout), statistics = empty({3, shape.C}, per_channel);
+  if (input.numel() == 0) return new_zeros({2, shape.C}, at::kDouble, input.device());
+  const Tensor x = in_layout(input, shape.layout), statistics = new_empty({3, shape.C}, at::kDouble, input.device());
   BatchNormForward args{};
   args.shape = shape;
   args.dtype = args.param_dtype = args.stats_dtype = dtype_of(x);
@@ -274,7 +271,7 @@ Tensor batch_norm_backward_reduce(const Tensor& grad_output, const Tensor& input
                                   const OptionalTensor& mask, const Tensor& statistics,
                                   std::optional<std::string_view> activation) {
   BackwardOperands o(kOp, grad_output, input, weight, bias, residual, mask, statistics, activation, false);
-  const Tensor sums = zeros({2, input.size(1)}, statistics.options());
+  const Tensor sums = new_zeros({2, input.size(1)}, at::kDouble, input.device());
   if (input.numel() == 0) return sums;
   o.args.training = true;
   o.args.sums = sums.mutable_data_ptr<double>();

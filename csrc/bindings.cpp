@@ -51,6 +51,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("group_norm_forward", wrap_pybind_function_no_gil(fastnorm::group_norm_forward));
   m.def("group_norm_backward", wrap_pybind_function_no_gil(fastnorm::group_norm_backward));
   m.def("instance_norm_forward", wrap_pybind_function_no_gil(fastnorm::instance_norm_forward));
+  m.def("instance_norm_backward", wrap_pybind_function_no_gil(fastnorm::instance_norm_backward));
 
   m.def("plan_slices", fastnorm::plan_slices);
   m.def("plan_rows", fastnorm::plan_rows);

@@ -5,7 +5,6 @@
 
 #ifdef FASTNORM_WITH_CUDA
 #include <ATen/cuda/CUDAGeneratorImpl.h>
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -15,6 +14,7 @@
 #include <atomic>
 
 #include "dropout.h"
+#include "tensors.h"
 #endif
 
 namespace fastnorm {
@@ -99,14 +99,13 @@ at::Tensor cuda_dropout_state(const std::optional<at::Generator>& generator, con
     philox = gen->philox_cuda_state(/*increment=*/4);  // the least that torch counts by
   }
   if (philox.captured_) {
-    const at::Tensor state =
-        at::empty({2}, input.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous));
+    const at::Tensor state = new_empty({2}, at::kLong, input.device());
     cuda::dropout_state(
         {philox.seed_.ptr, philox.offset_.ptr, philox.offset_intragraph_, state.mutable_data_ptr<int64_t>()},
         there.queue(0));
     return state;
   }
-  const at::Tensor state = at::empty({2}, at::TensorOptions().dtype(at::kLong));
+  const at::Tensor state = new_empty({2}, at::kLong, at::kCPU);
   int64_t* p = state.mutable_data_ptr<int64_t>();
   p[0] = static_cast<int64_t>(dropout_seed(philox.seed_.val, philox.offset_.val));
   p[1] = 0;

@@ -21,7 +21,7 @@ Tensor dropout_state(const std::optional<at::Generator>& generator, const Tensor
   }
 #endif
   auto* gen = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
-  const Tensor state = empty({2}, at::TensorOptions().dtype(at::kLong));
+  const Tensor state = new_empty({2}, at::kLong, at::kCPU);
   int64_t* p = state.mutable_data_ptr<int64_t>();
   const std::lock_guard<std::mutex> lock(gen->mutex_);
   p[0] = static_cast<int64_t>(gen->random64());

@@ -49,17 +49,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
   const Shape shape = shape_of(input);
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);
-  const auto contiguous = input.options().memory_format(at::MemoryFormat::Contiguous);
-  const Tensor statistics = empty({2, shape.N, num_groups}, contiguous.dtype(at::kDouble));
+  const Tensor statistics = new_empty({2, shape.N, num_groups}, at::kDouble, input.device());
   Tensor mask, variance;
   if (input.numel() == 0) {
     statistics.zero_();
     return {y, statistics, mask, variance};
   }
-  if (want_variance) variance = empty({shape.N, num_groups}, statistics.options());
+  if (want_variance) variance = new_empty({shape.N, num_groups}, at::kDouble, input.device());
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
     const MaskRows rows = mask_rows(input, shape);
-    mask = empty({rows.bytes()}, contiguous.dtype(at::kByte));
+    mask = new_empty({rows.bytes()}, at::kByte, input.device());
   }
   const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
 
@@ -83,49 +82,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
   return {y, statistics, mask, variance};
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, const OptionalTensor& residual,
-                                                      int64_t num_groups, double eps,
-                                                      std::optional<std::string_view> activation, bool keep_mask) {
-  check_supported(kOp, input);
-  check_groups(input, num_groups);
-  TORCH_CHECK_VALUE(input.numel() != num_groups, kOp, ": expected more than 1 value per group, got input shape ",
-                    input.sizes(), " with num_groups=", num_groups);
-  const auto [y, statistics, mask, variance] =
-      normalize_groups(kOp, input, num_groups, weight, bias, residual, eps, activation, keep_mask, false);
-  return {y, statistics, mask};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
-    std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
-  check_supported(kOp, input);
-  const bool no_channels = input.dim() >= 2 && input.size(1) == 0 && num_groups == 0;  // instance_norm's
-  if (!no_channels) check_groups(input, num_groups);
-  check_like_input(kOp, "grad_output", grad_output, input);
-  check_per_channel(kOp, "weight", weight, input);
-  check_per_channel(kOp, "bias", bias, input);
-  check_like_input(kOp, "residual", residual, input);
-  const Activation act = activation_of(kOp, activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups_backward(
+    const char* op, const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics,
+    int64_t num_groups, std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
+  check_like_input(op, "grad_output", grad_output, input);
+  check_per_channel(op, "weight", weight, input);
+  check_per_channel(op, "bias", bias, input);
+  check_like_input(op, "residual", residual, input);
+  const Activation act = activation_of(op, activation);
   const Shape shape = shape_of(input);
   const int64_t slices = shape.N * num_groups;
   TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * slices &&
                   statistics.is_contiguous() && statistics.device() == input.device(),
-              kOp, ": statistics must be what group_norm_forward returned");
+              op, ": statistics must be what ", op, "_forward returned");
   if (is_given(mask)) {
     const MaskRows rows = mask_rows(input, shape);
     TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.bytes() && mask->is_contiguous() &&
                     mask->device() == input.device(),
-                kOp, ": mask must be what group_norm_forward returned");
+                op, ": mask must be what ", op, "_forward returned");
   }
 
   const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
   const Tensor x = in_layout(input, shape.layout), dy = in_layout(grad_output, shape.layout);
   Tensor dx, dweight, dbias, dresidual;
   if (wanted[0]) dx = empty_in_layout(x, shape.layout);
-  if (wanted[1] && is_given(w)) dweight = input.numel() ? empty_like(*w) : zeros_like(*w);
-  if (wanted[2] && is_given(b)) dbias = input.numel() ? empty_like(*b) : zeros_like(*b);
+  if (wanted[1] && is_given(w)) dweight = input.numel() ? new_empty_like(*w) : new_zeros_like(*w);
+  if (wanted[2] && is_given(b)) dbias = input.numel() ? new_empty_like(*b) : new_zeros_like(*b);
   if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, shape.layout);
   if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
 
@@ -149,6 +132,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   args.dbias = dbias.defined() ? dbias.mutable_data_ptr() : nullptr;
   FASTNORM_RUN(group_norm_backward, args, input);
   return {dx, dweight, dbias, dresidual};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                                      int64_t num_groups, double eps,
+                                                      std::optional<std::string_view> activation, bool keep_mask) {
+  check_supported(kOp, input);
+  check_groups(input, num_groups);
+  TORCH_CHECK_VALUE(input.numel() != num_groups, kOp, ": expected more than 1 value per group, got input shape ",
+                    input.sizes(), " with num_groups=", num_groups);
+  const auto [y, statistics, mask, variance] =
+      normalize_groups(kOp, input, num_groups, weight, bias, residual, eps, activation, keep_mask, false);
+  return {y, statistics, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
+  check_supported(kOp, input);
+  check_groups(input, num_groups);
+  return normalize_groups_backward(kOp, grad_output, input, weight, bias, residual, mask, statistics, num_groups,
+                                   activation, wanted);
 }
 
 }  // namespace fastnorm

@@ -83,11 +83,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const
   const Tensor y = empty_in_layout(x, Layout::kContiguous);
   Tensor statistics, mask;
   if (keep) {
-    const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
-    statistics = empty({kept_numbers(subtract_mean), rows.M}, options.dtype(statistics_type(input)));
+    statistics = new_empty({kept_numbers(subtract_mean), rows.M}, statistics_type(input), input.device());
     if (is_given(residual) && is_piecewise_linear(act)) {
       const MaskRows bits{rows.M, rows.N};
-      mask = empty({bits.rows, bits.bytes_per_row()}, options.dtype(at::kByte));
+      mask = new_empty({bits.rows, bits.bytes_per_row()}, at::kByte, input.device());
     }
   }
   if (input.numel() == 0) {
@@ -140,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gra
   const Tensor x = in_layout(input, Layout::kContiguous), dy = in_layout(grad_output, Layout::kContiguous);
   Tensor dx, dweight, dbias, dresidual;
   if (wanted[0]) dx = empty_in_layout(x, Layout::kContiguous);
-  if (wanted[1] && is_given(w)) dweight = input.numel() ? empty_like(*w) : zeros_like(*w);
-  if (wanted[2] && is_given(b)) dbias = input.numel() ? empty_like(*b) : zeros_like(*b);
+  if (wanted[1] && is_given(w)) dweight = input.numel() ? new_empty_like(*w) : new_zeros_like(*w);
+  if (wanted[2] && is_given(b)) dbias = input.numel() ? new_empty_like(*b) : new_zeros_like(*b);
   if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, Layout::kContiguous);
   if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
 

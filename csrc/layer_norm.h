@@ -1,13 +1,15 @@
 // The contract between layer_norm.cpp (checks, allocation) and the kernels (cpu/layer_norm.cpp), for layer_norm and
 // rms_norm: the second is the first without the mean.
 //
-//   xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps),  mean and var (biased) of each row   (Ba, Kiros & Hinton
-//   2016) xhat = x * rstd,           rstd = 1 / sqrt(mean(x^2) + eps)                                 (Zhang & Sennrich
-//   2019) z    = xhat * weight + bias (+ residual),   y = activation(z)
+// LayerNorm (Ba, Kiros & Hinton 2016), of each row, with its biased variance:
+//   xhat = (x - mean) * rstd,   rstd = 1 / sqrt(var + eps)
+// RMSNorm (Zhang & Sennrich 2019):
+//   xhat = x * rstd,   rstd = 1 / sqrt(mean(x^2) + eps)
+// Both:
+//   z = xhat * weight + bias (+ residual),   y = activation(z)
 //
 //   dz = dy * activation'(z),   dbias = sum over rows of dz,   dweight = sum over rows of dz * xhat,   dresidual = dz
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   g = dz * weight     mean(g) only where forward subtracted the
-//   mean
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   g = dz * weight;   RMSNorm's has no mean(g)
 #pragma once
 
 #include "activation.h"

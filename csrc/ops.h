@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const
                                                       int64_t num_groups, double eps,
                                                       std::optional<std::string_view> activation, bool keep_mask);
 
-// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so. Of instance_norm too, with num_groups = C.
+// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
@@ -114,5 +114,11 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, co
                                                          const OptionalTensor& running_mean,
                                                          const OptionalTensor& running_var, double momentum, double eps,
                                                          std::optional<std::string_view> activation, bool keep_mask);
+
+// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
+std::tuple<Tensor, Tensor, Tensor, Tensor> instance_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
 }  // namespace fastnorm

@@ -38,7 +38,7 @@ static bool has_permuted_rows(const Tensor& weight, int64_t dim) { return dim ==
 
 // A row's elements from the logical order to that of the weight in memory, and back.
 static Tensor to_memory_order(const Tensor& v, const Tensor& weight) {
-  const Tensor row = empty_strided(weight.sizes().slice(1), weight.strides().slice(1), v.options());
+  const Tensor row = new_empty_strided(weight.sizes().slice(1), weight.strides().slice(1), v.scalar_type(), v.device());
   row.copy_(v.view(row.sizes()));
   return row.as_strided({v.numel()}, {1});
 }
@@ -56,12 +56,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& w
   check_vector("v", v, w, weight_.scalar_type(), weight_);
   TORCH_CHECK_VALUE(iterations >= 0, kOp, ": n_power_iterations must not be negative, got ", iterations);
 
-  const auto kept = weight_.options().dtype(arithmetic_type(weight_));
-  const Tensor kept_u = empty({h}, kept), kept_v = empty({w}, kept);
-  const Tensor sigma = empty({1}, weight_.options().dtype(at::kDouble));
+  const auto arithmetic = arithmetic_type(weight_);
+  const Tensor kept_u = new_empty({h}, arithmetic, weight_.device()),
+               kept_v = new_empty({w}, arithmetic, weight_.device());
+  const Tensor sigma = new_empty({1}, at::kDouble, weight_.device());
   const Tensor weight = dense(weight_);
   const bool permuted = has_permuted_rows(weight, dim);
-  const Tensor y = empty_like(weight);
+  const Tensor y = new_empty_like(weight);
   if (weight.numel() == 0) return {y, kept_u.copy_(u), kept_v.copy_(v), sigma.fill_(1)};
   const Tensor matrix = dim == 0 ? weight : weight.movedim(dim, 0).contiguous();
   const Tensor v_row = permuted ? to_memory_order(v, weight) : v;
@@ -106,9 +107,9 @@ Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight_, 
   const Tensor as_given = dense(weight_);
   const bool permuted = has_permuted_rows(as_given, dim);
   const Tensor weight = permuted ? as_given : as_given.contiguous();
-  const Tensor dweight = empty_like(weight);
+  const Tensor dweight = new_empty_like(weight);
   if (weight.numel() == 0) return dweight;
-  const Tensor dy = grad_output.strides() == weight.strides() ? grad_output : empty_like(weight).copy_(grad_output);
+  const Tensor dy = grad_output.strides() == weight.strides() ? grad_output : new_empty_like(weight).copy_(grad_output);
   const Tensor v_row = permuted ? to_memory_order(v, weight) : v;
 
   SpectralNormBackward args{};

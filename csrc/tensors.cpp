@@ -1,10 +1,9 @@
 #include "tensors.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
+// Not ATen/ops/empty.h and its like, which take longer to compile than an op.
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty_ops.h>
+#include <ATen/ops/empty_strided_ops.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -70,10 +69,29 @@ static void advise_huge_pages(void* p, size_t bytes) {
 #endif
 }
 
+// On the CPU past the dispatcher, which takes longer than the memory of a small tensor.
+Tensor new_empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
+  if (device.is_cpu()) return Tensor(at::detail::empty_cpu(sizes, type));
+  return at::_ops::empty_memory_format::call(c10::fromIntArrayRefSlow(sizes), type, at::kStrided, device,
+                                             /*pin_memory=*/false, at::MemoryFormat::Contiguous);
+}
+Tensor new_empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type, at::Device device) {
+  if (device.is_cpu()) return Tensor(at::detail::empty_strided_cpu(sizes, strides, type));
+  return at::_ops::empty_strided::call(c10::fromIntArrayRefSlow(sizes), c10::fromIntArrayRefSlow(strides), type,
+                                       at::kStrided, device, /*pin_memory=*/false);
+}
+Tensor new_empty_like(const Tensor& t) {
+  return new_empty_strided(t.sizes(), t.strides(), t.scalar_type(), t.device());
+}
+Tensor new_zeros(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
+  return new_empty(sizes, type, device).zero_();
+}
+Tensor new_zeros_like(const Tensor& t) { return new_empty_like(t).zero_(); }
+
 Tensor empty_in_layout(const Tensor& x, Layout layout) {
   Tensor y = layout == Layout::kContiguous
-                 ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous))
-                 : at::empty_strided(x.sizes(), strides_in(x, layout), x.options());
+                 ? new_empty(x.sizes(), x.scalar_type(), x.device())
+                 : new_empty_strided(x.sizes(), strides_in(x, layout), x.scalar_type(), x.device());
   constexpr size_t kWorthHugePages = 8 << 20;
   if (y.is_cpu() && y.nbytes() >= kWorthHugePages) advise_huge_pages(y.mutable_data_ptr(), y.nbytes());
   return y;
@@ -85,14 +103,6 @@ Tensor in_layout(const Tensor& t, Layout layout) {
   copy.copy_(t);
   return copy;
 }
-
-Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
-Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
-  return at::empty_strided(sizes, strides, options);
-}
-Tensor empty_like(const Tensor& t) { return at::empty_like(t); }
-Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::zeros(sizes, options); }
-Tensor zeros_like(const Tensor& t) { return at::zeros_like(t); }
 
 Activation activation_of(const char* op, std::optional<std::string_view> name) {
   if (!name) return Activation::kNone;

@@ -34,12 +34,12 @@ bool is_dense(const Tensor& t);
 // first write: faulting in 4 KiB pages one by one takes longer than a kernel's own work.
 Tensor empty_in_layout(const Tensor& x, Layout layout);
 
-// As at:: has them: ATen/ops has headers that take as long to compile as an op.
-Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
-Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options);
-Tensor empty_like(const Tensor& t);
-Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
-Tensor zeros_like(const Tensor& t);
+// New tensors, row-major where no strides are given; one like t has t's strides, and t must be dense.
+Tensor new_empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device);
+Tensor new_empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type, at::Device device);
+Tensor new_empty_like(const Tensor& t);
+Tensor new_zeros(at::IntArrayRef sizes, at::ScalarType type, at::Device device);
+Tensor new_zeros_like(const Tensor& t);
 
 // The activation of this name, none for no name; ValueError for an unknown one.
 Activation activation_of(const char* op, std::optional<std::string_view> name);

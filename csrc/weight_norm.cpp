@@ -6,9 +6,6 @@
 #include "weight_norm.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "checks.h"
@@ -59,8 +56,8 @@ static Tensor dense(const Tensor& t) { return is_dense(t) ? t : t.contiguous(); 
 // -> w, norm
 static std::tuple<Tensor, Tensor> forward(const Tensor& g_, const Tensor& v_) {
   const Tensor v = dense(v_), g = g_.contiguous();
-  const Tensor norm = at::empty({g.numel()}, v.options().dtype(at::kDouble));
-  const Tensor w = at::empty_like(v);
+  const Tensor norm = new_empty({g.numel()}, at::kDouble, v.device());
+  const Tensor w = new_empty_like(v);
   if (v.numel() == 0) return {w, norm.zero_()};
 
   WeightNormForward args{};
@@ -80,10 +77,10 @@ static torch::autograd::variable_list backward(const Tensor& dw_, const Tensor& 
                                                const Tensor& norm, std::array<bool, 2> wanted) {
   const Tensor v = dense(v_), g = g_.contiguous();
   Tensor dv, dg;
-  if (wanted[1]) dv = at::empty_like(v);
-  if (wanted[0]) dg = v.numel() ? at::empty_like(g) : at::zeros_like(g);
+  if (wanted[1]) dv = new_empty_like(v);
+  if (wanted[0]) dg = v.numel() ? new_empty_like(g) : new_zeros_like(g);
   if (v.numel() == 0) return {dg, dv};
-  const Tensor dw = dw_.strides() == v.strides() ? dw_ : at::empty_like(v).copy_(dw_);
+  const Tensor dw = dw_.strides() == v.strides() ? dw_ : new_empty_like(v).copy_(dw_);
 
   WeightNormBackward args{};
   args.shape = slices_of(v, g);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,9 +29,8 @@ class BatchNormFunction(NormFunction):
     """
 
     op = "batch_norm"
-    native_forward = staticmethod(lambda *args: _C.batch_norm_forward(*args))
-    native_backward = staticmethod(lambda *args: _C.batch_norm_backward(*args))
     activation_at = 6
+    backward_setting = itemgetter(3, 6)
     tracked = 3
 
     @staticmethod
@@ -51,10 +52,6 @@ class BatchNormFunction(NormFunction):
         setting: Setting,
     ) -> Tensor:
         return _C.batch_norm_normalize(input, weight, bias, residual, statistics, setting[6], False)[0]
-
-    @staticmethod
-    def backward_setting(input: Tensor, setting: Setting) -> Setting:
-        return setting[3], setting[6]
 
     @staticmethod
     def composite(

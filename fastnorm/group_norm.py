@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C, compile
+from fastnorm import compile
 from fastnorm.activation import check_activation
 from fastnorm.norm import NormFunction, Setting, norm_op, register_ops, scale_and_shift
 from fastnorm.norm_module import ChannelNormModule
@@ -19,14 +21,8 @@ class GroupNormFunction(NormFunction):
     """
 
     op = "group_norm"
-    native_forward = staticmethod(lambda *args: _C.group_norm_forward(*args))
-    native_backward = staticmethod(lambda *args: _C.group_norm_backward(*args))
     activation_at = 2
-
-    @staticmethod
-    def backward_setting(input: Tensor, setting: Setting) -> Setting:
-        num_groups, _, activation = setting
-        return num_groups, activation
+    backward_setting = itemgetter(0, 2)
 
     @staticmethod
     def composite(

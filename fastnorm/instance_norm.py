@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C
 from fastnorm.activation import check_activation
 from fastnorm.batch_norm import batch_norm
 from fastnorm.group_norm import GroupNormFunction, normalize_groups
@@ -24,14 +24,9 @@ class InstanceNormFunction(NormFunction):
     """
 
     op = "instance_norm"
-    native_forward = staticmethod(lambda *args: _C.instance_norm_forward(*args))
-    native_backward = staticmethod(lambda *args: _C.group_norm_backward(*args))
     activation_at = 4
+    backward_setting = itemgetter(slice(4, 5))
     tracked = 2
-
-    @staticmethod
-    def backward_setting(input: Tensor, setting: Setting) -> Setting:
-        return input.size(1), setting[4]
 
     @staticmethod
     def composite(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import _C, compile
+from fastnorm import compile
 from fastnorm.activation import check_activation
 from fastnorm.norm import NormFunction, Setting, norm_op, register_ops
 from fastnorm.norm_module import NormModule
@@ -23,16 +24,10 @@ class LayerNormFunction(NormFunction):
     """
 
     op = "layer_norm"
-    native_forward = staticmethod(lambda *args: _C.layer_norm_forward(*args))
-    native_backward = staticmethod(lambda *args: _C.layer_norm_backward(*args))
     activation_at = 2
+    backward_setting = itemgetter(0, 2, 3)
     empty_like = staticmethod(compile.empty_contiguous)
     folds_into_channels = False
-
-    @staticmethod
-    def backward_setting(input: Tensor, setting: Setting) -> Setting:
-        normalized_shape, _, activation, subtract_mean = setting
-        return normalized_shape, activation, subtract_mean
 
     @staticmethod
     def composite(

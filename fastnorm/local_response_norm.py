@@ -168,9 +168,12 @@ def local_response_norm(
     return op(input, size, alpha, beta, k, region, convention)
 
 
+_apply = apply_of(LocalResponseNormFunction)
+
+
 def _eager_local_response_norm(input: Tensor, *setting: Any) -> Tensor:
     if input.requires_grad and torch.is_grad_enabled():
-        return apply_of(LocalResponseNormFunction)(input, setting)
+        return _apply(input, setting)
     return _C.local_response_norm_forward(input, *setting)
 
 

@@ -7,12 +7,13 @@ dispatcher, the functional, the module.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastnorm import compile, recomputation
+from fastnorm import _C, compile, recomputation
 from fastnorm.activation import add_and_activate, check_activation
 from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch
@@ -31,16 +32,19 @@ class NormFunction(torch.autograd.Function):
 
     Kept for backward: x, weight, bias, the statistics; with a residual and relu or leaky_relu one bit an element, with
     a residual and silu or gelu the residual. The activation's other masks are recomputed from x. A subclass gives the
-    attributes and the functions below; forward and backward are class methods, for they need these.
+    attributes and the functions below.
+
+    The native functions are ``<op>_forward`` and ``<op>_backward`` of _C, looked up at each call, for tests put an
+    emulator's there:
+
+        (input, weight, bias, residual, *setting, keep) -> y, statistics, mask; the last two None unless kept
+        (dy, input, weight, bias, residual, mask, statistics, *backward_setting(setting), wanted)
+            -> dx, dweight, dbias, dresidual
     """
 
     op: ClassVar[str]  # of the dispatcher
-    # The two native functions look theirs up in _C at each call, where tests put those of an emulator.
-    # (input, weight, bias, residual, *setting, keep) -> y, statistics, mask; the last two None unless kept
-    native_forward: ClassVar[Callable[..., tuple[Any, ...]]]
-    # (dy, input, weight, bias, residual, mask, statistics, *backward_setting, wanted) -> dx, dweight, dbias, dresidual
-    native_backward: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
     activation_at: ClassVar[int]  # where in the setting the activation is
+    backward_setting: ClassVar[itemgetter[Any]]  # what the native backward takes of the setting
     tracked: ClassVar[int] = 0  # how many tensors the setting begins with that training updates
     empty_like = staticmethod(compile.empty_in_layout)  # an output for an input
     folds_into_channels: ClassVar[bool] = (
@@ -58,11 +62,6 @@ class NormFunction(torch.autograd.Function):
     def is_repeatable(setting: Setting) -> bool:
         """Whether :meth:`again` covers this setting."""
         return True
-
-    @staticmethod
-    def backward_setting(input: Tensor, setting: Setting) -> Setting:
-        """What the native backward takes of the setting."""
-        raise NotImplementedError
 
     @staticmethod
     def composite(
@@ -106,23 +105,14 @@ class NormFunction(torch.autograd.Function):
         """Why there is no kernel for these; an eager call asks the native forward instead."""
         return None
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Functions that have the class's attributes at hand: to look them up takes 1 us of a small call's 20.
+        cls.forward, cls.backward = staticmethod(_forward_of(cls)), staticmethod(_backward_of(cls))  # type: ignore[method-assign]
+
     @classmethod
-    def forward(
-        cls,
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        setting: Setting,
-    ) -> Tensor:
-        y, statistics, mask = cls.native_forward(input, weight, bias, residual, *setting, True)
-        kept_residual = residual if setting[cls.activation_at] in ("silu", "gelu") else None
-        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
-        ctx.setting = setting
-        if recomputation.contexts and cls.is_repeatable(setting):
-            recomputation.note(ctx, residual)
-        return y
+    def native_forward(cls, *args: Any) -> tuple[Any, ...]:
+        return getattr(_C, f"{cls.op}_forward")(*args)
 
     @classmethod
     def again(
@@ -139,20 +129,11 @@ class NormFunction(torch.autograd.Function):
         return cls.native_forward(input, weight, bias, residual, *[None] * cls.tracked, *own, False)[0]
 
     @classmethod
-    def backward(cls, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:4]
-        if is_batch_of_gradients(dy):
-            return *cls.op_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors), None
-        if is_differentiated_again():
-            return *NormBackwardFunction.apply(cls, ctx.setting, wanted, dy, *ctx.saved_tensors), None
-        return *cls.native_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors), None
-
-    @classmethod
     def native_gradients(
-        cls, setting: Setting, wanted: Sequence[bool], dy: Tensor, input: Tensor, *saved: Tensor | None
+        cls, setting: Setting, wanted: Sequence[bool], dy: Tensor, *saved: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Of input, weight, bias and residual, by the kernel; ``saved`` as forward saves it."""
-        return cls.native_backward(dy, input, *saved, *cls.backward_setting(input, setting), wanted)
+        return getattr(_C, f"{cls.op}_backward")(dy, *saved, *cls.backward_setting(setting), wanted)
 
     @classmethod
     def op_gradients(
@@ -167,6 +148,42 @@ class NormFunction(torch.autograd.Function):
         gradients = cls.backward_op(dy, input, *parameters, mask, statistics, *setting[cls.tracked :], asked)
         dx, dweight, dbias, dresidual = (g if is_asked else None for g, is_asked in zip(gradients, asked, strict=True))
         return dx, dweight, dbias, dy if passed_on else dresidual
+
+
+def _forward_of(norm: type[NormFunction]) -> Callable[..., Tensor]:
+    native, activation_at = f"{norm.op}_forward", norm.activation_at
+
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        setting: Setting,
+    ) -> Tensor:
+        y, statistics, mask = getattr(_C, native)(input, weight, bias, residual, *setting, True)
+        kept_residual = residual if setting[activation_at] in ("silu", "gelu") else None
+        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
+        ctx.setting = setting
+        if recomputation.contexts and norm.is_repeatable(setting):
+            recomputation.note(ctx, residual)
+        return y
+
+    return forward
+
+
+def _backward_of(norm: type[NormFunction]) -> Callable[..., tuple[Tensor | None, ...]]:
+    native, backward_setting = f"{norm.op}_backward", norm.backward_setting
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:4]
+        if is_batch_of_gradients(dy):
+            return *norm.op_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors), None
+        if is_differentiated_again():
+            return *NormBackwardFunction.apply(norm, ctx.setting, wanted, dy, *ctx.saved_tensors), None
+        return *getattr(_C, native)(dy, *ctx.saved_tensors, *backward_setting(ctx.setting), wanted), None
+
+    return backward
 
 
 class NormBackwardFunction(torch.autograd.Function):
@@ -241,7 +258,7 @@ def norm_op(name: str, norm: type[NormFunction], autocast_as: tuple[str, ...] = 
         name: what warnings and errors call it.
         autocast_as: see :func:`fastnorm.op.carry`.
     """
-    apply, native_forward = apply_of(norm), norm.native_forward
+    apply, native = apply_of(norm), f"{norm.op}_forward"
     # looked up here, for Dynamo, which follows ``traced`` and ``torch_op``, looks nothing up on an autograd function
     forward_op, torch_norm, uncovered_when_traced = norm.forward_op, norm.torch_norm, norm.uncovered_when_traced
     activation_at, tracked, updates = norm.activation_at, norm.tracked, norm.updates
@@ -277,7 +294,7 @@ def norm_op(name: str, norm: type[NormFunction], autocast_as: tuple[str, ...] = 
             or (residual is not None and residual.requires_grad)
         ):
             return apply(input, weight, bias, residual, setting)
-        return native_forward(input, weight, bias, residual, *setting, False)[0]
+        return getattr(_C, native)(input, weight, bias, residual, *setting, False)[0]
 
     def traced(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -48,12 +49,13 @@ def carry(
     widened = {device: _has_autocast_rule(device, autocast_as) for device in ("cpu", "cuda")}
 
     def op(*args: Any) -> Tensor:
-        if autocast_as and (is_dynamo_compiling() or _is_any_autocast_enabled()):
+        is_traced = is_dynamo_compiling()
+        if autocast_as and (is_traced or _is_any_autocast_enabled()):
             device = args[0].device.type
             if widened.get(device) and torch.is_autocast_enabled(device):
                 args = tuple(a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
-        is_traced = is_dynamo_compiling() or (_len_torch_dispatch_stack() and traced_by_mode())
-        inside = forward_ad._current_level >= 0 or _are_functorch_transforms_active()  # is_transformed, in less time
+        is_traced = is_traced or (_len_torch_dispatch_stack() > 0 and traced_by_mode())
+        inside = forward_ad._current_level >= 0 or _are_functorch_transforms_active()
         reason: str | None
         if inside and (is_traced or transformed is None):
             reason = "no kernel for forward-mode automatic differentiation and torch.func"
@@ -79,9 +81,16 @@ def _has_autocast_rule(device: str, ops: tuple[str, ...]) -> bool:
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply for the calls that :func:`carry` gives to ``eager``.
+    """function.apply for the calls that :func:`carry` gives to ``eager``; autograd calls their backward without detour.
 
-    Left out is what torch.autograd.Function.apply does for torch.func before it calls its base class: 1.5 us of the 9
-    that a Python function around a native call costs.
+    Left out is what torch.autograd.Function.apply does for torch.func before it calls its base class, 1.5 us of the 9
+    that a Python function around a native call costs; and the method of a node that finds out which of two functions
+    its backward is, 0.6 us of 19.
     """
+
+    def bound_to_class(ctx: Any, *gradients: Tensor) -> Any:
+        return function.backward(ctx, *gradients)
+
+    is_plain = isinstance(function.backward, FunctionType)  # which is bound to the node, as the other one is
+    function._backward_cls.apply = function.backward if is_plain else bound_to_class
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import (
@@ -17,14 +17,10 @@ from torch._functorch.pyfunctorch import (
 from torch.autograd import forward_ad
 
 
-def is_transformed() -> bool:
-    """Whether this call's tensors may carry tangents, or be a transform's wrappers without data."""
-    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
-
-
 def is_differentiated_again() -> bool:
-    """Whether a backward must call functions that have derivatives themselves, and not kernels."""
-    return torch.is_grad_enabled() or is_transformed()
+    """Whether a backward must call functions that have derivatives themselves, and not kernels: its tensors may be part
+    of a graph, carry tangents, or be a transform's wrappers without data."""
+    return is_grad_enabled() or forward_ad._current_level >= 0 or _are_functorch_transforms_active()
 
 
 # Whether a gradient or tangent stands for many, as is_grads_batched= and vectorize= of torch.autograd have it. Neither

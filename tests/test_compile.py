@@ -599,6 +599,19 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
     assert not any(name.startswith("fastnorm::") for name in names)
 
 
+def test_eager_calls_take_the_short_ways_through_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of fastnorm.op.apply_of, which a new version of torch could close without a number being wrong."""
+
+    def detour(*_: object) -> None:
+        raise AssertionError("a call went the long way")
+
+    model, x = Everything(), tensor(4, 3, 8, 8)
+    monkeypatch.setattr(torch.autograd.Function, "apply", classmethod(detour))
+    monkeypatch.setattr(torch.autograd.function.BackwardCFunction, "apply", detour)
+    fn.dropout(fn.alpha_dropout(model(x))).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_tracing_without_torch_compile() -> None:
     graph = make_fx(lambda x: fn.layer_norm(x, (7,)))(tensor(4, 7))
     assert any("fastnorm.layer_norm" in str(node.target) for node in graph.graph.nodes)

@@ -300,6 +300,14 @@ def instance_norm_forward(
     return y, statistics, mask
 
 
+def instance_norm_backward(
+    grad_output, input, weight, bias, residual, mask, statistics, activation, wanted
+):  # fmt: skip
+    return group_norm_backward(
+        grad_output, input, weight, bias, residual, mask, statistics, input.shape[1], activation, wanted
+    )
+
+
 # ---- layer_norm and rms_norm
 
 
@@ -585,6 +593,7 @@ FUNCTIONS = (
     group_norm_forward,
     group_norm_backward,
     instance_norm_forward,
+    instance_norm_backward,
     layer_norm_forward,
     layer_norm_backward,
     dropout,
