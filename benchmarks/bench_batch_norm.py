@@ -27,7 +27,7 @@ WORKLOADS = [
         slice_elements=channel_elements,
         moved_beyond_cache=(3, 5),
     ),
-    *grid("BatchNorm2d eval", evaluated, FUSED_SHAPES, quick=("ResNet-50 stage 1", "tiny"), moved=(2, 2)),
+    *grid("BatchNorm2d eval", evaluated, FUSED_SHAPES, quick=("ResNet-50 stage 1", "tiny")),
     *grid(
         "BatchNorm2d + ReLU",
         lambda shape: fused("BatchNorm2d", "relu", shape[1]),

@@ -2,8 +2,8 @@
 // buffers of the arithmetic's type that stay in the first two levels of cache:
 //
 //   squares   x^2 with zeros around it, as far as the windows reach
-//   sums      of the squares over the window, one axis after the other, each as sums of the flat buffer shifted against
-//   itself y         from x and the sums, straight to memory
+//   sums      of the squares over the window, one axis after the other: the flat buffer added to itself, shifted
+//   y         from x and the sums, straight to memory
 //
 // Backward puts u = dy * x * scale^(-beta - 1) between zeros likewise and sums it over the mirrored window.
 //
@@ -58,8 +58,8 @@ struct Powers {
 // kExact to twice the precision, and taken out to first order: the second is below 2^-26. What remains is the rounding
 // of the last step, as in torch's pow.
 //
-// Scalar math: s r^2 = 1 + h,  q^2 = r (1 + d),  s^-1/2 = r (1 - h/2),  s^-3/4 = r q (1 - 3/4 h - d/2),  1 / s = r^2 (1
-// - h)
+// Scalar math: s r^2 = 1 + h,  q^2 = r (1 + d)
+//              s^-1/2 = r (1 - h/2),  s^-3/4 = r q (1 - 3/4 h - d/2),  1 / s = r^2 (1 - h)
 template <Power kPower, bool kExact, bool kInverse, typename Vec>
 Powers<Vec> refined_powers(Vec s) {
   using at::vec::fmadd;
@@ -201,8 +201,9 @@ struct Plan {
 constexpr int64_t kTile = 1 << 13;         // elements of a buffer where the tile is free to choose: 32 KiB of float32
 constexpr int64_t kLargeTile = 1 << 14;    // where its rows are short runs far from each other
 constexpr int64_t kLargestTile = 1 << 16;  // where it is not free, before a tile is cut across the window
-constexpr int64_t kStrip = 128;            // elements of a strip of positions, at least: two or three lines a row would
-                                           // be lost among lines fetched for nothing
+constexpr int64_t kWholePlanes = 1 << 12;  // elements of a window's planes that stay in the first level of cache
+constexpr int64_t kStrip = 128;            // elements of a strip of larger planes, at least: two or three lines a row
+                                           // would be lost among lines fetched for nothing
 constexpr int64_t kLine = 64;              // bytes of a strip of channels: a cache line, and a whole pack
 constexpr int64_t kTaskElements = 1 << 15;
 
@@ -217,6 +218,14 @@ int64_t rows_per_tile(const Plan& p, int64_t elements) {
   return std::clamp(elements / p.row_pitch - around, std::min(p.rows, std::max<int64_t>(4, 2 * around)), p.rows);
 }
 
+// Rows that begin at a cache line are added to each other without loads across two lines: where this makes them longer
+// by one in `least` elements at most.
+int64_t aligned_pitch(int64_t pitch, int64_t least) {
+  constexpr int64_t kElements = 16;
+  const int64_t aligned = (pitch + kElements - 1) / kElements * kElements;
+  return (aligned - pitch) * least <= pitch ? aligned : pitch;
+}
+
 Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetting& setting, int64_t element_size) {
   const int64_t N = shape.N, C = shape.C, S = shape.S;
   const bool last = shape.layout == Layout::kChannelsLast;
@@ -224,9 +233,11 @@ Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetti
   p.runs = 1;
   if (setting.region == Region::kInter && !last) {  // rows are channels
     const int64_t around = window_of(setting, C, 1).count() - 1;
+    const bool whole = S * (around + 1) <= kWholePlanes;
     p.slices = N, p.slice_stride = C * S, p.extent = S;
-    p.width = std::min(S, std::max(kStrip, kTile / (C + around) / kStrip * kStrip));
-    p.rows = C, p.row_stride = S, p.row_pitch = p.width;
+    p.width = whole ? S : std::min(S, std::max(kStrip, kTile / (C + around) / kStrip * kStrip));
+    p.rows = C, p.row_stride = S,
+    p.row_pitch = whole ? aligned_pitch(S, 32) : p.width;  // short ones are better as one run
     p.outer = window_of(setting, C, p.row_pitch);
     p.chunk = rows_per_tile(p, kLargeTile);
   } else if (setting.region == Region::kInter) {  // rows are positions
@@ -237,7 +248,7 @@ Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetti
   } else if (!last) {  // rows are those of the image
     p.inner = window_of(setting, W, 1);
     p.slices = N * C, p.slice_stride = S, p.extent = p.width = W;
-    p.rows = H, p.row_stride = W, p.row_pitch = W + p.inner.reach();
+    p.rows = H, p.row_stride = W, p.row_pitch = aligned_pitch(W + p.inner.reach(), 8);
     p.outer = window_of(setting, H, p.row_pitch);
     p.chunk = rows_per_tile(p, kLargestTile);
   } else {  // likewise, of strips of channels; a strip of all channels has whole rows contiguous
