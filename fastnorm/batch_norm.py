@@ -14,8 +14,8 @@ from fastnorm.norm import (
     NormFunction,
     Setting,
     along_channels,
+    complete_norm,
     norm_op,
-    register_ops,
     scale_and_shift,
 )
 from fastnorm.norm_module import RankedNormModule
@@ -143,7 +143,7 @@ def _renormalized(
     return scale, shift if bias is None else bias + shift
 
 
-register_ops(
+complete_norm(
     BatchNormFunction,
     "Tensor? running_mean, Tensor? running_var, Tensor? num_batches_tracked, bool training, float? momentum, "
     "float eps, str? activation, bool skip_nonfinite_stats, float[]? renorm",

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from fastnorm import _C, compile
 from fastnorm.op import apply_of, carry
@@ -39,17 +40,6 @@ class MaskFunction(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(input)
         ctx.setting = p, state, channel_dims
-
-    @classmethod
-    def backward(cls, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        derivative = cls.derivative
-        if is_batch_of_gradients(dy):
-            dx = derivative.op(dy, *ctx.setting)
-        elif is_differentiated_again():
-            dx = derivative.apply(dy, *ctx.setting, False)
-        else:
-            dx = derivative.forward(dy, *ctx.setting, False)
-        return dx, None, None, None, None
 
     @classmethod
     def jvp(cls, ctx: Any, dx: Tensor, *_: None) -> Tensor:
@@ -194,6 +184,26 @@ def _register(name: str, function: type[MaskFunction]) -> None:
 _register("dropout", DropoutFunction)
 _register("alpha_dropout", AlphaDropoutFunction)
 _register("alpha_dropout_backward", AlphaDropoutBackwardFunction)
+
+
+def _backward_of(function: type[MaskFunction]) -> Callable[..., tuple[Tensor | None, ...]]:
+    derivative = function.derivative
+    op = derivative.op  # for Dynamo, which under compiled autograd follows backward, looks nothing up there
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if is_dynamo_compiling() or is_batch_of_gradients(dy):
+            dx = op(dy, *ctx.setting)
+        elif is_differentiated_again():
+            dx = derivative.apply(dy, *ctx.setting, False)
+        else:
+            dx = derivative.forward(dy, *ctx.setting, False)
+        return dx, None, None, None, None
+
+    return backward
+
+
+for _function in (DropoutFunction, AlphaDropoutFunction, AlphaDropoutBackwardFunction):
+    _function.backward = staticmethod(_backward_of(_function))  # type: ignore[method-assign]
 
 
 def _torch_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:

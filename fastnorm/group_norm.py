@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastnorm import compile
 from fastnorm.activation import check_activation
-from fastnorm.norm import NormFunction, Setting, norm_op, register_ops, scale_and_shift
+from fastnorm.norm import NormFunction, Setting, complete_norm, norm_op, scale_and_shift
 from fastnorm.norm_module import ChannelNormModule
 
 
@@ -70,7 +70,7 @@ def normalize_groups(input: Tensor, weight: Tensor | None, bias: Tensor | None, 
     return scale_and_shift((centred * rstd).view(x.shape), weight, bias).to(input.dtype)
 
 
-register_ops(GroupNormFunction, "SymInt num_groups, float eps, str? activation")
+complete_norm(GroupNormFunction, "SymInt num_groups, float eps, str? activation")
 _group_norm = norm_op("group_norm", GroupNormFunction, autocast_as=("group_norm",))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastnorm.activation import check_activation
 from fastnorm.batch_norm import batch_norm
 from fastnorm.group_norm import GroupNormFunction, normalize_groups
-from fastnorm.norm import NormFunction, Setting, norm_op, register_ops
+from fastnorm.norm import NormFunction, Setting, complete_norm, norm_op
 from fastnorm.norm_module import RankedNormModule
 
 
@@ -46,7 +46,7 @@ class InstanceNormFunction(NormFunction):
     fake_mask = staticmethod(GroupNormFunction.fake_mask)
 
 
-register_ops(
+complete_norm(
     InstanceNormFunction, "Tensor? running_mean, Tensor? running_var, float momentum, float eps, str? activation"
 )
 _instance_norm = norm_op("instance_norm", InstanceNormFunction)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastnorm import compile
 from fastnorm.activation import check_activation
-from fastnorm.norm import NormFunction, Setting, norm_op, register_ops
+from fastnorm.norm import NormFunction, Setting, complete_norm, norm_op
 from fastnorm.norm_module import NormModule
 
 
@@ -82,7 +82,7 @@ class LayerNormFunction(NormFunction):
         return f"no kernel for a weight of type {weight.dtype} with an input of type {input.dtype}"
 
 
-register_ops(LayerNormFunction, "SymInt[] normalized_shape, float eps, str? activation, bool subtract_mean")
+complete_norm(LayerNormFunction, "SymInt[] normalized_shape, float eps, str? activation, bool subtract_mean")
 _layer_norm = norm_op("layer_norm", LayerNormFunction, autocast_as=("layer_norm",))
 
 

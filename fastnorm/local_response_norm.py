@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from fastnorm import _C, compile
 from fastnorm.double_backward import double_backward
@@ -47,7 +48,7 @@ class LocalResponseNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (input,) = ctx.saved_tensors
-        if is_batch_of_gradients(dy):
+        if is_dynamo_compiling() or is_batch_of_gradients(dy):
             return _backward_op(dy, input, *ctx.setting), None
         if is_differentiated_again():
             return LocalResponseNormBackwardFunction.apply(dy, input, ctx.setting), None

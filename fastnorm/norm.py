@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastnorm import _C, compile, recomputation
 from fastnorm.activation import add_and_activate, check_activation
@@ -50,8 +51,10 @@ class NormFunction(torch.autograd.Function):
     folds_into_channels: ClassVar[bool] = (
         True  # inputs are normalised together as one of more channels, or of more rows
     )
-    forward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]  # of register_ops
+    # of complete_norm()
+    forward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]
     backward_op: ClassVar[Callable[..., tuple[Tensor, ...]]]
+    op_gradients: ClassVar[Callable[..., tuple[Tensor | None, ...]]]  # what native_gradients does, by backward_op
 
     @staticmethod
     def updates(setting: Setting) -> bool:
@@ -105,11 +108,6 @@ class NormFunction(torch.autograd.Function):
         """Why there is no kernel for these; an eager call asks the native forward instead."""
         return None
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # Functions that have the class's attributes at hand: to look them up takes 1 us of a small call's 20.
-        cls.forward, cls.backward = staticmethod(_forward_of(cls)), staticmethod(_backward_of(cls))  # type: ignore[method-assign]
-
     @classmethod
     def native_forward(cls, *args: Any) -> tuple[Any, ...]:
         return getattr(_C, f"{cls.op}_forward")(*args)
@@ -135,20 +133,6 @@ class NormFunction(torch.autograd.Function):
         """Of input, weight, bias and residual, by the kernel; ``saved`` as forward saves it."""
         return getattr(_C, f"{cls.op}_backward")(dy, *saved, *cls.backward_setting(setting), wanted)
 
-    @classmethod
-    def op_gradients(
-        cls, setting: Setting, wanted: Sequence[bool], dy: Tensor, input: Tensor, *saved: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """The same by the op of the dispatcher."""
-        *parameters, mask, statistics = saved
-        mask = input.new_empty(0, dtype=torch.uint8) if mask is None else mask
-        # Without an activation the residual's gradient is dy, and an op must not return its argument.
-        passed_on = wanted[3] and setting[cls.activation_at] is None
-        asked = [*wanted[:3], wanted[3] and not passed_on]
-        gradients = cls.backward_op(dy, input, *parameters, mask, statistics, *setting[cls.tracked :], asked)
-        dx, dweight, dbias, dresidual = (g if is_asked else None for g, is_asked in zip(gradients, asked, strict=True))
-        return dx, dweight, dbias, dy if passed_on else dresidual
-
 
 def _forward_of(norm: type[NormFunction]) -> Callable[..., Tensor]:
     native, activation_at = f"{norm.op}_forward", norm.activation_at
@@ -172,13 +156,31 @@ def _forward_of(norm: type[NormFunction]) -> Callable[..., Tensor]:
     return forward
 
 
+def _op_gradients_of(norm: type[NormFunction]) -> Callable[..., tuple[Tensor | None, ...]]:
+    backward_op, activation_at, tracked = norm.backward_op, norm.activation_at, norm.tracked
+
+    def op_gradients(
+        setting: Setting, wanted: Sequence[bool], dy: Tensor, input: Tensor, *saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *parameters, mask, statistics = saved
+        mask = input.new_empty(0, dtype=torch.uint8) if mask is None else mask
+        # Without an activation the residual's gradient is dy, and an op must not return its argument.
+        passed_on = wanted[3] and setting[activation_at] is None
+        asked = [*wanted[:3], wanted[3] and not passed_on]
+        gradients = backward_op(dy, input, *parameters, mask, statistics, *setting[tracked:], asked)
+        dx, dweight, dbias, dresidual = (g if is_asked else None for g, is_asked in zip(gradients, asked, strict=True))
+        return dx, dweight, dbias, dy if passed_on else dresidual
+
+    return op_gradients
+
+
 def _backward_of(norm: type[NormFunction]) -> Callable[..., tuple[Tensor | None, ...]]:
-    native, backward_setting = f"{norm.op}_backward", norm.backward_setting
+    native, backward_setting, op_gradients = f"{norm.op}_backward", norm.backward_setting, norm.op_gradients
 
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
-        if is_batch_of_gradients(dy):
-            return *norm.op_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors), None
+        if is_dynamo_compiling() or is_batch_of_gradients(dy):
+            return *op_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors), None
         if is_differentiated_again():
             return *NormBackwardFunction.apply(norm, ctx.setting, wanted, dy, *ctx.saved_tensors), None
         return *getattr(_C, native)(dy, *ctx.saved_tensors, *backward_setting(ctx.setting), wanted), None
@@ -322,14 +324,21 @@ def norm_op(name: str, norm: type[NormFunction], autocast_as: tuple[str, ...] = 
 # ---- as ops of the dispatcher
 
 
-def register_ops(norm: type[NormFunction], setting: str) -> None:
-    """Registers the two ops of a norm, ``forward_op`` and ``backward_op``.
+def complete_norm(norm: type[NormFunction], setting: str) -> None:
+    """Registers the two ops of a norm, ``forward_op`` and ``backward_op``, and makes ``forward``, ``backward`` and
+    ``op_gradients``.
+
+    These are functions that have the norm's attributes at hand: to look them up takes 1 us of a small call's 20, and
+    Dynamo, which follows backward under compiled autograd, looks none up on an autograd function.
 
     Args:
         setting: the part of the forward's schema that is the norm's own; the backward has it but for tracked tensors.
     """
     norm.forward_op = _register_forward(norm, setting)
     norm.backward_op = _register_backward(norm, ", ".join(setting.split(", ")[norm.tracked :]))
+    norm.op_gradients = staticmethod(_op_gradients_of(norm))
+    norm.forward = staticmethod(_forward_of(norm))  # type: ignore[method-assign]
+    norm.backward = staticmethod(_backward_of(norm))  # type: ignore[method-assign]
 
 
 def _register_forward(norm: type[NormFunction], setting: str) -> Callable[..., tuple[Tensor, ...]]:

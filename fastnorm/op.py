@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -85,12 +84,7 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     Left out is what torch.autograd.Function.apply does for torch.func before it calls its base class, 1.5 us of the 9
     that a Python function around a native call costs; and the method of a node that finds out which of two functions
-    its backward is, 0.6 us of 19.
+    its backward is, 0.6 us of 19. backward must be a static method, as for torch's compiled autograd.
     """
-
-    def bound_to_class(ctx: Any, *gradients: Tensor) -> Any:
-        return function.backward(ctx, *gradients)
-
-    is_plain = isinstance(function.backward, FunctionType)  # which is bound to the node, as the other one is
-    function._backward_cls.apply = function.backward if is_plain else bound_to_class
+    function._backward_cls.apply = function.backward
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize
 
@@ -137,8 +138,11 @@ class SpectralNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, u, v, sigma = ctx.saved_tensors
-        in_torch = is_batch_of_gradients(dy) or is_differentiated_again()
-        gradient = _gradient if in_torch else _C.spectral_norm_backward
+        if is_dynamo_compiling():
+            gradient = _spectral_norm_backward_op
+        else:
+            in_torch = is_batch_of_gradients(dy) or is_differentiated_again()
+            gradient = _gradient if in_torch else _C.spectral_norm_backward
         return gradient(dy, weight, u, v, sigma, ctx.dim), None, None, None, None, None
 
 

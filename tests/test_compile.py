@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from networks import (
     readme_code,
 )
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -610,6 +612,30 @@ def test_eager_calls_take_the_short_ways_through_autograd(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.autograd.function.BackwardCFunction, "apply", detour)
     fn.dropout(fn.alpha_dropout(model(x))).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_compiled_autograd() -> None:
+    """A backward compiled as one graph, of a forward that was not."""
+    spectral = fastnorm.parametrizations.spectral_norm(nn.Linear(36, 5))
+    model = nn.Sequential(Everything(), spectral, fastnorm.Dropout(0.4), fastnorm.AlphaDropout(0.3))
+    x = tensor(4, 3, 8, 8)
+    backend, seen = operators()
+
+    def gradients(compiler: Callable[..., Any] | None) -> list[Tensor]:
+        copied = copy.deepcopy(model)
+        torch.manual_seed(0)
+        loss = copied(x).square().sum()
+        with compiled_autograd._enable(compiler) if compiler else contextlib.nullcontext():
+            loss.backward()
+        return [p.grad for p in copied.parameters()]
+
+    wanted = gradients(None)
+    assert not seen
+    for found, gradient in zip(gradients(torch.compile(backend=backend, fullgraph=True)), wanted, strict=True):
+        torch.testing.assert_close(found, gradient)
+    ops = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "spectral_norm")
+    assert {f"fastnorm.{op}_backward.default" for op in (*ops, "alpha_dropout")} <= set(seen)
+    assert "fastnorm.dropout.default" in seen
 
 
 def test_tracing_without_torch_compile() -> None:
