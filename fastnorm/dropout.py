@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from fastnorm import _C, compile
 from fastnorm.op import apply_of, carry
 from fastnorm.transforms import (
     inside_vmap,
     is_batch_of_gradients,
-    is_differentiated_again,
+    is_for_kernels,
+    is_for_ops,
     loop_over_batch,
     outside_transforms,
 )
@@ -191,12 +191,12 @@ def _backward_of(function: type[MaskFunction]) -> Callable[..., tuple[Tensor | N
     op = derivative.op  # for Dynamo, which under compiled autograd follows backward, looks nothing up there
 
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if is_dynamo_compiling() or is_batch_of_gradients(dy):
-            dx = op(dy, *ctx.setting)
-        elif is_differentiated_again():
-            dx = derivative.apply(dy, *ctx.setting, False)
-        else:
+        if is_for_kernels(dy):
             dx = derivative.forward(dy, *ctx.setting, False)
+        elif is_for_ops(dy):
+            dx = op(dy, *ctx.setting)
+        else:
+            dx = derivative.apply(dy, *ctx.setting, False)
         return dx, None, None, None, None
 
     return backward

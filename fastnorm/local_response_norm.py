@@ -7,15 +7,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from fastnorm import _C, compile
 from fastnorm.double_backward import double_backward
 from fastnorm.op import apply_of, carry
 from fastnorm.transforms import (
     fold_samples,
-    is_batch_of_gradients,
-    is_differentiated_again,
+    is_for_kernels,
+    is_for_ops,
     pull_back,
     push_forward,
     refuse_nested_forward_mode,
@@ -48,11 +47,11 @@ class LocalResponseNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (input,) = ctx.saved_tensors
-        if is_dynamo_compiling() or is_batch_of_gradients(dy):
+        if is_for_kernels(dy):
+            return _C.local_response_norm_backward(dy, input, *ctx.setting), None
+        if is_for_ops(dy):
             return _backward_op(dy, input, *ctx.setting), None
-        if is_differentiated_again():
-            return LocalResponseNormBackwardFunction.apply(dy, input, ctx.setting), None
-        return _C.local_response_norm_backward(dy, input, *ctx.setting), None
+        return LocalResponseNormBackwardFunction.apply(dy, input, ctx.setting), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from fastnorm import _C, compile, recomputation
 from fastnorm.activation import add_and_activate, check_activation
@@ -20,7 +19,7 @@ from fastnorm.double_backward import double_backward
 from fastnorm.fallback import call_torch
 from fastnorm.normalize import NormalizeFunction
 from fastnorm.op import apply_of, carry
-from fastnorm.transforms import is_batch_of_gradients, is_differentiated_again, loop_over_batch
+from fastnorm.transforms import is_for_kernels, is_for_ops, loop_over_batch
 
 # What no gradient goes to, in the order in which the native forward takes it after (input, weight, bias, residual). One
 # argument, for each argument of an autograd function costs time.
@@ -179,11 +178,14 @@ def _backward_of(norm: type[NormFunction]) -> Callable[..., tuple[Tensor | None,
 
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
-        if is_dynamo_compiling() or is_batch_of_gradients(dy):
-            return *op_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors), None
-        if is_differentiated_again():
-            return *NormBackwardFunction.apply(norm, ctx.setting, wanted, dy, *ctx.saved_tensors), None
-        return *getattr(_C, native)(dy, *ctx.saved_tensors, *backward_setting(ctx.setting), wanted), None
+        if is_for_kernels(dy):
+            found = getattr(_C, native)(dy, *ctx.saved_tensors, *backward_setting(ctx.setting), wanted)
+        elif is_for_ops(dy):
+            found = op_gradients(ctx.setting, wanted, dy, *ctx.saved_tensors)
+        else:
+            found = NormBackwardFunction.apply(norm, ctx.setting, wanted, dy, *ctx.saved_tensors)
+        dx, dweight, dbias, dresidual = found  # *found would take 0.3 us
+        return dx, dweight, dbias, dresidual, None
 
     return backward
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastnorm import _C, compile
 from fastnorm.op import carry
-from fastnorm.transforms import is_batch_of_gradients, is_differentiated_again, loop_over_batch
+from fastnorm.transforms import is_for_kernels, loop_over_batch
 
 __all__ = ["spectral_norm", "weight_norm"]
 
@@ -138,11 +138,10 @@ class SpectralNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, u, v, sigma = ctx.saved_tensors
-        if is_dynamo_compiling():
-            gradient = _spectral_norm_backward_op
+        if is_for_kernels(dy):
+            gradient = _C.spectral_norm_backward
         else:
-            in_torch = is_batch_of_gradients(dy) or is_differentiated_again()
-            gradient = _gradient if in_torch else _C.spectral_norm_backward
+            gradient = _spectral_norm_backward_op if is_dynamo_compiling() else _gradient
         return gradient(dy, weight, u, v, sigma, ctx.dim), None, None, None, None, None
 
 

@@ -15,17 +15,28 @@ from torch._functorch.pyfunctorch import (
     temporarily_clear_interpreter_stack,
 )
 from torch.autograd import forward_ad
-
-
-def is_differentiated_again() -> bool:
-    """Whether a backward must call functions that have derivatives themselves, and not kernels: its tensors may be part
-    of a graph, carry tangents, or be a transform's wrappers without data."""
-    return is_grad_enabled() or forward_ad._current_level >= 0 or _are_functorch_transforms_active()
-
+from torch.compiler import is_dynamo_compiling
 
 # Whether a gradient or tangent stands for many, as is_grads_batched= and vectorize= of torch.autograd have it. Neither
 # kernels nor autograd functions know such tensors; torch calls an op of the dispatcher for each of the many.
 is_batch_of_gradients = is_legacy_batchedtensor
+
+
+def is_for_kernels(dy: Tensor) -> bool:
+    """Whether a backward is that of plain tensors, which is not differentiated again."""
+    return not (
+        is_dynamo_compiling()
+        or is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or _are_functorch_transforms_active()
+        or is_batch_of_gradients(dy)
+    )
+
+
+def is_for_ops(dy: Tensor) -> bool:
+    """Whether another backward is one of ops of the dispatcher: of a batch of gradients, or compiled autograd's. Else
+    it is one of functions that have derivatives themselves."""
+    return is_dynamo_compiling() or is_batch_of_gradients(dy)
 
 
 def inside_vmap() -> bool:
