@@ -20,6 +20,7 @@ import torch
 from ladder import checkpoint, checks, cli, evaluate, models, pictures, report, rungs, train
 from ladder.recipe import Recipe, Stage
 from ladder_small import SMALL, no_network, small_images, use_small_presets, write_binary
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 LADDER = [rung for rung in rungs.RUNGS if "ladder" in rung.groups]
 
@@ -541,6 +542,17 @@ def test_time_to_the_goal() -> None:
     )
     assert [rung["seconds_to_94"] for rung in results["rungs"]] == [4.5, None]
     assert "94 % of val after 4.5 s of training steps: speed." in report.footnotes(results)
+
+
+@pytest.mark.parametrize("count", (1, 4, 6, 12))
+def test_legend_and_title_are_not_cut_off(count: int) -> None:
+    ladder = [rung for rung in rungs.RUNGS if "ladder" in rung.groups][:count]
+    start = {"dataset": "cifar10", "preset": "quick", "train_images": 8000, "val_images": 10_000, "epochs": 25}
+    figure = pictures.ladder_chart(report.content(start, [finished(rung.name, 0.5) for rung in ladder]))
+    FigureCanvasAgg(figure).draw()
+    for drawn in (figure.legends[0], figure.axes[0].title):
+        extent = drawn.get_window_extent()
+        assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width
 
 
 def test_exponential_mean() -> None:

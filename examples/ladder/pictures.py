@@ -67,7 +67,8 @@ def ladder_chart(results: Content) -> Figure | None:
     rungs = _of_group(results, "ladder")
     if not rungs:
         return None
-    figure = Figure(figsize=(max(1.25 * len(rungs), 4.5) + 1.2, 5.0), layout="constrained")
+    width = max(1.25 * len(rungs), 4.5) + 1.2
+    figure = Figure(figsize=(width, 5.0), layout="constrained")
     axes = figure.subplots()
     positions = range(len(rungs))
     axes.bar(positions, [one["val_accuracy"] for one in rungs], width=0.7, color=VALIDATION, label="validation")
@@ -98,7 +99,7 @@ def ladder_chart(results: Content) -> Figure | None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("accuracy")
     _plain(axes, "y")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2 if width > 8.5 else 1, frameon=False, fontsize=9)
     axes.set_title(
         f"The ladder: each rung keeps the tricks of those that it stands on\n{_subtitle(results)}", fontsize=11
     )
