@@ -47,11 +47,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("local_response_norm_backward", wrap_pybind_function_no_gil(fastnorm::local_response_norm_backward));
   m.def("spectral_norm_backward", wrap_pybind_function_no_gil(fastnorm::spectral_norm_backward));
   m.def("spectral_norm_forward", wrap_pybind_function_no_gil(fastnorm::spectral_norm_forward));
-  m.def("weight_norm", wrap_pybind_function_no_gil(fastnorm::weight_norm));
   m.def("group_norm_forward", wrap_pybind_function_no_gil(fastnorm::group_norm_forward));
   m.def("group_norm_backward", wrap_pybind_function_no_gil(fastnorm::group_norm_backward));
   m.def("instance_norm_forward", wrap_pybind_function_no_gil(fastnorm::instance_norm_forward));
   m.def("instance_norm_backward", wrap_pybind_function_no_gil(fastnorm::instance_norm_backward));
+
+  // differentiable as they are
+  m.def("batch_norm", wrap_pybind_function_no_gil(fastnorm::batch_norm));
+  m.def("layer_norm", wrap_pybind_function_no_gil(fastnorm::layer_norm));
+  m.def("group_norm", wrap_pybind_function_no_gil(fastnorm::group_norm));
+  m.def("instance_norm", wrap_pybind_function_no_gil(fastnorm::instance_norm));
+  m.def("differentiable_dropout", wrap_pybind_function_no_gil(fastnorm::differentiable_dropout));
+  m.def("weight_norm", wrap_pybind_function_no_gil(fastnorm::weight_norm));
 
   m.def("plan_slices", fastnorm::plan_slices);
   m.def("plan_rows", fastnorm::plan_rows);

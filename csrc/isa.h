@@ -7,11 +7,22 @@
 // would meet AVX512 instructions in code that it runs: setup.py checks the objects for such names.
 #pragma once
 
+#include "dtype.h"
+
 namespace fastnorm {
 
 enum class Isa { kDefault, kAvx2, kAvx512 };
 
 Isa isa();  // the best that both this processor and this build have
+
+// What runs a kernel with these arguments. AVX512 has no kernels of float64: what such a tensor takes is its way to
+// memory, and the code for it would be a quarter of what is compiled.
+template <typename Args>
+Isa isa_for(const Args& args) {
+  if constexpr (requires { args.dtype; })
+    if (args.dtype == Dtype::kFloat64 && isa() == Isa::kAvx512) return Isa::kAvx2;
+  return isa();
+}
 
 }  // namespace fastnorm
 
@@ -28,7 +39,7 @@ Isa isa();  // the best that both this processor and this build have
   void name(const Args&);                             \
   }                                                   \
   inline void name(const Args& args) {                \
-    switch (isa()) {                                  \
+    switch (isa_for(args)) {                          \
       case Isa::kAvx512: return AVX512::name(args);   \
       case Isa::kAvx2: return AVX2::name(args);       \
       case Isa::kDefault: return DEFAULT::name(args); \

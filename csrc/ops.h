@@ -94,8 +94,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& w
 Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& u, const Tensor& v,
                               const Tensor& sigma, int64_t dim);
 
-// -> v * (g / norm), differentiable as it is. `dim` -1: the norm of the whole of v.
-Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim);
+// `dim` -1: the norm of the whole of v.
+void check_weight_norm(const Tensor& v, const Tensor& g, int64_t dim);
+
+// -> w = v * (g / norm), and norm for backward, of arguments that passed the check.
+std::tuple<Tensor, Tensor> weight_norm_forward(const Tensor& v, const Tensor& g);
+
+// -> dv, dg, each undefined where `wanted` says so.
+std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad_output, const Tensor& v, const Tensor& g,
+                                                const Tensor& norm, std::array<bool, 2> wanted);
+
 // -> y, statistics (float64 [2, N, num_groups]: mean and rstd), mask as batch_norm_forward returns it.
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const OptionalTensor& weight,
                                                       const OptionalTensor& bias, const OptionalTensor& residual,
@@ -120,5 +128,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> instance_norm_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted);
+
+// ---- differentiable as they are (autograd.cpp): arguments as those of the forwards above, -> y alone
+
+Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& residual, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                  std::optional<std::string_view> activation, bool skip_nonfinite_stats,
+                  std::optional<std::array<double, 2>> renorm);
+Tensor layer_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& residual, at::IntArrayRef normalized_shape, double eps,
+                  std::optional<std::string_view> activation, bool subtract_mean);
+Tensor group_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& residual, int64_t num_groups, double eps,
+                  std::optional<std::string_view> activation);
+Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& residual, const OptionalTensor& running_mean,
+                     const OptionalTensor& running_var, double momentum, double eps,
+                     std::optional<std::string_view> activation);
+// dropout, or alpha_dropout.
+Tensor differentiable_dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool alpha);
+Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim);
 
 }  // namespace fastnorm

@@ -96,6 +96,8 @@ def _dropping(
                 "needs"
             )
         state = _C.dropout_state(generator, input)
+        if not inplace:
+            return _C.differentiable_dropout(input, p, state, channel_dims, alpha)
         if differentiated:
             return apply(input, p, state, channel_dims, inplace)
         return (_C.alpha_dropout if alpha else _C.dropout)(input, p, state, channel_dims, inplace)

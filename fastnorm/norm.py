@@ -34,12 +34,14 @@ class NormFunction(torch.autograd.Function):
     a residual and silu or gelu the residual. The activation's other masks are recomputed from x. A subclass gives the
     attributes and the functions below.
 
-    The native functions are ``<op>_forward`` and ``<op>_backward`` of _C, looked up at each call, for tests put an
-    emulator's there:
+    The native functions are three of _C, looked up at each call, for tests put an emulator's there:
 
-        (input, weight, bias, residual, *setting, keep) -> y, statistics, mask; the last two None unless kept
-        (dy, input, weight, bias, residual, mask, statistics, *backward_setting(setting), wanted)
+        <op>_forward: (input, weight, bias, residual, *setting, keep) -> y, statistics, mask; the last two None unless
+            kept
+        <op>_backward: (dy, input, weight, bias, residual, mask, statistics, *backward_setting(setting), wanted)
             -> dx, dweight, dbias, dresidual
+        <op>: (input, weight, bias, residual, *setting) -> y, differentiable as it is: what this class is, in C++
+            (csrc/autograd.cpp), which a call takes where nothing is to be recomputed
     """
 
     op: ClassVar[str]  # of the dispatcher
@@ -262,7 +264,7 @@ def norm_op(name: str, norm: type[NormFunction], autocast_as: tuple[str, ...] = 
         name: what warnings and errors call it.
         autocast_as: see :func:`fastnorm.op.carry`.
     """
-    apply, native = apply_of(norm), f"{norm.op}_forward"
+    apply, op = apply_of(norm), norm.op
     # looked up here, for Dynamo, which follows ``traced`` and ``torch_op``, looks nothing up on an autograd function
     forward_op, torch_norm, uncovered_when_traced = norm.forward_op, norm.torch_norm, norm.uncovered_when_traced
     activation_at, tracked, updates = norm.activation_at, norm.tracked, norm.updates
@@ -291,14 +293,9 @@ def norm_op(name: str, norm: type[NormFunction], autocast_as: tuple[str, ...] = 
     def eager(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting
     ) -> Tensor:
-        if torch.is_grad_enabled() and (
-            input.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        ):
+        if recomputation.contexts and compile.is_differentiated(input, weight, bias, residual):
             return apply(input, weight, bias, residual, setting)
-        return getattr(_C, native)(input, weight, bias, residual, *setting, False)[0]
+        return getattr(_C, op)(input, weight, bias, residual, *setting)
 
     def traced(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, setting: Setting

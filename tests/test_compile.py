@@ -617,7 +617,8 @@ def test_eager_calls_take_the_short_ways_through_autograd(monkeypatch: pytest.Mo
 def test_compiled_autograd() -> None:
     """A backward compiled as one graph, of a forward that was not."""
     spectral = fastnorm.parametrizations.spectral_norm(nn.Linear(36, 5))
-    model = nn.Sequential(Everything(), spectral, fastnorm.Dropout(0.4), fastnorm.AlphaDropout(0.3))
+    weight = fastnorm.parametrizations.weight_norm(nn.Linear(5, 5))
+    model = nn.Sequential(Everything(), spectral, fastnorm.Dropout(0.4), weight, fastnorm.AlphaDropout(0.3))
     x = tensor(4, 3, 8, 8)
     backend, seen = operators()
 

@@ -100,10 +100,9 @@ def test_a_tangent_of_the_gradient() -> None:
             (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, tangent), retain_graph=True)
             return forward_ad.unpack_dual(dx).tangent
 
-    for y in (fn.dropout(x), fn.alpha_dropout(x, 0.5, True), fn.local_response_norm(x, 3)):
-        close(backward(y), torch.autograd.grad(y, x, tangent)[0])  # linear in dy
-    with pytest.raises(NotImplementedError, match="jvp"):
-        backward(fn.layer_norm(x, (5,)))
+    norms = fn.layer_norm(x, (5,)), fn.batch_norm(x, None, None, training=True), fn.group_norm(x, 3, activation="gelu")
+    for y in (*norms, fn.dropout(x), fn.alpha_dropout(x, 0.5, True), fn.local_response_norm(x, 3)):
+        close(backward(y), torch.autograd.grad(y, x, tangent, retain_graph=True)[0])  # linear in dy
 
 
 # ---- reverse mode of torch.func

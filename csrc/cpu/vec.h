@@ -338,7 +338,7 @@ T* offset_by(T* p, int64_t n) {
 
 // Calls f with a value of the C++ type of dtype.
 template <typename F>
-void visit(Dtype dtype, const F& f) {
+void visit_any(Dtype dtype, const F& f) {
   switch (dtype) {
     case Dtype::kFloat64: return f(double{});
     case Dtype::kFloat32: return f(float{});
@@ -347,15 +347,30 @@ void visit(Dtype dtype, const F& f) {
   }
 }
 
+// The same for a kernel, of the types that this instruction set has kernels for (isa.h).
+template <typename F>
+void visit(Dtype dtype, const F& f) {
+#if defined(CPU_CAPABILITY_AVX512)
+  switch (dtype) {
+    case Dtype::kFloat64: return;
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kBFloat16: return f(c10::BFloat16{});
+    case Dtype::kFloat16: return f(c10::Half{});
+  }
+#else
+  visit_any(dtype, f);
+#endif
+}
+
 // Element i of a parameter or statistic; `missing` where there is none.
 inline double read(const void* p, Dtype dtype, int64_t i, double missing) {
   if (p == nullptr) return missing;
   double value = 0;
-  visit(dtype, [&](auto type) { value = static_cast<double>(static_cast<const decltype(type)*>(p)[i]); });
+  visit_any(dtype, [&](auto type) { value = static_cast<double>(static_cast<const decltype(type)*>(p)[i]); });
   return value;
 }
 inline void write(void* p, Dtype dtype, int64_t i, double value) {
-  visit(dtype, [&](auto type) { static_cast<decltype(type)*>(p)[i] = static_cast<decltype(type)>(value); });
+  visit_any(dtype, [&](auto type) { static_cast<decltype(type)*>(p)[i] = static_cast<decltype(type)>(value); });
 }
 
 }  // namespace

@@ -17,6 +17,16 @@ from torch import Tensor
 from cuda_on_cpu import driver
 from cuda_on_cpu.driver import DTYPES
 from fastnorm import _C
+from fastnorm.autograd import (
+    AlphaDropoutFunction,
+    BatchNormFunction,
+    DropoutFunction,
+    GroupNormFunction,
+    InstanceNormFunction,
+    LayerNormFunction,
+)
+from fastnorm.compile import is_differentiated
+from fastnorm.norm import NormFunction
 
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
 PIECEWISE = ("relu", "leaky_relu")
@@ -607,6 +617,31 @@ FUNCTIONS = (
 )
 
 
+def _norm(function: type[NormFunction]) -> Callable[..., Tensor]:
+    def call(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *setting: Any
+    ) -> Tensor:
+        if is_differentiated(input, weight, bias, residual):
+            return function.apply(input, weight, bias, residual, setting)
+        return function.native_forward(input, weight, bias, residual, *setting, False)[0]
+
+    return call
+
+
+def _differentiable_dropout(input: Tensor, p: float, state: Tensor, channel_dims: int, alpha: bool) -> Tensor:
+    return (AlphaDropoutFunction if alpha else DropoutFunction).apply(input, p, state, channel_dims, False)
+
+
+# Of these _C has nodes that call its own kernels: in their place, the autograd functions in Python, which look them up.
+DIFFERENTIABLE = {
+    "batch_norm": _norm(BatchNormFunction),
+    "layer_norm": _norm(LayerNormFunction),
+    "group_norm": _norm(GroupNormFunction),
+    "instance_norm": _norm(InstanceNormFunction),
+    "differentiable_dropout": _differentiable_dropout,
+}
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
     """_C's functions are these.
@@ -614,7 +649,7 @@ def installed() -> Iterator[None]:
     Raises:
         RuntimeError: none of them was called, so that what was tested was not a CUDA kernel.
     """
-    before = {f.__name__: getattr(_C, f.__name__) for f in FUNCTIONS}
+    before = {name: getattr(_C, name) for name in (*(f.__name__ for f in FUNCTIONS), *DIFFERENTIABLE)}
     called: list[str] = []
 
     def noted(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -627,6 +662,8 @@ def installed() -> Iterator[None]:
     try:
         for f in FUNCTIONS:
             setattr(_C, f.__name__, noted(f))
+        for name, f in DIFFERENTIABLE.items():
+            setattr(_C, name, f)
         yield
         if not called:
             raise RuntimeError("none of the emulator's functions was called")
