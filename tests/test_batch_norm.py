@@ -193,14 +193,24 @@ def test_residual_may_have_another_layout_and_its_own_gradient() -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_more_channels_than_threads_and_fewer_give_the_same_bits() -> None:
-    """Two ways of sharing the work, the same sums: a channel is reduced in the same order whoever does it."""
-    x = torch.randn(6, 40, 70, 70)
-    torch.set_num_threads(1)
-    whole = fn.batch_norm(x, None, None, training=True)  # a task a channel
-    torch.set_num_threads(32)
-    split = fn.batch_norm(x, None, None, training=True)  # 40 channels are too few for 32 threads
-    assert torch.equal(whole, split)
+@pytest.mark.parametrize("activation", (None, "relu", "silu", "gelu"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", ((6, 40, 70, 70), (130, 40, 5, 7)), ids=str)
+def test_more_channels_than_threads_and_fewer_give_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype, activation: str | None
+) -> None:
+    """Two ways of sharing the work, the same sums: a channel is reduced in the same order whoever does it. Backward keeps
+    what an exponential gave in one of the two alone."""
+    x, dy = torch.randn(2, *shape, dtype=dtype).unbind(0)
+    weight, bias = torch.randn(2, shape[1], dtype=dtype).unbind(0)
+    results = []
+    for threads in (1, 32):  # a task one channel or some; 40 channels are too few for 32 threads
+        torch.set_num_threads(threads)
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = fn.batch_norm(leaves[0], None, None, *leaves[1:], training=True, activation=activation)
+        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_module_without_buffers_in_eval_uses_the_batch() -> None:

@@ -207,29 +207,33 @@ struct PlanesBackward {
   const int64_t ahead = next_plane<T>(a.shape);
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
-  RunGradient<T> gradient(int64_t i) const { return {x + i, dy + i, offset_by(residual, i), mask(i)}; }
+  // The run that is `offset` from the first element of channel c. `kept`, or null, holds the channel's dz.
+  RunGradient<T> gradient(int64_t c, int64_t offset, acc_t* kept) const {
+    const int64_t i = c * S + offset;
+    return {x + i, dy + i, offset_by(residual, i), mask(i), offset_by(kept, offset / (C * S) * S + offset % (C * S))};
+  }
 
-  Sums sums(int64_t c, int64_t chunk) const {
+  Sums sums(int64_t c, int64_t chunk, acc_t* kept = nullptr) const {
     const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
     const auto standardize = uniform<T>(SliceStandardize<acc_t>(a.mean[c], a.rstd[c]));
     GradientSums<T> total;
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
-        total.template add_run<decltype(act)::value>(gradient(c * S + offset), length, affine, standardize, ahead);
+        total.template add_run<decltype(act)::value>(gradient(c, offset, kept), length, affine, standardize, ahead);
       });
     });
     return {total.sum_dz(), total.sum_dz_xhat()};
   }
 
-  void elements(int64_t c, int64_t chunk, const Sums& all) const {
+  void elements(int64_t c, int64_t chunk, const Sums& all, acc_t* kept = nullptr) const {
     const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
     const SliceGradient<acc_t> slice(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
     const auto coefficient = uniform<T>(slice, !a.training);
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
         const int64_t i = c * S + offset;
-        input_gradient_run<decltype(act)::value>(gradient(i), offset_by(dx, i), offset_by(dresidual, i), length, affine,
-                                                 coefficient, stream, ahead);
+        input_gradient_run<decltype(act)::value>(gradient(c, offset, kept), offset_by(dx, i), offset_by(dresidual, i),
+                                                 length, affine, coefficient, stream, ahead);
       });
     });
   }
@@ -238,8 +242,8 @@ struct PlanesBackward {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
     const Bundles bundles(a.shape, 2 * sizeof(T));  // x and dy
     const bool one_sweep = in_one_sweep(a);
-    const auto sums_and_elements = [&](int64_t c, int64_t chunk) {
-      const Sums of_chunk = sums(c, chunk);
+    const auto sums_and_elements = [&](int64_t c, int64_t chunk, acc_t* kept = nullptr) {
+      const Sums of_chunk = sums(c, chunk, kept);
       if (one_sweep) elements(c, chunk, Sums{});
       return of_chunk;
     };
@@ -262,18 +266,26 @@ struct PlanesBackward {
       }
       return;
     }
-    parallel_for(bundles.size(), numel, [&](int64_t bundle) {
-      const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
-      Sums total[Bundles::kMost];
-      for (int64_t c = begin; c < end; ++c) total[c - begin] = given_sums(a, c);
-      if (wants_sums(a)) {
-        for (int64_t k = 0; k < per_channel; ++k)
-          for (int64_t c = begin; c < end; ++c) total[c - begin] += sums_and_elements(c, k);
-        for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
+    // dz of each channel of a task, for its second sweep. A whole pack beyond the end of a run is overwritten by the next.
+    const bool keeps = wants_sums(a) && wants_elements(a) && !one_sweep &&
+                       keeps_gradient<T>(a.activation, bundles.channels * a.shape.N * S);
+    const int64_t kept_of_channel = keeps ? a.shape.N * S + Pack<T>::kSize : 0;
+    parallel_for_ranges(bundles.size(), numel, [&](int64_t first, int64_t last) {
+      const ScratchArray<acc_t> scratch(bundles.channels * kept_of_channel);
+      for (int64_t bundle = first; bundle < last; ++bundle) {
+        const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
+        const auto kept = [&](int64_t c) { return keeps ? scratch.data() + (c - begin) * kept_of_channel : nullptr; };
+        Sums total[Bundles::kMost];
+        for (int64_t c = begin; c < end; ++c) total[c - begin] = given_sums(a, c);
+        if (wants_sums(a)) {
+          for (int64_t k = 0; k < per_channel; ++k)
+            for (int64_t c = begin; c < end; ++c) total[c - begin] += sums_and_elements(c, k, kept(c));
+          for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
+        }
+        if (wants_elements(a) && !one_sweep)
+          for (int64_t k = 0; k < per_channel; ++k)
+            for (int64_t c = begin; c < end; ++c) elements(c, k, total[c - begin], kept(c));
       }
-      if (wants_elements(a) && !one_sweep)
-        for (int64_t k = 0; k < per_channel; ++k)
-          for (int64_t c = begin; c < end; ++c) elements(c, k, total[c - begin]);
       if (stream) stream_fence();
     });
   }

@@ -172,7 +172,8 @@ struct Strides {
 
 template <typename T>
 RunGradient<T> offset_by(const RunGradient<T>& g, int64_t elements, int64_t mask_bytes) {
-  return {g.x + elements, g.dy + elements, offset_by(g.residual, elements), offset_by(g.mask, mask_bytes)};
+  return {g.x + elements, g.dy + elements, offset_by(g.residual, elements), offset_by(g.mask, mask_bytes),
+          offset_by(g.kept, elements)};
 }
 
 // Scalar math: s[j] += sum_r dz[r][j];  sx[j] += sum_r dz[r][j] * xhat[r][j]
@@ -195,6 +196,7 @@ FASTNORM_LOOP void add_row_gradients(const RunGradient<T>& g, const Strides& str
         prefetch(from[r].dy + i + kRowGroup * to_next.elements);
         const P x = P::load(from[r].x + i, count);
         const P d = from[r].template dz<kAct>(i, count, x, z);
+        from[r].template keep<kAct>(i, d);
         s = s + d;
         sx = fmadd(d, fmadd(x - mean, rstd, rest), sx);
       });

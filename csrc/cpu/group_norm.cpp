@@ -26,42 +26,54 @@ namespace {
 // all.
 struct TwoSweeps {
   const void* kernel;
-  void (*first)(const void* kernel, int64_t owner, int64_t piece);
+  void (*first)(const void* kernel, int64_t owner, int64_t piece, void* kept);
   void (*finish)(const void* kernel, int64_t owner);
-  void (*second)(const void* kernel, int64_t owner, int64_t piece);
+  void (*second)(const void* kernel, int64_t owner, int64_t piece, void* kept);
+  int64_t kept_bytes;  // that first() may leave second() of an owner; 0: nothing
 
   // Calls first() for every piece of an owner, then finish(), then second() for every piece, with no more than that for
   // an order. Small owners go by bundles: from the first sum of one to its last coefficient is a chain of some hundred
-  // cycles, in which the processor can work on the others'.
+  // cycles, in which the processor can work on the others'. `kept` is null where the sweeps are far apart.
   void run(int64_t owners, int64_t pieces, int64_t numel, bool stream) const {
     constexpr int64_t kBundle = 800;  // elements: more of them would not stay in the first-level cache
     const int64_t bundle = std::max<int64_t>(1, std::min(kBundle / (numel / owners), owners / (4 * num_threads())));
     if (owners >= 2 * num_threads() || pieces == 1) {
-      return parallel_for((owners + bundle - 1) / bundle, numel, [&](int64_t i) {
-        const int64_t begin = i * bundle, end = std::min(owners, begin + bundle);
-        for (int64_t owner = begin; owner < end; ++owner)
-          for (int64_t k = 0; k < pieces; ++k) first(kernel, owner, k);
-        for (int64_t owner = begin; owner < end; ++owner) finish(kernel, owner);
-        for (int64_t owner = begin; owner < end; ++owner)
-          for (int64_t k = 0; k < pieces; ++k) second(kernel, owner, k);
+      return parallel_for_ranges((owners + bundle - 1) / bundle, numel, [&](int64_t begin_bundle, int64_t end_bundle) {
+        const ScratchArray<char> scratch(bundle * kept_bytes);
+        for (int64_t i = begin_bundle; i < end_bundle; ++i) {
+          const int64_t begin = i * bundle, end = std::min(owners, begin + bundle);
+          const auto kept = [&](int64_t owner) {
+            return kept_bytes ? scratch.data() + (owner - begin) * kept_bytes : nullptr;
+          };
+          for (int64_t owner = begin; owner < end; ++owner)
+            for (int64_t k = 0; k < pieces; ++k) first(kernel, owner, k, kept(owner));
+          for (int64_t owner = begin; owner < end; ++owner) finish(kernel, owner);
+          for (int64_t owner = begin; owner < end; ++owner)
+            for (int64_t k = 0; k < pieces; ++k) second(kernel, owner, k, kept(owner));
+        }
         if (stream) stream_fence();
       });
     }
-    parallel_for(owners * pieces, numel, [&](int64_t i) { first(kernel, i / pieces, i % pieces); });
+    parallel_for(owners * pieces, numel, [&](int64_t i) { first(kernel, i / pieces, i % pieces, nullptr); });
     for (int64_t owner = 0; owner < owners; ++owner) finish(kernel, owner);
     parallel_for(owners * pieces, numel, [&](int64_t i) {
-      second(kernel, i / pieces, i % pieces);
+      second(kernel, i / pieces, i % pieces, nullptr);
       if (stream) stream_fence();
     });
   }
 };
 
 template <typename Kernel>
-void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces) {
-  const TwoSweeps sweeps{
-      &kernel, [](const void* k, int64_t owner, int64_t piece) { static_cast<const Kernel*>(k)->first(owner, piece); },
-      [](const void* k, int64_t owner) { static_cast<const Kernel*>(k)->finish(owner); },
-      [](const void* k, int64_t owner, int64_t piece) { static_cast<const Kernel*>(k)->second(owner, piece); }};
+void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces, int64_t kept_bytes = 0) {
+  const TwoSweeps sweeps{&kernel,
+                         [](const void* k, int64_t owner, int64_t piece, void* kept) {
+                           static_cast<const Kernel*>(k)->first(owner, piece, kept);
+                         },
+                         [](const void* k, int64_t owner) { static_cast<const Kernel*>(k)->finish(owner); },
+                         [](const void* k, int64_t owner, int64_t piece, void* kept) {
+                           static_cast<const Kernel*>(k)->second(owner, piece, kept);
+                         },
+                         kept_bytes};
   sweeps.run(owners, pieces, kernel.a.shape.numel(), kernel.stream);
 }
 
@@ -159,7 +171,7 @@ struct PlanesForward : ForwardGroups {
 
   void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
 
-  void first(int64_t slice, int64_t k) const {
+  void first(int64_t slice, int64_t k, void*) const {
     const Runs chunk = chunks[k];
     const Moments m = run_moments(x + slice * L + chunk.offset, chunk.numel());
     if (pieces == 1) return keep_statistics(slice, m);
@@ -171,7 +183,7 @@ struct PlanesForward : ForwardGroups {
     for (int64_t k = 0; k < pieces; ++k) all.merge(partial[slice * pieces + k]);
     keep_statistics(slice, all);
   }
-  void second(int64_t slice, int64_t k) const {
+  void second(int64_t slice, int64_t k, void*) const {
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S;
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
@@ -204,7 +216,7 @@ struct FlatForward : ForwardGroups {
 
   void run() const { sweep_twice(*this, a.shape.N * blocks.size(), 1); }
 
-  void first(int64_t owner, int64_t) const {
+  void first(int64_t owner, int64_t, void*) const {
     const int64_t n = owner / blocks.size(), block = owner % blocks.size();
     for (int64_t g = blocks.begin(block); g < blocks.end(block); ++g) {
       const T* slice = x + (n * G + g) * L;
@@ -214,7 +226,7 @@ struct FlatForward : ForwardGroups {
     }
   }
   void finish(int64_t) const {}
-  void second(int64_t owner, int64_t) const {
+  void second(int64_t owner, int64_t, void*) const {
     const int64_t n = owner / blocks.size(), block = owner % blocks.size();
     const int64_t begin = blocks.begin(block), end = blocks.end(block), width = (end - begin) * L;
     const ColumnAffine<T> columns(width);
@@ -241,7 +253,7 @@ struct ColumnsForward : ForwardGroups {
 
   void run() const { sweep_twice(*this, a.shape.N, parts.size()); }
 
-  void first(int64_t n, int64_t part) const {
+  void first(int64_t n, int64_t part, void*) const {
     const int64_t columns = parts.width(part), rows = parts.rows(part), repeats = columns / C;
     const ColumnArray<T> shift(columns);
     const ScratchArray<double> mean(columns), m2(columns);
@@ -271,7 +283,7 @@ struct ColumnsForward : ForwardGroups {
       keep_statistics(n * G + g, all);
     }
   }
-  void second(int64_t n, int64_t part) const {
+  void second(int64_t n, int64_t part, void*) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnAffine<T> affines(columns);
     for (int64_t c = 0; c < C; ++c) {
@@ -300,11 +312,13 @@ FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const Affine<C> local = affine;
   const C slope = slopes, offset = offsets;
   stream = stream && fills_lines(dx, n);
-  for_packs<T>(n, [&](int64_t i, auto count, int) {
-    const P x = P::load(from.x + i, count);
-    const P dz = from.template dz<kAct>(i, count, x, local);
-    if (dresidual) dz.store(dresidual + i, count);
-    if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope[i], offset[i])), dx + i, count, stream);
+  from.template with_dz<kAct>([&](const auto& dz_at) {
+    for_packs<T>(n, [&](int64_t i, auto count, int) {
+      const P x = P::load(from.x + i, count);
+      const P dz = dz_at(i, count, x, local);
+      if (dresidual) dz.store(dresidual + i, count);
+      if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope[i], offset[i])), dx + i, count, stream);
+    });
   });
 }
 
@@ -336,8 +350,14 @@ struct BackwardGroups : Groups<GroupNormBackward> {
   const bool wants_sums = a.dweight || a.dbias || a.dx, wants_elements = a.dx || a.dresidual;
   const MaskRows mask_rows = group_mask_rows(a.shape);
 
-  RunGradient<T> gradient(int64_t i, const uint8_t* mask) const {
-    return {x + i, dy + i, offset_by(residual, i), mask};
+  RunGradient<T> gradient(int64_t i, const uint8_t* mask, acc_type<T>* kept = nullptr) const {
+    return {x + i, dy + i, offset_by(residual, i), mask, kept};
+  }
+
+  // What an owner of n elements needs to keep dz, in whole packs, from the first sweep to the second.
+  int64_t kept_bytes(int64_t n) const {
+    const bool keeps = wants_sums && wants_elements && keeps_gradient<T>(a.activation, n);
+    return keeps ? (n + Pack<T>::kSize) * sizeof(acc_type<T>) : 0;
   }
 
   SliceStandardize<acc_type<T>> standardize(int64_t slice) const { return {a.mean[slice], a.rstd[slice]}; }
@@ -382,11 +402,17 @@ struct PlanesBackward : BackwardGroups<T> {
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
 
   void run() const {
-    sweep_twice(*this, a.shape.N * G, chunks.size());
+    sweep_twice(*this, a.shape.N * G, chunks.size(), Base::kept_bytes(L));
     this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
   }
 
-  void first(int64_t slice, int64_t k) const {
+  // Run by run: a whole pack beyond the end of one is overwritten by the next.
+  RunGradient<T> run_gradient(int64_t slice, int64_t offset, void* kept) const {
+    const int64_t i = slice * L + offset;
+    return Base::gradient(i, mask(i), offset_by(static_cast<acc_type<T>*>(kept), offset));
+  }
+
+  void first(int64_t slice, int64_t k, void* kept) const {
     if (!Base::wants_sums) return;
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S, plane = slice * D + chunk.offset / S;
@@ -394,9 +420,8 @@ struct PlanesBackward : BackwardGroups<T> {
     Sums* const to = pieces_of_plane > 1 ? &partial[slice * chunks.size() + k] : &channel_sums[plane];
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       for (int64_t run = 0; run < chunk.count; ++run) {
-        const int64_t i = slice * L + chunk.offset + run * S;
         GradientSums<T> total;
-        total.template add_run<decltype(act)::value>(Base::gradient(i, mask(i)), chunk.length,
+        total.template add_run<decltype(act)::value>(run_gradient(slice, chunk.offset + run * S, kept), chunk.length,
                                                      uniform<T>(this->template affine<T>(slice, c + run)), standardize);
         to[run] = {tree_sum(total.dz), tree_sum(total.dz_xhat)};
       }
@@ -413,7 +438,7 @@ struct PlanesBackward : BackwardGroups<T> {
     }
     slice_sums[slice] = Base::weighted(slice, &channel_sums[slice * D]);
   }
-  void second(int64_t slice, int64_t k) const {
+  void second(int64_t slice, int64_t k, void* kept) const {
     if (!Base::wants_elements) return;
     const Runs chunk = chunks[k];
     const int64_t c = slice % G * D + chunk.offset / S;
@@ -421,10 +446,10 @@ struct PlanesBackward : BackwardGroups<T> {
     const Uniform<T> slope(gradient.slope), offset(gradient.offset);
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       for (int64_t run = 0; run < chunk.count; ++run) {
-        const int64_t i = slice * L + chunk.offset + run * S;
-        group_gradient_run<decltype(act)::value>(Base::gradient(i, mask(i)), offset_by(dx, i), offset_by(dresidual, i),
-                                                 chunk.length, uniform<T>(this->template affine<T>(slice, c + run)),
-                                                 slope, offset, stream);
+        const int64_t at = chunk.offset + run * S, i = slice * L + at;
+        group_gradient_run<decltype(act)::value>(
+            run_gradient(slice, at, kept), offset_by(dx, i), offset_by(dresidual, i), chunk.length,
+            uniform<T>(this->template affine<T>(slice, c + run)), slope, offset, stream);
       }
     });
   }
@@ -488,7 +513,7 @@ struct FlatBackward : BackwardGroups<T> {
       const PerColumn<T> slope = columns.slope, offset = columns.offset;
       const auto standardize = columns.standardize();
       const int64_t first = (n * G + begin) * L;
-      const RunGradient<T> g = Base::gradient(first, mask(first));
+      const RunGradient<T> g = Base::gradient(first, mask(first), &dz[0]);
       visit(a.activation, [&](auto act) {
         keep_row_gradients<decltype(act)::value>(g, width, affine, standardize, &dz[0], &dz_xhat[0]);
       });
@@ -535,15 +560,19 @@ struct ColumnsBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
 
   void run() const {
-    sweep_twice(*this, a.shape.N, parts.size());
+    // A pack beyond the end of a row would overwrite the next, which is swept at its side.
+    const bool whole_packs = parts.sample.width % Pack<T>::kSize == 0;
+    sweep_twice(*this, a.shape.N, parts.size(), whole_packs ? Base::kept_bytes(C * S) : 0);
     this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
   }
 
-  RunGradient<T> row_gradient(int64_t n, int64_t row) const {
-    return Base::gradient(n * C * S + row * parts.sample.width, offset_by(a.mask, parts.mask_byte(n, row)));
+  RunGradient<T> row_gradient(int64_t n, int64_t row, void* kept) const {
+    const int64_t at = row * parts.sample.width;
+    return Base::gradient(n * C * S + at, offset_by(a.mask, parts.mask_byte(n, row)),
+                          offset_by(static_cast<acc_type<T>*>(kept), at));
   }
 
-  void first(int64_t n, int64_t part) const {
+  void first(int64_t n, int64_t part, void* kept) const {
     if (!Base::wants_sums) return;
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
@@ -562,8 +591,8 @@ struct ColumnsBackward : BackwardGroups<T> {
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const auto standardize = coefficients.standardize();
     visit(a.activation, [&](auto act) {
-      add_column_gradients<decltype(act)::value>(row_gradient(n, begin), parts.strides(), parts.rows(part), columns,
-                                                 affine, standardize, &dz[0], &dz_xhat[0]);
+      add_column_gradients<decltype(act)::value>(row_gradient(n, begin, kept), parts.strides(), parts.rows(part),
+                                                 columns, affine, standardize, &dz[0], &dz_xhat[0]);
     });
     Sums* out = &partial[(n * parts.size() + part) * C];
     for (int64_t c = 0; c < C; ++c) {
@@ -580,7 +609,7 @@ struct ColumnsBackward : BackwardGroups<T> {
     }
     for (int64_t g = 0; g < G; ++g) slice_sums[n * G + g] = Base::weighted(n * G + g, &channel_sums[n * C + g * D]);
   }
-  void second(int64_t n, int64_t part) const {
+  void second(int64_t n, int64_t part, void* kept) const {
     if (!Base::wants_elements) return;
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
@@ -598,7 +627,7 @@ struct ColumnsBackward : BackwardGroups<T> {
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
         const int64_t i = n * C * S + row * parts.sample.width;
-        group_gradient_run<decltype(act)::value>(row_gradient(n, row), offset_by(dx, i), offset_by(dresidual, i),
+        group_gradient_run<decltype(act)::value>(row_gradient(n, row, kept), offset_by(dx, i), offset_by(dresidual, i),
                                                  columns, affine, slope, offset, stream);
       }
     });

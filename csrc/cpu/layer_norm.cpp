@@ -317,30 +317,29 @@ struct RowsBackward {
 
   int64_t chunk_length(int64_t chunk) const { return std::min(kChunk, N - chunk * kChunk); }
 
-  RunGradient<T> gradient(int64_t row, int64_t first) const {
+  RunGradient<T> gradient(int64_t row, int64_t first, acc_t* kept) const {
     const int64_t i = row * N + first;
-    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * mask.bytes_per_row() + first / 8)};
+    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * mask.bytes_per_row() + first / 8), kept};
   }
   Affine<RowWise<T>> affine(int64_t row, const ColumnParameters<T>& parameters) const {
     const auto at = [&](const acc_t* p) { return Uniform<T>(p ? p[row] : acc_t(0)); };
     return {{at(mean), at(rstd), at(rest)}, parameters};
   }
 
-  // The sums over n <= kChunk columns of g and g * xhat; dz, in whole packs, to `kept` if it is not null.
+  // The sums over n <= kChunk columns of g and g * xhat; dz to `kept` if it is not null.
   // Scalar math: g = dz * weight;  sums.dz += g;  sums.dz_xhat += g * xhat
   template <Activation kAct>
   FASTNORM_LOOP Sums reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
                             acc_t* kept = nullptr) const {
     constexpr int kUnroll = std::max(1, 4 / P::kVecs);
-    const RunGradient<T> from = gradient(row, first);
+    const RunGradient<T> from = gradient(row, first, kept);
     const Affine<RowWise<T>> z = affine(row, parameters);
     P g_sum[kUnroll], g_xhat_sum[kUnroll];
     for (int u = 0; u < kUnroll; ++u) g_sum[u] = g_xhat_sum[u] = P(0);
     for_packs<T, unroll_of<kAct>(kUnroll)>(n, [&](int64_t i, auto count, int u) {
       const P x_i = P::load(from.x + i, count);
       const P dz = from.template dz<kAct>(i, count, x_i, z);
-      if constexpr (is_smooth(kAct))
-        if (kept) dz.store_acc(kept + i);
+      from.template keep<kAct>(i, dz);
       const P g = dz * z.parameters.weight[i];
       g_sum[u] = g_sum[u] + g;
       g_xhat_sum[u] = fmadd(g, z.standardize(x_i, i).keep(count), g_xhat_sum[u]);
@@ -365,26 +364,27 @@ struct RowsBackward {
   // reduce() kept, or computed again.
   template <Activation kAct>
   FASTNORM_LOOP void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
-                           const RowGradient& coefficients, acc_t* dweight, acc_t* dbias,
-                           const acc_t* kept = nullptr) const {
+                           const RowGradient& coefficients, acc_t* dweight, acc_t* dbias, acc_t* kept = nullptr) const {
     const int64_t at = row * N + first;
-    const RunGradient<T> from = gradient(row, first);
+    const RunGradient<T> from = gradient(row, first, kept);
     const Affine<RowWise<T>> z = affine(row, parameters);
     const P mean_g(coefficients.mean_g), mean_g_xhat(coefficients.mean_g_xhat);
     T *const to = offset_by(dx, at), *const to_residual = offset_by(dresidual, at);
     const bool past_caches = stream && fills_lines(to, n), adds = wants_columns;
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
-      const P x_i = P::load(from.x + i, count);
-      const P dz = is_smooth(kAct) && kept ? P::load_acc(kept + i) : from.template dz<kAct>(i, count, x_i, z);
-      const P xhat = z.standardize(x_i, i);
-      if (adds) {
-        (P::load_acc(dbias + i) + dz).store_acc(dbias + i);
-        fmadd(dz, xhat, P::load_acc(dweight + i)).store_acc(dweight + i);
-      }
-      if (to_residual) dz.store(to_residual + i, count);
-      if (to == nullptr) return;
-      const P d = dz * z.parameters.weight[i] - fmadd(xhat, mean_g_xhat, mean_g);
-      put(d * z.standardize.rstd[i], to + i, count, past_caches);
+    from.template with_dz<kAct>([&](const auto& dz_at) {
+      for_packs<T>(n, [&](int64_t i, auto count, int) {
+        const P x_i = P::load(from.x + i, count);
+        const P dz = dz_at(i, count, x_i, z);
+        const P xhat = z.standardize(x_i, i);
+        if (adds) {
+          (P::load_acc(dbias + i) + dz).store_acc(dbias + i);
+          fmadd(dz, xhat, P::load_acc(dweight + i)).store_acc(dweight + i);
+        }
+        if (to_residual) dz.store(to_residual + i, count);
+        if (to == nullptr) return;
+        const P d = dz * z.parameters.weight[i] - fmadd(xhat, mean_g_xhat, mean_g);
+        put(d * z.standardize.rstd[i], to + i, count, past_caches);
+      });
     });
   }
 

@@ -75,11 +75,20 @@ struct MaskBits {
 // Whether an output is better written past the caches.
 inline bool stream_output(int64_t numel, Dtype dtype) { return numel * size_of(dtype) >= stream_threshold(); }
 
+// Whether dz of n elements, which a task sweeps twice, is better kept than computed again: where it takes an exponential,
+// and while x, dy and dz are not far away by then.
+template <typename T>
+bool keeps_gradient(Activation activation, int64_t n) {
+  constexpr int64_t kNear = 2 << 20;  // bytes: about a second-level cache
+  return is_smooth(activation) && n * static_cast<int64_t>(2 * sizeof(T) + sizeof(acc_type<T>)) <= kNear;
+}
+
 // What backward knows of one run.
 template <typename T>
 struct RunGradient {
-  const T *x, *dy, *residual;  // residual or null
-  const uint8_t* mask;         // or null
+  const T *x, *dy, *residual;   // residual or null
+  const uint8_t* mask;          // or null
+  acc_type<T>* kept = nullptr;  // where dz stays from a first sweep to a second, in whole packs, or null
 
   // dz = dy * act'(z). z comes from x as forward computed it, bit for bit, or its sign from the mask.
   template <Activation kAct, typename C, typename Count>
@@ -94,6 +103,20 @@ struct RunGradient {
       if (residual) z = z + Pack<T>::load(residual + i, count);
       return activate_backward<kAct>(dy_i, z);
     }
+  }
+
+  // Calls sweep(dz) with the function that gives dz(i, count, x_i, affine): what keep() left, if it did, else the above.
+  // Either has a loop of its own, for in one the exponential's constants would be loaded again for every pack.
+  template <Activation kAct, typename F>
+  void with_dz(const F& sweep) const {
+    if constexpr (is_smooth(kAct))
+      if (kept) return sweep([this](int64_t i, auto&&...) { return Pack<T>::load_acc(kept + i); });
+    sweep([this](auto&&... at) { return dz<kAct>(at...); });
+  }
+  template <Activation kAct>
+  void keep(int64_t i, const Pack<T>& dz_i) const {
+    if constexpr (is_smooth(kAct))
+      if (kept) dz_i.store_acc(kept + i);
   }
 
   void prefetch(int64_t i) const {
@@ -140,19 +163,21 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const Affine<C> local = affine;
   const InputGradient<C> by = coefficient;
   stream = stream && fills_lines(dx, n);
-  for_packs<T>(n, [&](int64_t i, auto count, int) {
-    if (ahead) {
-      from.prefetch(i + ahead);
-      if (dx) prefetch_to_write(dx + i + ahead);
-    }
-    const P x = P::load(from.x + i, count);
-    const P dz = from.template dz<kAct>(i, count, x, local);
-    if (dresidual) dz.store(dresidual + i, count);
-    if (dx == nullptr) return;
-    P d = dz;
-    if (!by.constant_statistics) d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);
-    d = d * local.scale[i];
-    put(d, dx + i, count, stream);
+  from.template with_dz<kAct>([&](const auto& dz_at) {
+    for_packs<T>(n, [&](int64_t i, auto count, int) {
+      if (ahead) {
+        from.prefetch(i + ahead);
+        if (dx) prefetch_to_write(dx + i + ahead);
+      }
+      const P x = P::load(from.x + i, count);
+      const P dz = dz_at(i, count, x, local);
+      if (dresidual) dz.store(dresidual + i, count);
+      if (dx == nullptr) return;
+      P d = dz;
+      if (!by.constant_statistics) d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);
+      d = d * local.scale[i];
+      put(d, dx + i, count, stream);
+    });
   });
 }
 
@@ -182,6 +207,7 @@ struct GradientSums {
       if (ahead) from.prefetch(i + ahead);
       const Pack<T> x = Pack<T>::load(from.x + i, count);
       const Pack<T> d = from.template dz<kAct>(i, count, x, local);
+      from.template keep<kAct>(i, d);
       s[u] = s[u] + d;
       sx[u] = fmadd(d, xhat(x, i), sx[u]);
     });
