@@ -213,6 +213,25 @@ def below_the_limit(rows: Sequence[Row], cache_mib: float) -> list[Row]:
     return [row for row in rows if row.is_memory_bound(cache_mib) and row.share_of_copy < WANTED_SHARE]
 
 
+def at_the_limit(row: Row) -> float:
+    """The speed-up over torch that a copy's speed would be."""
+    return row.speed_up["torch"] / min(1.0, row.share_of_copy)
+
+
+def limit_line(rows: Sequence[Row], cache_mib: float) -> list[str]:
+    """What the rows have whose tensors exceed the cache, and what there is for them to have."""
+    bound = [row for row in rows if row.is_memory_bound(cache_mib)]
+    if not bound:
+        return []
+    mean, limit = geometric_mean(row.speed_up["torch"] for row in bound), geometric_mean(map(at_the_limit, bound))
+    below = sum(at_the_limit(row) < 2 for row in bound)
+    return [
+        f"Of the {len(bound)} rows whose tensors exceed the cache the geometric mean is {number(mean)}. At a copy's speed, every",
+        f"one of them, it would be {number(limit)}, and {below} of them would still be less than twice as fast as torch's.",
+        "",
+    ]
+
+
 def limited_by(row: Row) -> str:
     """What is known to keep a row from a copy's speed, by what it is and by what was measured with it."""
     reduces = any(name in row.op for name in ("BatchNorm", "BatchRenorm", "GroupNorm", "InstanceNorm"))
@@ -259,7 +278,7 @@ def markdown(rows: Sequence[Row], machine: dict[str, Any], commit: dict[str, Any
     slower, behind, below = losses(rows, "torch"), losses(rows, "compile"), below_the_limit(rows, cache)
     every = [name for name in COLUMNS if name != "limited by"]
     full = markdown_table(every, ([COLUMNS[name](row) for name in every] for row in rows), LEFT)
-    lost = ["op", "pass", "input", "dtype", "layout", "torch ms", "fastnorm ms", "speed-up"]
+    lost = ["op", "pass", "input", "dtype", "layout", "torch ms", "fastnorm ms", "speed-up", "share of copy"]
     lost_compile = [*lost[:5], "fastnorm ms", "over torch.compile"]
     short = [*lost[:5], "fastnorm ms", "share of copy", "limited by"]
 
@@ -268,7 +287,7 @@ def markdown(rows: Sequence[Row], machine: dict[str, Any], commit: dict[str, Any
 
     lines = ["# Benchmarks", "", machine_line(machine, commit), "", HOW, ""]
     lines += [line for name in pictures for line in (f"![{Path(name).stem.replace('_', ' ')}]({name})", "")]
-    lines += ["## Summary", "", *summary(rows, cache), ""]
+    lines += ["## Summary", "", *summary(rows, cache), "", *limit_line(rows, cache)]
     lines += [f"## Slower than torch: {len(slower)} of {len(rows)} rows", "", *part(lost, slower), ""]
     compiled = sum("compile" in row.speed_up for row in rows)
     lines += [f"## Slower than torch.compile: {len(behind)} of {compiled} rows", "", *part(lost_compile, behind), ""]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
     _dispatch_has_kernel_for_dispatch_key,
+    _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
 )
@@ -40,8 +41,8 @@ def carry(
         transformed: the kernel, through autograd functions with rules for forward mode and torch.func, inside of these;
             None where torch's own op is as good.
         traced: the op that :func:`fastnorm.compile.register` made, where a compiler looks on.
-        torch_op: torch's own, for what has no kernel, with a FallbackWarning; and for a compiler that is to see it, see
-            :func:`fastnorm.enable_under_compile`.
+        torch_op: torch's own, for what has no kernel, with a FallbackWarning; for torch.jit.trace; and for a compiler that
+            is to see it, see :func:`fastnorm.enable_under_compile`.
         autocast_as: ops of ATen that torch's own is made of. On devices where autocast gives any of them float32, it
             gives this one float32, too.
     """
@@ -65,6 +66,8 @@ def carry(
             reason = uncovered_input(args[0])
             if reason is None:
                 return torch_op(*args)
+        elif _get_tracing_state() is not None:  # torch.jit.trace records torch's own ops alone
+            return torch_op(*args)
         else:
             try:
                 return transformed(*args) if inside else eager(*args)  # type: ignore[misc]

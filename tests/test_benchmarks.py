@@ -114,6 +114,10 @@ def test_rows_below_the_memorys_limit_are_listed(results: Path) -> None:
     rows = [report.Row.of({**large, "share_of_copy": share}) for share in (0.5, 0.7)]
     small = report.Row.of({**info, "share_of_copy": 0.5})
     assert report.below_the_limit([*rows, small], cache_mib=32) == rows[:1]
+    faster = [replace(row, speed_up={"torch": ratio}) for row, ratio in zip(rows, (0.9, 2.8), strict=True)]
+    text = " ".join(report.limit_line([*faster, small], cache_mib=32))
+    assert "Of the 2 rows" in text and "is 1.59." in text and "it would be 2.68, and 1 of them" in text
+    assert report.limit_line([small], cache_mib=32) == []
 
 
 def test_what_limits_a_row(results: Path) -> None:

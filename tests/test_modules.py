@@ -240,3 +240,22 @@ def test_other_types(name: str) -> None:
         other = copy.deepcopy(module).to(dtype)
         assert all(t.dtype == dtype for t in other.state_dict().values() if t.is_floating_point())
         assert run(other, x.to(dtype))[0].dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.parametrize(
+    "module",
+    (
+        fastnorm.BatchNorm2d(4, activation="relu").eval(),
+        fastnorm.LayerNorm(5),
+        fastnorm.GroupNorm(2, 4, activation="gelu"),
+        fastnorm.LocalResponseNorm(3, region="intra"),
+        fastnorm.Dropout(1.0),
+    ),
+    ids=lambda m: type(m).__name__,
+)
+def test_torch_jit_trace_records_torchs_own_ops(module: nn.Module) -> None:
+    traced = torch.jit.trace(module, torch.randn(2, 4, 5, 5))
+    x = torch.randn(3, 4, 5, 5)
+    torch.testing.assert_close(traced(x), module(x))
+    assert not any("Python" in node.kind() for node in traced.inlined_graph.nodes())

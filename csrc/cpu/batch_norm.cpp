@@ -106,8 +106,8 @@ struct PlanesForward {
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
   template <Activation kAct>
-  void normalize(int64_t i, int64_t length, const Affine<Uniform<T>>& affine) const {
-    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), length, affine, stream);
+  void normalize(int64_t i, int64_t length, const Affine<Uniform<T>>& affine, int64_t to_next = 0) const {
+    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), length, affine, stream, to_next);
   }
 
   // All elements in the order they lie in.
@@ -156,8 +156,9 @@ struct PlanesForward {
         for (int64_t c = begin; c < end; ++c) {
           const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
           visit(a.activation, [&](auto act) FASTNORM_LOOP {
-            chunks.for_runs(
-                k, [&](int64_t i, int64_t length) { normalize<decltype(act)::value>(c * S + i, length, affine); });
+            chunks.for_runs(k, [&](int64_t i, int64_t length) {
+              normalize<decltype(act)::value>(c * S + i, length, affine, ahead);
+            });
           });
         }
       }

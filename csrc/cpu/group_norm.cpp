@@ -311,12 +311,13 @@ FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const C slope = slopes, offset = offsets;
+  const bool stream_residual = stream && fills_lines(dresidual, n);
   stream = stream && fills_lines(dx, n);
   from.template with_dz<kAct>([&](const auto& dz_at) {
     for_packs<T>(n, [&](int64_t i, auto count, int) {
       const P x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
-      if (dresidual) dz.store(dresidual + i, count);
+      if (dresidual) put(dz, dresidual + i, count, stream_residual);
       if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope[i], offset[i])), dx + i, count, stream);
     });
   });

@@ -371,6 +371,7 @@ struct RowsBackward {
     const P mean_g(coefficients.mean_g), mean_g_xhat(coefficients.mean_g_xhat);
     T *const to = offset_by(dx, at), *const to_residual = offset_by(dresidual, at);
     const bool past_caches = stream && fills_lines(to, n), adds = wants_columns;
+    const bool residual_past_caches = stream && fills_lines(to_residual, n);
     from.template with_dz<kAct>([&](const auto& dz_at) {
       for_packs<T>(n, [&](int64_t i, auto count, int) {
         const P x_i = P::load(from.x + i, count);
@@ -380,7 +381,7 @@ struct RowsBackward {
           (P::load_acc(dbias + i) + dz).store_acc(dbias + i);
           fmadd(dz, xhat, P::load_acc(dweight + i)).store_acc(dweight + i);
         }
-        if (to_residual) dz.store(to_residual + i, count);
+        if (to_residual) put(dz, to_residual + i, count, residual_past_caches);
         if (to == nullptr) return;
         const P d = dz * z.parameters.weight[i] - fmadd(xhat, mean_g_xhat, mean_g);
         put(d * z.standardize.rstd[i], to + i, count, past_caches);

@@ -41,15 +41,20 @@ struct Affine {
   }
 };
 
-// Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0)
+// Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0). Prefetches what lies `ahead`, if not 0, but
+// for x, which was just read.
 template <Activation kAct, typename T, typename C>
 FASTNORM_LOOP void normalize_run(const T* x, const T* residual, T* y, uint8_t* mask, int64_t n, const Affine<C>& affine,
-                                 bool stream) {
+                                 bool stream, int64_t ahead = 0) {
   using P = Pack<T>;
   const Affine<C> local = affine;  // in registers: a store to y might be one to what is only referred to
   stream = stream && fills_lines(y, n);
   for_packs<T>(n, [&](int64_t i, auto count, int) {
     P z = local(P::load(x + i, count), i);
+    if (ahead) {
+      if (residual) prefetch(residual + i + ahead);
+      if (!stream) prefetch_to_write(y + i + ahead);
+    }
     if (residual) z = z + P::load(residual + i, count);
     if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
     put(activate<kAct>(z), y + i, count, stream);
@@ -162,16 +167,17 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const InputGradient<C> by = coefficient;
+  const bool stream_residual = stream && fills_lines(dresidual, n);
   stream = stream && fills_lines(dx, n);
   from.template with_dz<kAct>([&](const auto& dz_at) {
     for_packs<T>(n, [&](int64_t i, auto count, int) {
       if (ahead) {
         from.prefetch(i + ahead);
-        if (dx) prefetch_to_write(dx + i + ahead);
+        if (dx && !stream) prefetch_to_write(dx + i + ahead);
       }
       const P x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
-      if (dresidual) dz.store(dresidual + i, count);
+      if (dresidual) put(dz, dresidual + i, count, stream_residual);
       if (dx == nullptr) return;
       P d = dz;
       if (!by.constant_statistics) d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);

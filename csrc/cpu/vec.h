@@ -267,8 +267,10 @@ uint32_t load_bits(const uint8_t* p, Full = {}) {
 }
 template <typename T>
 uint32_t load_bits(const uint8_t* p, Partial n) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, p, (n.count + 7) / 8);
+  uint32_t bits = p[0];  // byte by byte: memcpy of as many as the compiler does not know is a call
+  if constexpr (Pack<T>::kSize > 8) bits |= n.count > 8 ? uint32_t{p[1]} << 8 : 0;
+  if constexpr (Pack<T>::kSize > 16) bits |= n.count > 16 ? uint32_t{p[2]} << 16 : 0;
+  if constexpr (Pack<T>::kSize > 24) bits |= n.count > 24 ? uint32_t{p[3]} << 24 : 0;
   return bits;
 }
 template <typename T>
@@ -277,7 +279,13 @@ void store_bits(uint8_t* p, uint32_t bits, Full = {}) {
 }
 template <typename T>
 void store_bits(uint8_t* p, uint32_t bits, Partial n) {
-  std::memcpy(p, &bits, (n.count + 7) / 8);
+  p[0] = static_cast<uint8_t>(bits);
+  if constexpr (Pack<T>::kSize > 8)
+    if (n.count > 8) p[1] = static_cast<uint8_t>(bits >> 8);
+  if constexpr (Pack<T>::kSize > 16)
+    if (n.count > 16) p[2] = static_cast<uint8_t>(bits >> 16);
+  if constexpr (Pack<T>::kSize > 24)
+    if (n.count > 24) p[3] = static_cast<uint8_t>(bits >> 24);
 }
 
 // The sum of the lanes in float64, in a tree: what a row or chunk costs once, so in few instructions.
