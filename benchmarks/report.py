@@ -226,8 +226,9 @@ def limit_line(rows: Sequence[Row], cache_mib: float) -> list[str]:
     mean, limit = geometric_mean(row.speed_up["torch"] for row in bound), geometric_mean(map(at_the_limit, bound))
     below = sum(at_the_limit(row) < 2 for row in bound)
     return [
-        f"Of the {len(bound)} rows whose tensors exceed the cache the geometric mean is {number(mean)}. At a copy's speed, every",
-        f"one of them, it would be {number(limit)}, and {below} of them would still be less than twice as fast as torch's.",
+        f"Of the {len(bound)} rows whose tensors exceed the cache the geometric mean is {number(mean)}. At a copy's",
+        f"speed, every one of them, it would be {number(limit)}, and {below} of them would still be less than twice as",
+        "fast as torch's.",
         "",
     ]
 

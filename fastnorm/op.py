@@ -41,8 +41,8 @@ def carry(
         transformed: the kernel, through autograd functions with rules for forward mode and torch.func, inside of these;
             None where torch's own op is as good.
         traced: the op that :func:`fastnorm.compile.register` made, where a compiler looks on.
-        torch_op: torch's own, for what has no kernel, with a FallbackWarning; for torch.jit.trace; and for a compiler that
-            is to see it, see :func:`fastnorm.enable_under_compile`.
+        torch_op: torch's own, for what has no kernel, with a FallbackWarning; for torch.jit.trace; and for a compiler
+            that is to see it, see :func:`fastnorm.enable_under_compile`.
         autocast_as: ops of ATen that torch's own is made of. On devices where autocast gives any of them float32, it
             gives this one float32, too.
     """

@@ -199,8 +199,8 @@ def test_residual_may_have_another_layout_and_its_own_gradient() -> None:
 def test_more_channels_than_threads_and_fewer_give_the_same_bits(
     shape: tuple[int, ...], dtype: torch.dtype, activation: str | None
 ) -> None:
-    """Two ways of sharing the work, the same sums: a channel is reduced in the same order whoever does it. Backward keeps
-    what an exponential gave in one of the two alone."""
+    """Two ways of sharing the work, the same sums: a channel is reduced in the same order whoever does it. In one of
+    them alone backward keeps what an exponential gave."""
     x, dy = torch.randn(2, *shape, dtype=dtype).unbind(0)
     weight, bias = torch.randn(2, shape[1], dtype=dtype).unbind(0)
     results = []
