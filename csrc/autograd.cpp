@@ -1,7 +1,7 @@
-// Nodes of the autograd graph in C++, for the norms, dropout and weight_norm: one takes 3 us less forward and 3 us less
-// backward than an autograd function in Python around the same kernel, which is half of what a call on a few elements
-// takes. fastnorm/norm.py and dropout.py have the same functions in Python, for what these do not know:
-// fastnorm.recompute, writing in place, other kernels in _C's place.
+// Nodes of the autograd graph in C++, for the norms, dropout and weight_norm: one takes 1.3 us less forward and backward
+// than an autograd function in Python around the same kernel, of the 6 and 19 us of a call on a few elements, and
+// backward takes no lock of the interpreter. fastnorm/norm.py and dropout.py have the same functions in Python, for what
+// these do not know: fastnorm.recompute, writing in place, other kernels in _C's place.
 //
 // Backward is the kernel where a plain first derivative is due. Under create_graph, for a batch of gradients and inside
 // of compiled autograd it is the dispatcher's op, which is differentiable and can be traced.
