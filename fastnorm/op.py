@@ -73,6 +73,10 @@ def carry(
                 return transformed(*args) if inside else eager(*args)  # type: ignore[misc]
             except NotImplementedError as uncovered:
                 reason = str(uncovered).partition(": ")[2]
+            except TypeError:
+                if isinstance(args[0], Tensor):
+                    raise
+                raise TypeError(f"{name}: input must be a Tensor, got {type(args[0]).__name__}") from None
         return call_torch(name, reason, torch_op, *args)
 
     return op

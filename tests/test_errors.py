@@ -106,7 +106,11 @@ WRONG = {
         RuntimeError,
         "num_batches_tracked must be one number of type Long",
     ),
-    "not a tensor": (lambda: fn.batch_norm([1.0], None, None, training=True), AttributeError, "requires_grad"),
+    "not a tensor": (
+        lambda: fn.batch_norm([1.0], None, None, training=True),
+        TypeError,
+        "batch_norm: input must be a Tensor, got list",
+    ),
     "module: rank for 1d": (
         lambda: fastnorm.BatchNorm1d(3)(X()),
         ValueError,
