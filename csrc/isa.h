@@ -15,8 +15,8 @@ enum class Isa { kDefault, kAvx2, kAvx512 };
 
 Isa isa();  // the best that both this processor and this build have
 
-// What runs a kernel with these arguments. AVX512 has no kernels of float64: what such a tensor takes is its way to
-// memory, and the code for it would be a quarter of what is compiled.
+// What runs a kernel with these arguments. AVX512 has no kernels of float64, which memory limits as it is and whose code
+// would be a quarter of that set's.
 template <typename Args>
 Isa isa_for(const Args& args) {
   if constexpr (requires { args.dtype; })

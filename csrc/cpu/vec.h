@@ -6,6 +6,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -360,7 +361,7 @@ template <typename F>
 void visit(Dtype dtype, const F& f) {
 #if defined(CPU_CAPABILITY_AVX512)
   switch (dtype) {
-    case Dtype::kFloat64: return;
+    case Dtype::kFloat64: std::abort();  // isa_for() takes AVX2's
     case Dtype::kFloat32: return f(float{});
     case Dtype::kBFloat16: return f(c10::BFloat16{});
     case Dtype::kFloat16: return f(c10::Half{});
