@@ -236,10 +236,11 @@ def limit_line(rows: Sequence[Row], cache_mib: float) -> list[str]:
 def limited_by(row: Row) -> str:
     """What is known to keep a row from a copy's speed, by what it is and by what was measured with it."""
     reduces = any(name in row.op for name in ("BatchNorm", "BatchRenorm", "GroupNorm", "InstanceNorm"))
-    by_columns = reduces and row.layout == "channels_last" and "eval" not in row.op
+    sweeps_twice, by_columns = reduces and "eval" not in row.op, row.layout == "channels_last"
     known = {
         "fresh memory": row.fresh_bytes >= 2**20,
-        "inputs read twice, from the last-level cache": by_columns,
+        "inputs read twice, from the last-level cache": sweeps_twice and by_columns,
+        "each slice read, then written, where a copy does both at once": sweeps_twice and not by_columns,
         "sums over windows, powers": "LocalResponseNorm" in row.op,
         "exponentials": "SiLU" in row.op or "GELU" in row.op,
         "spread": row.spread("fastnorm") >= 0.15 or row.spread("copy") >= 0.15,

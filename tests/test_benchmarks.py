@@ -124,11 +124,13 @@ def test_what_limits_a_row(results: Path) -> None:
     info = json.loads(results.read_text())["benchmarks"][0]["extra_info"]
     quiet = {name: {"median": 1.0, "quartiles": [0.95, 1.05]} for name in ("fastnorm", "torch", "copy")}
     row = report.Row.of({**info, "op": "GroupNorm + SiLU", "seconds": quiet, "page_faults": {"fastnorm": 0.0}})
-    assert report.limited_by(row) == "exponentials"
+    by_turns = "each slice read, then written, where a copy does both at once"
+    assert report.limited_by(row) == f"{by_turns}, exponentials"
     assert report.limited_by(replace(row, op="LayerNorm")) == ""
     last = replace(row, op="BatchNorm2d", layout="channels_last")
     assert report.limited_by(last) == "inputs read twice, from the last-level cache"
     assert report.limited_by(replace(last, op="BatchNorm2d eval")) == ""
+    assert report.limited_by(replace(last, layout="contiguous")) == by_turns
     faulting = replace(row, op="LocalResponseNorm", page_faults={"fastnorm": 300.0})
     assert report.limited_by(faulting) == "fresh memory, sums over windows, powers"
     noisy = replace(row, op="RMSNorm", seconds={**quiet, "copy": {"median": 1.0, "quartiles": [0.8, 1.2]}})
