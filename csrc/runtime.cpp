@@ -3,6 +3,8 @@
 #include <ATen/Version.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <fstream>
 #include <new>
 #include <string>
 
@@ -27,15 +29,23 @@ namespace cpu {
 
 int num_threads() { return at::get_num_threads(); }
 
+// Bytes of the last-level cache that a processor shares with its neighbours, 0 if unknown. Linux knows; sysconf tells
+// all of a socket's on AMD's processors, in glibc before 2.37.
+int64_t last_level_cache() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // "32768K"
+  int64_t kibibytes = 0;
+  if (file >> kibibytes && kibibytes > 0) return kibibytes << 10;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  return std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
+#else
+  return 0;
+#endif
+}
+
 int64_t stream_threshold() {
   static const int64_t bytes = [] {
-    constexpr int64_t kUnknown = 16 << 20;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const int64_t l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return l3 > 0 ? l3 / 2 : kUnknown;
-#else
-    return kUnknown;
-#endif
+    const int64_t cache = last_level_cache();
+    return cache > 0 ? cache / 2 : int64_t{16} << 20;
   }();
   return bytes;
 }

@@ -152,6 +152,31 @@ def test_nan_inf_and_scales_of_zero_as_torch(layout, beta: float) -> None:
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.parametrize("beta", (0.5, 0.75, 1.0, 1.3))
+@pytest.mark.parametrize("region", ("inter", "intra"))
+@LAYOUTS
+def test_what_is_not_finite_stays_within_its_window(layout, region: str, beta: float) -> None:
+    """Not a bit of any other element changes, also where its scale is computed beside one that is infinite."""
+    x, dy = noise(2, 20, 9, 21).float(), noise(2, 20, 9, 21, seed=1).float()
+    poisoned = x.clone()
+    poisoned[0, 10, 4, 8] = float("inf")
+    forward = [torch.zeros(x.shape, dtype=torch.bool) for _ in range(2)]
+    for window, reach in zip(forward, (1, 2), strict=True):  # dx depends on scales in the window of the window
+        if region == "inter":
+            window[0, 10 - reach : 11 + reach, 4, 8] = True
+        else:
+            window[0, 10, 4 - reach : 5 + reach, 8 - reach : 9 + reach] = True
+    results = []
+    for t in (x, poisoned):
+        y, (dx,) = differentiate(
+            lambda t: fn.local_response_norm(t, 3, 0.5, beta, 1.0, region=region), [layout(t)], layout(dy)
+        )
+        results.append((y, dx))
+    for clean, other, window in zip(*results, forward, strict=True):
+        assert torch.equal(clean[~window], other[~window])
+        assert not torch.equal(clean[window], other[window])
+
+
 def test_beta_zero_is_a_copy() -> None:
     x = noise(2, 3, 4, 5).requires_grad_()
     y = fn.local_response_norm(x, 3, 0.5, 0.0, 1.0)

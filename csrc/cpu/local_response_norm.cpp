@@ -56,7 +56,8 @@ struct Powers {
 // s^-1/2 or s^-3/4, and 1 / s if wanted. Square roots and divisions take ten cycles each where everything else takes
 // one, so the roots come from rough ones r = s^-1/2 (1 + ..) and q = r^1/2 (1 + ..), whose errors are computed, if
 // kExact to twice the precision, and taken out to first order: the second is below 2^-26. What remains is the rounding
-// of the last step, as in torch's pow.
+// of the last step, as in torch's pow. Zero, infinity, NaN, negative and, in some instruction sets, subnormal numbers
+// all end as a power that is not finite.
 //
 // Scalar math: s r^2 = 1 + h,  q^2 = r (1 + d)
 //              s^-1/2 = r (1 - h/2),  s^-3/4 = r q (1 - 3/4 h - d/2),  1 / s = r^2 (1 - h)
@@ -80,27 +81,36 @@ Powers<Vec> refined_powers(Vec s) {
       result.power = fmadd(rq, correction, rq);
     }
   }
-  // Zero, infinity, NaN, negative and, in some instruction sets, subnormal numbers all end as NaN above.
-  if (result.power.has_inf_nan()) [[unlikely]] {
-    result.power = (kPower == Power::kHalf ? s.sqrt() : s.pow(Vec(3. / 4))).reciprocal();
-    if constexpr (kInverse) result.inverse = s.reciprocal();
-  }
   return result;
 }
 
+// The same for any s: where the refined power is not finite, by division.
+template <Power kPower, bool kExact, bool kInverse, typename Vec>
+Powers<Vec> careful_powers(Vec s) {
+  Powers<Vec> result = refined_powers<kPower, kExact, kInverse>(s);
+  const Vec not_finite = (result.power - result.power).isnan();
+  const Vec root = kPower == Power::kHalf ? s.sqrt() : s.pow(Vec(3. / 4));
+  result.power = Vec::blendv(result.power, root.reciprocal(), not_finite);
+  if constexpr (kInverse) result.inverse = Vec::blendv(result.inverse, s.reciprocal(), not_finite);
+  return result;
+}
+
+constexpr bool is_root(Power power) { return power == Power::kHalf || power == Power::kThreeQuarters; }
+
 // How scale^-beta is computed for an element type; what is exact enough to be rounded to 16 bits needs no second
-// precision.
-template <Power kPower, typename T>
+// precision. Roots that are not kCareful are for most numbers and remember whether they met another: a call of pow in
+// the loop, taken or not, costs it the registers.
+template <Power kPower, bool kCareful, typename T>
 struct Raise {
   using Vec = typename Pack<T>::Vec;
   static constexpr bool kExact = !Pack<T>::kConverts;
-  static constexpr bool kRoots = kPower == Power::kHalf || kPower == Power::kThreeQuarters;
   Vec beta;
+  Vec doubt{0};  // NaN once a power was not finite
 
   // x * s^-beta
-  Vec divide(Vec x, Vec s) const {
-    if constexpr (kRoots) {
-      return x * refined_powers<kPower, kExact, false>(s).power;
+  Vec divide(Vec x, Vec s) {
+    if constexpr (is_root(kPower)) {
+      return x * roots<false>(s).power;
     } else if constexpr (kPower == Power::kOne) {
       return x / s;
     } else {
@@ -108,15 +118,40 @@ struct Raise {
     }
   }
 
-  Powers<Vec> powers(Vec s) const {
-    if constexpr (kRoots) {
-      return refined_powers<kPower, kExact, true>(s);
+  Powers<Vec> powers(Vec s) {
+    if constexpr (is_root(kPower)) {
+      return roots<true>(s);
     } else {
       const Vec inverse = s.reciprocal();
       return {kPower == Power::kOne ? inverse : s.pow(beta).reciprocal(), inverse};
     }
   }
+
+  bool met_other() const { return doubt.has_inf_nan(); }
+
+ private:
+  template <bool kInverse>
+  Powers<Vec> roots(Vec s) {
+    if constexpr (kCareful) return careful_powers<kPower, kExact, kInverse>(s);
+    const Powers<Vec> result = refined_powers<kPower, kExact, kInverse>(s);
+    doubt = at::vec::fmadd(result.power, Vec(0), doubt);
+    return result;
+  }
 };
+
+// Calls run(raise); once more, with one that takes any number, where the first met what it is not for.
+template <Power kPower, typename T, typename F>
+void with_raise(double beta, const F& run) {
+  const typename Pack<T>::Vec exponent(static_cast<acc_type<T>>(beta));
+  if constexpr (is_root(kPower)) {
+    Raise<kPower, false, T> raise{exponent};
+    run(raise);
+    if (!raise.met_other()) [[likely]]
+      return;
+  }
+  Raise<kPower, true, T> raise{exponent};
+  run(raise);
+}
 
 // ---- sums of a flat buffer shifted against itself
 
@@ -180,15 +215,17 @@ struct Window {
   int64_t reach() const { return (count() - 1) * shift; }
 };
 
+constexpr int64_t kLine = 64;  // bytes of a strip of channels: a cache line, and a whole pack
+
 // The tensor as `slices` that no window crosses, a slice as strips of `width` elements out of `extent`, a strip as
-// `rows` of `runs` of contiguous elements, a tile as `chunk` rows of a strip. Strides are those of memory, pitches
-// those of the buffer.
+// `rows` of `runs` of contiguous elements, a tile as `chunk` rows of a strip, swept `step` rows at a time. Strides are
+// those of memory, pitches those of the buffer.
 struct Plan {
   int64_t slices, slice_stride;
   int64_t extent, width;
   int64_t rows, row_stride, row_pitch;
   int64_t runs, run_stride, run_pitch;
-  int64_t chunk;
+  int64_t chunk, step;
   Window outer, inner;  // across rows; within a row
 
   int64_t strips() const { return (extent + width - 1) / width; }
@@ -196,32 +233,41 @@ struct Plan {
   int64_t tiles() const { return slices * strips() * chunks(); }
   // Rows that follow each other without a gap, in memory and in the buffer, are one run.
   bool is_one_run() const { return runs == 1 && row_stride == width && row_pitch == width; }
+  // Whether all runs of a tensor that begins at a cache line are whole lines.
+  bool fills_lines(int64_t element_size) const {
+    const auto whole = [=](int64_t elements) { return elements * element_size % kLine == 0; };
+    if (is_one_run()) return whole(chunk * row_stride) && whole(step * row_stride) && whole(slice_stride);
+    return whole(extent) && whole(width) && whole(row_stride) && whole(run_stride) && whole(slice_stride);
+  }
 };
 
-constexpr int64_t kTile = 1 << 13;         // elements of a buffer where the tile is free to choose: 32 KiB of float32
-constexpr int64_t kLargeTile = 1 << 14;    // where its rows are short runs far from each other
-constexpr int64_t kLargestTile = 1 << 16;  // where it is not free, before a tile is cut across the window
-constexpr int64_t kWholePlanes = 1 << 12;  // elements of a window's planes that stay in the first level of cache
-constexpr int64_t kStrip = 128;            // elements of a strip of larger planes, at least: two or three lines a row
-                                           // would be lost among lines fetched for nothing
-constexpr int64_t kLine = 64;              // bytes of a strip of channels: a cache line, and a whole pack
+constexpr int64_t kStrip = 128;     // elements of a strip, about: of a few lines many would be fetched for nothing
+constexpr int64_t kStep = 1 << 11;  // elements of a step: the buffers' rows then stay in the first-level cache
 constexpr int64_t kTaskElements = 1 << 15;
+constexpr int64_t kElements = 16;  // of a buffer in a cache line
 
 Window window_of(const LocalResponseNormSetting& setting, int64_t length, int64_t shift) {
   return {std::min(setting.before, length - 1), std::min(setting.after, length - 1), shift};
 }
 
-// Rows a tile of at most so many elements, where those around it that the windows reach are read and summed once more.
-int64_t rows_per_tile(const Plan& p, int64_t elements) {
+// Chooses rows a tile and a step. Around a tile the windows reach rows that are read and summed once more; from a step
+// to the next they are kept.
+void divide_rows(Plan& p) {
   const int64_t around = p.outer.count() - 1;
-  if ((p.rows + around) * p.row_pitch <= elements) return p.rows;
-  return std::clamp(elements / p.row_pitch - around, std::min(p.rows, std::max<int64_t>(4, 2 * around)), p.rows);
+  p.chunk = std::clamp(kTaskElements / p.row_pitch, std::min(p.rows, std::max<int64_t>(4, 4 * around)), p.rows);
+  p.step = std::clamp(kStep / p.row_pitch, std::min(p.chunk, std::max<int64_t>(1, 2 * around)), p.chunk);
+}
+
+// As many strips as it takes for kStrip elements each, as equal as whole cache lines of the buffers allow.
+int64_t strip_width(int64_t extent) {
+  if (extent <= 2 * kStrip) return extent;
+  const int64_t strips = (extent + kStrip - 1) / kStrip, even = (extent + strips - 1) / strips;
+  return std::min(extent, (even + kElements - 1) / kElements * kElements);
 }
 
 // Rows that begin at a cache line are added to each other without loads across two lines: where this makes them longer
 // by one in `least` elements at most.
 int64_t aligned_pitch(int64_t pitch, int64_t least) {
-  constexpr int64_t kElements = 16;
   const int64_t aligned = (pitch + kElements - 1) / kElements * kElements;
   return (aligned - pitch) * least <= pitch ? aligned : pitch;
 }
@@ -232,25 +278,19 @@ Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetti
   Plan p{};
   p.runs = 1;
   if (setting.region == Region::kInter && !last) {  // rows are channels
-    const int64_t around = window_of(setting, C, 1).count() - 1;
-    const bool whole = S * (around + 1) <= kWholePlanes;
     p.slices = N, p.slice_stride = C * S, p.extent = S;
-    p.width = whole ? S : std::min(S, std::max(kStrip, kTile / (C + around) / kStrip * kStrip));
-    p.rows = C, p.row_stride = S,
-    p.row_pitch = whole ? aligned_pitch(S, 32) : p.width;  // short ones are better as one run
+    p.width = strip_width(S), p.rows = C, p.row_stride = S;
+    p.row_pitch = aligned_pitch(p.width, 16);
     p.outer = window_of(setting, C, p.row_pitch);
-    p.chunk = rows_per_tile(p, kLargeTile);
   } else if (setting.region == Region::kInter) {  // rows are positions
     p.inner = window_of(setting, C, 1);
     p.slices = 1, p.extent = p.width = C;
     p.rows = N * S, p.row_stride = C, p.row_pitch = C + p.inner.reach();
-    p.chunk = std::clamp<int64_t>(kTile / p.row_pitch, 1, p.rows);
   } else if (!last) {  // rows are those of the image
     p.inner = window_of(setting, W, 1);
     p.slices = N * C, p.slice_stride = S, p.extent = p.width = W;
     p.rows = H, p.row_stride = W, p.row_pitch = aligned_pitch(W + p.inner.reach(), 8);
     p.outer = window_of(setting, H, p.row_pitch);
-    p.chunk = rows_per_tile(p, kLargestTile);
   } else {  // likewise, of strips of channels; a strip of all channels has whole rows contiguous
     const bool whole = C * element_size <= 2 * kLine;
     const int64_t strip = whole ? C : kLine / element_size;
@@ -259,8 +299,8 @@ Plan plan(const Shape& shape, int64_t H, int64_t W, const LocalResponseNormSetti
     p.rows = H, p.row_stride = W * C, p.row_pitch = W * strip + p.inner.reach();
     if (!whole) p.runs = W, p.run_stride = C, p.run_pitch = strip;
     p.outer = window_of(setting, H, p.row_pitch);
-    p.chunk = rows_per_tile(p, kLargestTile);
   }
+  divide_rows(p);
   return p;
 }
 
@@ -268,7 +308,12 @@ struct Tile {
   int64_t offset;      // of its strip's first element in memory
   int64_t begin, end;  // rows
   int64_t length;      // of a run
-  int64_t next;        // from an element to the one at its place in the next tile
+  int64_t next;        // from its first row to the next tile's
+
+  // From a row of the step that begins at `row` to the one at its place in the next step.
+  int64_t to_next_step(const Plan& p, int64_t row) const {
+    return row + p.step < end ? p.step * p.row_stride : next - (row - begin) * p.row_stride;
+  }
 };
 
 Tile tile_of(const Plan& p, int64_t i) {
@@ -285,34 +330,37 @@ Tile tile_of(const Plan& p, int64_t i) {
           next.offset - here.offset + (next.row - here.row) * p.row_stride};
 }
 
-// Tiles are read in bursts, between which the memory would idle: each line is asked for while the tile before is worked
-// on, and each line to be written while its tile is.
+// Steps read in bursts, between which the memory would idle: each line is asked for while the step before is worked on,
+// and each line to be written while its step is. By a pack's last element: the line that the first may share with the
+// pack before it has been asked for with that.
 template <typename T>
 void prefetch(const T* p, int64_t i) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + i * static_cast<int64_t>(sizeof(T)));
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + (i + Pack<T>::kSize - 1) * static_cast<int64_t>(sizeof(T)));
 }
 
-// Calls f(offset in memory, offset in a buffer whose first row is `first`, length) for every run of the rows begin ..
+// Calls f(offset in memory, offset in a buffer whose first row is `begin`, length) for every run of the rows begin ..
 // end.
 template <typename F>
-void for_runs(const Plan& p, const Tile& tile, int64_t begin, int64_t end, int64_t first, const F& f) {
-  if (p.is_one_run()) {
-    return f(tile.offset + begin * p.row_stride, (begin - first) * p.row_pitch, (end - begin) * p.row_pitch);
+void for_runs(const Plan& plan, const Tile& of, int64_t begin, int64_t end, const F& f) {
+  if (plan.is_one_run()) {
+    return f(of.offset + begin * plan.row_stride, 0, (end - begin) * plan.row_pitch);
   }
+  const Plan p = plan;
+  const Tile tile = of;
   for (int64_t row = begin; row < end; ++row)
     for (int64_t run = 0; run < p.runs; ++run)
-      f(tile.offset + row * p.row_stride + run * p.run_stride, (row - first) * p.row_pitch + run * p.run_pitch,
+      f(tile.offset + row * p.row_stride + run * p.run_stride, (row - begin) * p.row_pitch + run * p.run_pitch,
         tile.length);
 }
 
-// Fills a buffer's rows begin .. end, which may lie outside of the tensor and are zero there. f writes a run, whole
-// packs with zeros from its end on: these land between the rows, where zeros belong, or where a later run or row is
-// going to be written.
+// Fills a buffer's rows begin .. end, which may lie outside of the tensor and are zero there. f(first, last, to) writes
+// the others, whole packs with zeros from a run's end on: these land between the rows, where zeros belong, or where a
+// later run or row is going to be written.
 template <typename acc_t, typename F>
-void fill_rows(const Plan& p, const Tile& tile, int64_t begin, int64_t end, acc_t* buffer, const F& f) {
-  const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, p.rows);
+void fill_rows(const Plan& p, int64_t begin, int64_t end, acc_t* buffer, const F& f) {
+  const int64_t first = std::clamp<int64_t>(0, begin, end), last = std::clamp(p.rows, first, end);
   std::fill(buffer, buffer + (first - begin) * p.row_pitch, acc_t(0));
-  for_runs(p, tile, first, last, begin, f);
+  f(first, last, buffer + (first - begin) * p.row_pitch);
   std::fill(buffer + (last - begin) * p.row_pitch, buffer + (end - begin) * p.row_pitch, acc_t(0));
 }
 
@@ -339,9 +387,10 @@ struct Kernel {
   const LocalResponseNormSetting& setting;
   const Plan p;
   const int64_t numel;
-  const T *x, *dy;  // dy: backward only
-  T* out;           // y or dx
-  const bool stream;
+  const T *x, *dy;   // dy: backward only
+  T* out;            // y or dx
+  const bool large;  // y or dx is to go past the caches
+  const bool stream = large && p.fills_lines(sizeof(T)) && fills_lines(out, 0);
   const P a{static_cast<acc_t>(setting.a)}, k{static_cast<acc_t>(setting.k)};
 
   // Sums over the windows of `rows` rows; the one of an element begins where the element would be without zeros before
@@ -359,60 +408,56 @@ struct Kernel {
     return from;
   }
 
-  template <typename F>
-  FASTNORM_LOOP void put_run(int64_t offset, int64_t length, const F& value) const {
-    T* to = out + offset;
-    const bool past_caches = stream && fills_lines(to, length);
-    for_packs<T>(length, [&](int64_t i, auto count, int) { put(value(i, count), to + i, count, past_caches); });
-  }
+  // The loops over rows begin .. end of a tile, of which the first is at the buffers' beginning. What they need is in
+  // locals: for all the compiler knows a store may be to anything that it reaches by a pointer, this object too.
 
-  FASTNORM_LOOP void squares(const Tile& tile, int64_t begin, int64_t end, acc_t* to) const {
-    const int64_t margin = p.inner.before * p.inner.shift;
-    fill_rows(p, tile, begin, end, to, [&](int64_t offset, int64_t at, int64_t length) {
-      for_packs<T>(length, [&](int64_t i, auto count, int) {
-        const P v = P::load(x + offset + i, count);
-        if (!dy && !stream) prefetch(out, offset + i);
-        (v * v).store_acc(to + margin + at + i);
+  FASTNORM_LOOP void square_rows(const Tile& tile, int64_t begin, int64_t end, acc_t* to) const {
+    const T *const from = x, *const written_soon = !dy && !stream ? out : nullptr;
+    for_runs(p, tile, begin, end, [=](int64_t offset, int64_t at, int64_t length) {
+      for_packs<T>(length, [=](int64_t i, auto count, int) {
+        const P v = P::load(from + offset + i, count);
+        if (written_soon) prefetch(written_soon, offset + i);
+        (v * v).store_acc(to + at + i);
       });
     });
   }
 
-  // Scalar math: y = x * (k + a * sum)^-beta
-  template <Power kPower>
-  void forward(const Tile& tile, const Buffers<acc_t>& buffer) const {
-    const Raise<kPower, T> raise{Vec(static_cast<acc_t>(setting.beta))};
-    squares(tile, tile.begin - p.outer.before, tile.end + p.outer.after, buffer[0]);
-    const acc_t* sum = sums(buffer[0], buffer[1], buffer[2], tile.end - tile.begin);
-    for_runs(p, tile, tile.begin, tile.end, tile.begin, [&](int64_t offset, int64_t at, int64_t length) {
-      put_run(offset, length, [&](int64_t i, auto count) {
-        const P scale = fmadd(P::load_acc(sum + at + i), a, k);
-        prefetch(x, offset + i + tile.next);
-        return map<T>([&](Vec v, Vec s) { return raise.divide(v, s); }, P::load(x + offset + i, count), scale);
+  template <typename R>
+  FASTNORM_LOOP void forward_rows(R& raises, const Tile& tile, int64_t begin, int64_t end, int64_t next,
+                                  const acc_t* sum) const {
+    const T* const from = x;
+    T* const to = out;
+    const P slope = a, base = k;
+    const int64_t next_x = next + p.outer.after * p.row_stride;
+    const bool streams = stream;
+    R raise = raises;
+    for_runs(p, tile, begin, end, [=, &raise](int64_t offset, int64_t at, int64_t length) {
+      const bool past_caches = streams && fills_lines(to + offset, length);
+      for_packs<T>(length, [=, &raise](int64_t i, auto count, int) {
+        const P scale = fmadd(P::load_acc(sum + at + i), slope, base);
+        prefetch(from, offset + i + next_x);
+        put(map<T>([&](Vec v, Vec s) { return raise.divide(v, s); }, P::load(from + offset + i, count), scale),
+            to + offset + i, count, past_caches);
       });
     });
+    raises = raise;
   }
 
-  // Scalar math: g = dy * scale^-beta,  u = g * x / scale,  dx = g - 2 * a * beta * x * sum u
-  template <Power kPower>
-  void backward(const Tile& tile, const Buffers<acc_t>& buffer) const {
-    const Raise<kPower, T> raise{Vec(static_cast<acc_t>(setting.beta))};
-    const P coefficient(static_cast<acc_t>(-2 * setting.a * setting.beta));
-    const int64_t begin = tile.begin - p.outer.after, end = tile.end + p.outer.before;  // rows of u
-    const int64_t first = begin - p.outer.before;                                       // of the squares
-    acc_t *square = buffer[0], *u = buffer[1], *spare = buffer[3];
-    squares(tile, first, end + p.outer.after, square);
-    const acc_t* sum = sums(square, buffer[2], spare, end - begin);
-
-    // g takes the place of the squares, whose sums are done, unless they are their own sums (size 1).
-    acc_t* g = (sum == square ? buffer[2] : square) + (begin - first) * p.row_pitch + p.inner.before * p.inner.shift;
-    const int64_t margin = p.inner.after * p.inner.shift;
-    fill_rows(p, tile, begin, end, u, [&](int64_t offset, int64_t at, int64_t length) {
-      for_packs<T>(length, [&](int64_t i, auto count, int) {
-        const P v = P::load(x + offset + i, count), d = P::load(dy + offset + i, count);
-        if (!stream) prefetch(out, offset + i);
-        prefetch(x, offset + i + tile.next);
-        prefetch(dy, offset + i + tile.next);
-        const P scale = fmadd(P::load_acc(sum + at + i), a, k);
+  // g and u of backward
+  template <typename R>
+  FASTNORM_LOOP void terms_rows(R& raises, const Tile& tile, int64_t begin, int64_t end, int64_t next, const acc_t* sum,
+                                acc_t* g, acc_t* u) const {
+    const T *const from = x, *const from_dy = dy, *const written_soon = stream ? nullptr : out;
+    const P slope = a, base = k;
+    const int64_t next_x = next + p.outer.after * p.row_stride;
+    R raise = raises;
+    for_runs(p, tile, begin, end, [=, &raise](int64_t offset, int64_t at, int64_t length) {
+      for_packs<T>(length, [=, &raise](int64_t i, auto count, int) {
+        const P v = P::load(from + offset + i, count), d = P::load(from_dy + offset + i, count);
+        if (written_soon) prefetch(written_soon, offset + i);
+        prefetch(from, offset + i + next_x);
+        prefetch(from_dy, offset + i + next);
+        const P scale = fmadd(P::load_acc(sum + at + i), slope, base);
         P g_i, u_i;
         for (int j = 0; j < P::kVecs; ++j) {
           const Powers<Vec> powers = raise.powers(scale.v[j]);
@@ -420,28 +465,89 @@ struct Kernel {
           u_i.v[j] = g_i.v[j] * v.v[j] * powers.inverse;
         }
         g_i.keep(count).store_acc(g + at + i);
-        u_i.keep(count).store_acc(u + margin + at + i);
+        u_i.keep(count).store_acc(u + at + i);
       });
     });
+    raises = raise;
+  }
 
-    sum = sums(u, buffer[2], spare, tile.end - tile.begin);
-    g += (tile.begin - begin) * p.row_pitch;
-    for_runs(p, tile, tile.begin, tile.end, tile.begin, [&](int64_t offset, int64_t at, int64_t length) {
-      put_run(offset, length, [&](int64_t i, auto count) {
-        const P v = P::load(x + offset + i, count);
-        return fmadd(v * coefficient, P::load_acc(sum + at + i), P::load_acc(g + at + i));
+  FASTNORM_LOOP void backward_rows(const Tile& tile, int64_t begin, int64_t end, const acc_t* sum,
+                                   const acc_t* g) const {
+    const T* const from = x;
+    T* const to = out;
+    const P coefficient(static_cast<acc_t>(-2 * setting.a * setting.beta));
+    const bool streams = stream;
+    for_runs(p, tile, begin, end, [=](int64_t offset, int64_t at, int64_t length) {
+      const bool past_caches = streams && fills_lines(to + offset, length);
+      for_packs<T>(length, [=](int64_t i, auto count, int) {
+        const P v = P::load(from + offset + i, count);
+        put(fmadd(v * coefficient, P::load_acc(sum + at + i), P::load_acc(g + at + i)), to + offset + i, count,
+            past_caches);
       });
     });
   }
 
+  // Moves the last of `rows` and `around` rows of a buffer to its beginning.
+  void keep_last(acc_t* buffer, int64_t rows) const {
+    std::copy(buffer + rows * p.row_pitch, buffer + (rows + p.outer.count() - 1) * p.row_pitch, buffer);
+  }
+
+  // Scalar math: y = x * (k + a * sum)^-beta
+  template <Power kPower>
+  void forward(const Tile& tile, const Buffers<acc_t>& buffer) const {
+    const int64_t margin = p.inner.before * p.inner.shift;
+    int64_t kept = 0;
+    for (int64_t row = tile.begin; row < tile.end; row += p.step) {
+      const int64_t end = std::min(row + p.step, tile.end);
+      if (kept > 0) keep_last(buffer[0], p.step);
+      fill_rows(p, row - p.outer.before + kept, end + p.outer.after, buffer[0] + kept * p.row_pitch,
+                [&](int64_t from, int64_t to, acc_t* at) { square_rows(tile, from, to, at + margin); });
+      const acc_t* sum = sums(buffer[0], buffer[1], buffer[2], end - row);
+      with_raise<kPower, T>(setting.beta,
+                            [&](auto& raise) { forward_rows(raise, tile, row, end, tile.to_next_step(p, row), sum); });
+      kept = p.outer.count() - 1;
+    }
+  }
+
+  // Scalar math: g = dy * scale^-beta,  u = g * x / scale,  dx = g - 2 * a * beta * x * sum u
+  template <Power kPower>
+  void backward(const Tile& tile, const Buffers<acc_t>& buffer) const {
+    const int64_t margin = p.inner.before * p.inner.shift, margin_u = p.inner.after * p.inner.shift;
+    acc_t *square = buffer[0], *g = buffer[1], *u = buffer[2], *total = buffer[3], *spare = buffer[4];
+    int64_t kept = 0, rows = 0;
+    for (int64_t row = tile.begin; row < tile.end; row += p.step) {
+      // dx of row .. end takes u of row - after .. end + before, which takes squares of as many rows more.
+      const int64_t end = std::min(row + p.step, tile.end);
+      if (kept > 0) {
+        keep_last(square, rows);
+        keep_last(g, p.step);
+        keep_last(u, p.step);
+      }
+      const int64_t begin_u = row - p.outer.after + kept, end_u = end + p.outer.before;
+      fill_rows(p, begin_u - p.outer.before + kept, end_u + p.outer.after, square + kept * p.row_pitch,
+                [&](int64_t from, int64_t to, acc_t* at) { square_rows(tile, from, to, at + margin); });
+      rows = end_u - begin_u;
+      const acc_t* sum = sums(square, total, spare, rows);
+      with_raise<kPower, T>(setting.beta, [&](auto& raise) {
+        fill_rows(p, begin_u, end_u, u + kept * p.row_pitch, [&](int64_t from, int64_t to, acc_t* at) {
+          terms_rows(raise, tile, from, to, tile.to_next_step(p, row), sum + (from - begin_u) * p.row_pitch,
+                     g + (at - u), at + margin_u);
+        });
+      });
+      sum = sums(u, total, spare, end - row);
+      backward_rows(tile, row, end, sum, g + p.outer.after * p.row_pitch);
+      kept = p.outer.count() - 1;
+    }
+  }
+
   template <typename F>
-  void for_tiles(int64_t rows, int64_t buffers, const F& f) const {
+  void for_tiles(int64_t buffers, const F& f) const {
     const bool doubles =
         std::max(p.outer.count(), p.inner.count()) > kMostTerms;  // the last buffer is for sum_windows then
     const int64_t tiles = p.tiles(),
                   per_task = std::max<int64_t>(1, kTaskElements * tiles / std::max<int64_t>(1, numel));
     parallel_for((tiles + per_task - 1) / per_task, numel, [&](int64_t task) {
-      const Buffers<acc_t> buffer(p, rows, buffers + doubles);
+      const Buffers<acc_t> buffer(p, p.step + 2 * (p.outer.count() - 1), buffers + doubles);
       for (int64_t i = task * per_task; i < std::min(tiles, (task + 1) * per_task); ++i) f(tile_of(p, i), buffer);
       if (stream) stream_fence();
     });
@@ -462,7 +568,7 @@ void local_response_norm_forward(const LocalResponseNormForward& args) {
                            static_cast<T*>(args.y),
                            numel * size_of(args.dtype) >= stream_threshold()};
     visit_power(args.setting.beta, [&](auto power) {
-      kernel.for_tiles(kernel.p.chunk + kernel.p.outer.count() - 1, 2, [&](const Tile& tile, const auto& buffer) {
+      kernel.for_tiles(2, [&](const Tile& tile, const auto& buffer) {
         kernel.template forward<decltype(power)::value>(tile, buffer);
       });
     });
@@ -481,7 +587,7 @@ void local_response_norm_backward(const LocalResponseNormBackward& args) {
                            static_cast<T*>(args.dx),
                            numel * size_of(args.dtype) >= stream_threshold()};
     visit_power(args.setting.beta, [&](auto power) {
-      kernel.for_tiles(kernel.p.chunk + 2 * (kernel.p.outer.count() - 1), 3, [&](const Tile& tile, const auto& buffer) {
+      kernel.for_tiles(4, [&](const Tile& tile, const auto& buffer) {
         kernel.template backward<decltype(power)::value>(tile, buffer);
       });
     });
