@@ -1,8 +1,9 @@
 // Batch normalisation on the CPU. Two ways through memory:
 //
-// planes   (contiguous, planes of 16 elements or more): a task owns a channel, or some small ones, reads it once from
-//          memory for its moments and once more from the cache to normalise it. Too few channels for the threads: the
-//          same chunks, in two parallel sweeps.
+// planes   (contiguous, planes of 16 elements or more): a task owns a channel, or a bundle of small ones whose planes it
+//          takes by turns, for these are neighbours in each sample. It reads them once from memory for their moments and
+//          once more from the cache to normalise them. Too few channels for the threads: the same chunks, in two
+//          parallel sweeps.
 // columns  (channels_last, and contiguous with tiny planes): a matrix whose columns are channels. Blocks of rows give
 //          partial moments of every column, merged in a fixed order; the second sweep takes the tasks' parts from the
 //          last to the first.
@@ -14,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "columns.h"
 #include "shifted.h"
@@ -74,7 +76,7 @@ void update_running_statistics(const BatchNormForward& a, const double* biased_v
 // Neighbouring channels that a task owns together: small planes are gathered until a sample's share is a few pages
 // long, which the prefetchers and the TLB like.
 struct Bundles {
-  static constexpr int64_t kMost = 8, kBytes = 8192;
+  static constexpr int64_t kMost = kMostSlices, kBytes = 8192;
   int64_t C, channels;
 
   Bundles(const Shape& shape, int64_t element)
@@ -83,6 +85,21 @@ struct Bundles {
   int64_t size() const { return (C + channels - 1) / channels; }
   int64_t begin(int64_t i) const { return i * channels; }
   int64_t end(int64_t i) const { return std::min(C, (i + 1) * channels); }
+};
+
+// Something of each channel of a bundle.
+template <typename V>
+class PerChannel {
+ public:
+  template <typename F>
+  PerChannel(int64_t begin, int64_t end, const F& of) : begin_(begin) {
+    for (int64_t c = begin; c < end; ++c) values_[c - begin].emplace(of(c));
+  }
+  V& operator[](int64_t c) { return *values_[c - begin_]; }
+
+ private:
+  int64_t begin_;
+  std::optional<V> values_[Bundles::kMost];
 };
 
 // From a channel's plane to the next sample's, in elements, to prefetch by: that lies in another page, where the
@@ -147,21 +164,22 @@ struct PlanesForward {
     }
     parallel_for(bundles.size(), numel, [&](int64_t bundle) {
       const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
-      Moments m[Bundles::kMost];
-      for (int64_t k = 0; k < per_channel; ++k)
-        for (int64_t c = begin; c < end; ++c) m[c - begin].merge(chunk_moments(x + c * S, chunks[k], ahead));
+      Moments m[Bundles::kMost], part[Bundles::kMost];
+      for (int64_t k = 0; k < per_channel; ++k) {
+        chunk_moments(x + begin * S, chunks[k], static_cast<int>(end - begin), S, ahead, part);
+        for (int64_t c = begin; c < end; ++c) m[c - begin].merge(part[c - begin]);
+      }
       for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
       if (a.y == nullptr) return;
-      for (int64_t k = 0; k < per_channel; ++k) {
-        for (int64_t c = begin; c < end; ++c) {
-          const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
-          visit(a.activation, [&](auto act) FASTNORM_LOOP {
-            chunks.for_runs(k, [&](int64_t i, int64_t length) {
-              normalize<decltype(act)::value>(c * S + i, length, affine, ahead);
-            });
+      PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, c); });
+      visit(a.activation, [&](auto act) FASTNORM_LOOP {
+        for (int64_t k = 0; k < per_channel; ++k) {
+          chunks.for_runs(k, [&](int64_t i, int64_t length) {
+            for (int64_t c = begin; c < end; ++c)
+              normalize<decltype(act)::value>(c * S + i, length, uniform<T>(affine[c]), ahead);
           });
         }
-      }
+      });
       if (stream) stream_fence();
     });
   }
@@ -214,27 +232,38 @@ struct PlanesBackward {
     return {x + i, dy + i, offset_by(residual, i), mask(i), offset_by(kept, offset / (C * S) * S + offset % (C * S))};
   }
 
-  Sums sums(int64_t c, int64_t chunk, acc_t* kept = nullptr) const {
-    const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
-    const auto standardize = uniform<T>(SliceStandardize<acc_t>(a.mean[c], a.rstd[c]));
-    GradientSums<T> total;
+  // Adds to the sums of the channels begin .. end those of a chunk. kept(c) holds the dz of channel c, or is null.
+  template <typename Kept>
+  void add_sums(int64_t begin, int64_t end, int64_t chunk, Sums* total, const Kept& kept) const {
+    PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, c); });
+    PerChannel<SliceStandardize<acc_t>> standardize(
+        begin, end, [&](int64_t c) { return SliceStandardize<acc_t>(a.mean[c], a.rstd[c]); });
+    PerChannel<GradientSums<T>> sums(begin, end, [](int64_t) { return GradientSums<T>(); });
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
-        total.template add_run<decltype(act)::value>(gradient(c, offset, kept), length, affine, standardize, ahead);
+        for (int64_t c = begin; c < end; ++c)
+          sums[c].template add_run<decltype(act)::value>(gradient(c, offset, kept(c)), length, uniform<T>(affine[c]),
+                                                         uniform<T>(standardize[c]), ahead);
       });
     });
-    return {total.sum_dz(), total.sum_dz_xhat()};
+    for (int64_t c = begin; c < end; ++c) total[c - begin] += Sums{sums[c].sum_dz(), sums[c].sum_dz_xhat()};
   }
 
-  void elements(int64_t c, int64_t chunk, const Sums& all, acc_t* kept = nullptr) const {
-    const auto affine = uniform<T>(channel_affine<acc_t>(a, c));
-    const SliceGradient<acc_t> slice(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
-    const auto coefficient = uniform<T>(slice, !a.training);
+  template <typename Kept>
+  void elements(int64_t begin, int64_t end, int64_t chunk, const Sums* total, const Kept& kept) const {
+    PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, c); });
+    PerChannel<SliceGradient<acc_t>> slice(begin, end, [&](int64_t c) {
+      const Sums& all = total[c - begin];
+      return SliceGradient<acc_t>(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
+    });
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
-        const int64_t i = c * S + offset;
-        input_gradient_run<decltype(act)::value>(gradient(c, offset, kept), offset_by(dx, i), offset_by(dresidual, i),
-                                                 length, affine, coefficient, stream, ahead);
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t i = c * S + offset;
+          input_gradient_run<decltype(act)::value>(gradient(c, offset, kept(c)), offset_by(dx, i),
+                                                   offset_by(dresidual, i), length, uniform<T>(affine[c]),
+                                                   uniform<T>(slice[c], !a.training), stream, ahead);
+        }
       });
     });
   }
@@ -243,17 +272,19 @@ struct PlanesBackward {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
     const Bundles bundles(a.shape, 2 * sizeof(T));  // x and dy
     const bool one_sweep = in_one_sweep(a);
-    const auto sums_and_elements = [&](int64_t c, int64_t chunk, acc_t* kept = nullptr) {
-      const Sums of_chunk = sums(c, chunk, kept);
-      if (one_sweep) elements(c, chunk, Sums{});
-      return of_chunk;
+    const auto nothing_kept = [](int64_t) -> acc_t* { return nullptr; };
+    const auto add_sums_of = [&](int64_t begin, int64_t end, int64_t chunk, Sums* total, const auto& kept) {
+      add_sums(begin, end, chunk, total, kept);
+      if (one_sweep) elements(begin, end, chunk, total, nothing_kept);
     };
     if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Sums> partial(C * per_channel), total(C);
       for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
       if (wants_sums(a)) {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
-          partial[i] = sums_and_elements(i / per_channel, i % per_channel);
+          const int64_t c = i / per_channel;
+          partial[i] = Sums{};
+          add_sums_of(c, c + 1, i % per_channel, &partial[i], nothing_kept);
           if (stream) stream_fence();
         });
         for (int64_t i = 0; i < C * per_channel; ++i) total[i / per_channel] += partial[i];
@@ -261,7 +292,8 @@ struct PlanesBackward {
       }
       if (wants_elements(a) && !one_sweep) {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
-          elements(i / per_channel, i % per_channel, total[i / per_channel]);
+          const int64_t c = i / per_channel;
+          elements(c, c + 1, i % per_channel, &total[c], nothing_kept);
           if (stream) stream_fence();
         });
       }
@@ -279,13 +311,11 @@ struct PlanesBackward {
         Sums total[Bundles::kMost];
         for (int64_t c = begin; c < end; ++c) total[c - begin] = given_sums(a, c);
         if (wants_sums(a)) {
-          for (int64_t k = 0; k < per_channel; ++k)
-            for (int64_t c = begin; c < end; ++c) total[c - begin] += sums_and_elements(c, k, kept(c));
+          for (int64_t k = 0; k < per_channel; ++k) add_sums_of(begin, end, k, total, kept);
           for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
         }
         if (wants_elements(a) && !one_sweep)
-          for (int64_t k = 0; k < per_channel; ++k)
-            for (int64_t c = begin; c < end; ++c) elements(c, k, total[c - begin], kept(c));
+          for (int64_t k = 0; k < per_channel; ++k) elements(begin, end, k, total, kept);
       }
       if (stream) stream_fence();
     });

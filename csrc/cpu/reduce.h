@@ -25,6 +25,13 @@ inline bool out_of_range(double m, double sum, double sum_of_squares) {
   return !std::isfinite(sum_of_squares) || (sum_of_squares < 1e-30 && (sum != 0 || m != 0));
 }
 
+template <typename T, int kCount>
+Pack<T> total(const Pack<T> (&sums)[kCount]) {
+  Pack<T> all = sums[0];
+  for (int u = 1; u < kCount; ++u) all = all + sums[u];
+  return all;
+}
+
 template <typename T>
 Moments chunk_moments_float64(const T* x, const Runs& chunk) {
   double sum = 0, deviations = 0, squares = 0;
@@ -41,47 +48,77 @@ Moments chunk_moments_float64(const T* x, const Runs& chunk) {
   return shifted_moments(static_cast<double>(chunk.numel()), mean, deviations, squares);
 }
 
-// Scalar math: m = sum(x) / n;  s1 = sum(x - m);  s2 = sum((x - m)^2). Prefetches what lies `ahead` of the chunk, if not
-// 0.
-template <typename T>
-FASTNORM_LOOP Moments chunk_moments(const T* x, const Runs& chunk, int64_t ahead = 0) {
+constexpr int kMostSlices = 8;
+
+template <int kUnroll, typename T>
+FASTNORM_LOOP void chunk_moments_by(const T* x, const Runs& chunk, int slices, int64_t apart, int64_t ahead,
+                                    Moments* result) {
   using acc_t = acc_type<T>;
   using P = Pack<T>;
-  constexpr int kUnroll = 8 / P::kVecs;
+  constexpr int kUnroll2 = std::max(1, kUnroll / 2);
   const double n = static_cast<double>(chunk.numel());
+  const auto for_runs = [&](const auto& f) {
+    for (int64_t run = 0; run < chunk.count; ++run)
+      for (int s = 0; s < slices; ++s) f(s, x + s * apart + chunk.offset + run * chunk.stride);
+  };
 
-  P sum[kUnroll];
-  for (auto& s : sum) s = P(0);
-  for (int64_t run = 0; run < chunk.count; ++run) {
-    const T* row = x + chunk.offset + run * chunk.stride;
+  P sums[kMostSlices][kUnroll];
+  for (int s = 0; s < slices; ++s) std::fill(sums[s], sums[s] + kUnroll, P(0));
+  for_runs([&](int s, const T* row) {
+    P sum[kUnroll];
+    std::copy(sums[s], sums[s] + kUnroll, sum);
     for_packs<T, kUnroll>(chunk.length, [&](int64_t i, auto count, int u) {
       if (ahead) prefetch(row + i + ahead);
       sum[u] = sum[u] + P::load(row + i, count);
     });
-  }
-  for (int u = 1; u < kUnroll; ++u) sum[0] = sum[0] + sum[u];
-  const acc_t m = static_cast<acc_t>(sum[0].sum() / n);
+    std::copy(sum, sum + kUnroll, sums[s]);
+  });
+  acc_t m[kMostSlices];
+  for (int s = 0; s < slices; ++s) m[s] = static_cast<acc_t>(lane_sum(total(sums[s])) / n);
 
-  const P shift(m);
-  constexpr int kUnroll2 = std::max(1, kUnroll / 2);
-  P s1[kUnroll2], s2[kUnroll2];
-  for (int u = 0; u < kUnroll2; ++u) s1[u] = s2[u] = P(0);
-  for (int64_t run = 0; run < chunk.count; ++run) {
-    const T* row = x + chunk.offset + run * chunk.stride;
+  P first[kMostSlices][kUnroll2], second[kMostSlices][kUnroll2];
+  for (int s = 0; s < slices; ++s) {
+    std::fill(first[s], first[s] + kUnroll2, P(0));
+    std::fill(second[s], second[s] + kUnroll2, P(0));
+  }
+  for_runs([&](int s, const T* row) {
+    const P shift(m[s]);
+    P s1[kUnroll2], s2[kUnroll2];
+    std::copy(first[s], first[s] + kUnroll2, s1);
+    std::copy(second[s], second[s] + kUnroll2, s2);
     for_packs<T, kUnroll2>(chunk.length, [&](int64_t i, auto count, int u) {
       const P d = (P::load(row + i, count) - shift).keep(count);
       s1[u] = s1[u] + d;
       s2[u] = fmadd(d, d, s2[u]);
     });
+    std::copy(s1, s1 + kUnroll2, first[s]);
+    std::copy(s2, s2 + kUnroll2, second[s]);
+  });
+  for (int s = 0; s < slices; ++s) {
+    const double deviations = lane_sum(total(first[s])), squares = lane_sum(total(second[s]));
+    result[s] = !std::is_same_v<acc_t, double> && out_of_range(m[s], deviations, squares)
+                    ? chunk_moments_float64(x + s * apart, chunk)
+                    : shifted_moments(n, m[s], deviations, squares);
   }
-  for (int u = 1; u < kUnroll2; ++u) {
-    s1[0] = s1[0] + s1[u];
-    s2[0] = s2[0] + s2[u];
-  }
-  const double deviations = s1[0].sum(), squares = s2[0].sum();
-  if constexpr (!std::is_same_v<acc_t, double>)
-    if (out_of_range(m, deviations, squares)) return chunk_moments_float64(x, chunk);
-  return shifted_moments(n, m, deviations, squares);
+}
+
+// The moments of a chunk of each of at most kMostSlices slices that begin `apart` elements from each other, whose runs
+// are taken by turns: what lies near each other is read together.
+// Scalar math: m = sum(x) / n;  s1 = sum(x - m);  s2 = sum((x - m)^2). Prefetches what lies `ahead` of the chunk, if not
+// 0.
+template <typename T>
+void chunk_moments(const T* x, const Runs& chunk, int slices, int64_t apart, int64_t ahead, Moments* result) {
+  constexpr int kUnroll = 8 / Pack<T>::kVecs;
+  if (chunk.length < kUnroll * Pack<T>::kSize) return chunk_moments_by<1>(x, chunk, slices, apart, ahead, result);
+  chunk_moments_by<kUnroll>(x, chunk, slices, apart, ahead, result);
+}
+
+// Of one slice.
+template <typename T>
+Moments chunk_moments(const T* x, const Runs& chunk) {
+  Moments moments;
+  chunk_moments(x, chunk, 1, 0, 0, &moments);
+  return moments;
 }
 
 // Scalar math: sum(x * y) over a chunk
