@@ -1,8 +1,9 @@
 // Dropout on the CPU: the mask is drawn 64 elements at a time, from the element's logical index, and never stored.
 //
 // elements, contiguous:     memory order is logical order; a task owns kTaskElements.
-// elements, channels_last:  a task owns up to 64 positions s of one sample. A draw holds consecutive s of one channel,
-//                           so those of 64 channels are a square of bits; transposed, it masks rows of channels.
+// elements, channels_last:  a task owns some positions s of one sample, or all. A draw holds consecutive s
+//                           of one channel, so 64 of each of 64 channels are a square of bits; transposed, it masks rows
+//                           of channels.
 // channels, contiguous:     a thread owns a stretch of memory, wherever in a channel that begins and ends: a few large
 //                           samples occupy all threads as many small channels do.
 // channels, channels_last:  a thread owns a stretch of rows; the bits of a sample's channels are drawn once and mask
@@ -98,19 +99,34 @@ struct DropoutKernel {
     });
   }
 
+  // Where each channel begins a Philox block it has draws of its own. Else these would begin and end within one, so a
+  // small sample is drawn in one go, through the end of one channel to the next, and a larger one in long pieces.
   void channels_last() const {
     const int64_t words = (C + 63) / 64;  // of bits, a row
-    const int64_t task_rows = S % kElementsPerPhilox == 0 ? 64 : kUnalignedBits;
+    const bool aligned = S % kElementsPerPhilox == 0;
+    const int64_t task_rows = aligned ? 64 : S <= kMostRows ? S : kMostRows - kElementsPerPhilox;
     const int64_t chunks = (S + task_rows - 1) / task_rows;
     parallel_for(N * chunks, a.shape.numel(), [&](int64_t task) {
       const int64_t n = task / chunks, s0 = task % chunks * task_rows, rows = std::min(task_rows, S - s0);
       const ScratchArray<uint64_t> bits(rows * words);
       for (int64_t word = 0; word < words; ++word) {
-        uint64_t square[64] = {};
         const int64_t channels = std::min<int64_t>(64, C - word * 64);
-        draw_square(n, word * 64, channels, s0, rows, square);
-        transpose_64x64(square);
-        for (int64_t r = 0; r < rows; ++r) bits[r * words + word] = square[r];
+        const auto put_square = [&](uint64_t* square, int64_t s) {
+          transpose_64x64(square);
+          for (int64_t r = s; r < std::min(rows, s + 64); ++r) bits[r * words + word] = square[r - s];
+        };
+        uint64_t square[64] = {};
+        if (aligned) {
+          draw_square(n, word * 64, channels, s0, rows, square);
+          put_square(square, 0);
+        } else {
+          DrawnRows drawn;
+          draw_rows(n, word * 64, channels, s0, rows, drawn);
+          for (int64_t s = 0; s < rows; s += 64) {
+            for (int64_t c = 0; c < channels; ++c) square[c] = drawn.bits_from(c, s);
+            put_square(square, s);
+          }
+        }
       }
       for (int64_t r = 0; r < rows; ++r)
         apply((n * S + s0 + r) * C, C, reinterpret_cast<const uint8_t*>(&bits[r * words]));
@@ -118,21 +134,62 @@ struct DropoutKernel {
     });
   }
 
-  // bits[c]: `rows` positions from s0 on of channel first + c. While bits are drawn memory has nothing to do, so row c
-  // of the elements that they are for may come already.
+  // While bits are drawn memory has nothing to do, so the elements that they are for may come already: a row with each
+  // draw.
+  static void prefetch_row(const T* row, int64_t channels) {
+    for (int64_t i = 0; i < channels; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch(row + i);
+  }
+
+  // bits[c]: `rows` positions from s0 on of channel first + c; each begins a Philox block.
   FASTNORM_LOOP void draw_square(int64_t n, int64_t first, int64_t channels, int64_t s0, int64_t rows,
                                  uint64_t* bits) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
     const KeepBits local = keep;
     const T* row = x + (n * S + s0) * C + first;
     for (int64_t c = 0; c < channels; ++c, row += C) {
-      if (c < rows)
-        for (int64_t i = 0; i < channels; i += kLine) prefetch(row + i);
-      bits[c] = draw(local, (n * C + first + c) * S + s0);
+      if (c < rows) prefetch_row(row, channels);
+      bits[c] = local.of_group(static_cast<uint64_t>(((n * C + first + c) * S + s0) / kElementsPerPhilox));
     }
   }
 
-  // The bits of the elements from `index` on: 64 of them if it begins a Philox block, else at least kUnalignedBits.
+  static constexpr int64_t kMostRows = 256;
+
+  // The bits of at most kMostRows positions of 64 channels.
+  struct DrawnRows {
+    uint64_t words[64 * kMostRows / 64 + 2];
+    int64_t begin[64];  // bit of a channel's first position
+
+    // 64 of channel c from its position s on.
+    uint64_t bits_from(int64_t c, int64_t s) const {
+      const int64_t bit = begin[c] + s, word = bit / 64, within = bit % 64;
+      return words[word] >> within | words[word + 1] << 1 << (63 - within);
+    }
+  };
+
+  // `rows` positions from s0 on of the channels from `first` on.
+  FASTNORM_LOOP void draw_rows(int64_t n, int64_t first, int64_t channels, int64_t s0, int64_t rows,
+                               DrawnRows& drawn) const {
+    const KeepBits local = keep;
+    const T* const row = x + (n * S + s0) * C + first;
+    const int64_t index = (n * C + first) * S + s0;
+    int64_t draws = 0;
+    const auto draw = [&](int64_t from, int64_t count) {
+      const int64_t end = from + count;
+      for (from -= from % kElementsPerPhilox; from < end; from += 64, ++draws) {
+        if (draws < rows) prefetch_row(row + draws * C, channels);
+        drawn.words[draws] = local.of_group(static_cast<uint64_t>(from / kElementsPerPhilox));
+      }
+    };
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t of_channel = index + c * S;
+      drawn.begin[c] = rows == S ? of_channel - index / kElementsPerPhilox * kElementsPerPhilox
+                                 : draws * 64 + of_channel % kElementsPerPhilox;
+      if (rows < S) draw(of_channel, rows);
+    }
+    if (rows == S) draw(index, channels * S);
+    drawn.words[draws] = 0;  // read, not used
+  }
+
+  // The bits of the elements from `index` on: kUnalignedBits of them at least.
   static uint64_t draw(const KeepBits& keep, int64_t index) {
     return keep.of_group(static_cast<uint64_t>(index / kElementsPerPhilox)) >> (index % kElementsPerPhilox);
   }
