@@ -122,9 +122,18 @@ struct PlanesForward {
   const int64_t ahead = next_plane<T>(a.shape);
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
-  template <Activation kAct>
-  void normalize(int64_t i, int64_t length, const Affine<Uniform<T>>& affine, int64_t to_next = 0) const {
-    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, mask(i), length, affine, stream, to_next);
+  // The channels begin .. end of a chunk of runs, or its runs as they come, be they of any channel.
+  void normalize(const Chunks& of, int64_t k, int64_t begin, int64_t end, bool any_channel,
+                 const SliceAffine<acc_t>* affine, int64_t to_next) const {
+    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+      of.for_runs(k, [&](int64_t offset, int64_t length) {
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t i = c * S + offset;
+          normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i, mask(i), length,
+                                              uniform<T>(affine[any_channel ? offset / S % C : c]), stream, to_next);
+        }
+      });
+    });
   }
 
   // All elements in the order they lie in.
@@ -133,11 +142,7 @@ struct PlanesForward {
     for (int64_t c = 0; c < C; ++c) affine[c] = channel_affine<acc_t>(a, c);
     const Chunks all(Runs{0, a.shape.N * C, S, S});
     parallel_for(all.size(), a.shape.numel(), [&](int64_t k) {
-      visit(a.activation, [&](auto act) FASTNORM_LOOP {
-        all.for_runs(k, [&](int64_t i, int64_t length) {
-          normalize<decltype(act)::value>(i, length, uniform<T>(affine[i / S % C]));
-        });
-      });
+      normalize(all, k, 0, 1, true, affine.data(), 0);
       if (stream) stream_fence();
     });
   }
@@ -162,6 +167,7 @@ struct PlanesForward {
       if (a.y) normalize_all();
       return;
     }
+    const ScratchArray<SliceAffine<acc_t>> affine(C);
     parallel_for(bundles.size(), numel, [&](int64_t bundle) {
       const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
       Moments m[Bundles::kMost], part[Bundles::kMost];
@@ -171,15 +177,8 @@ struct PlanesForward {
       }
       for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
       if (a.y == nullptr) return;
-      PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, c); });
-      visit(a.activation, [&](auto act) FASTNORM_LOOP {
-        for (int64_t k = 0; k < per_channel; ++k) {
-          chunks.for_runs(k, [&](int64_t i, int64_t length) {
-            for (int64_t c = begin; c < end; ++c)
-              normalize<decltype(act)::value>(c * S + i, length, uniform<T>(affine[c]), ahead);
-          });
-        }
-      });
+      for (int64_t c = begin; c < end; ++c) affine[c] = channel_affine<acc_t>(a, c);
+      for (int64_t k = 0; k < per_channel; ++k) normalize(chunks, k, begin, end, false, affine.data(), ahead);
       if (stream) stream_fence();
     });
   }
@@ -226,14 +225,21 @@ struct PlanesBackward {
   const int64_t ahead = next_plane<T>(a.shape);
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
+  // Where the dz of a bundle's channels stays from its first sweep to its second, if anywhere.
+  struct Kept {
+    acc_t* dz = nullptr;
+    int64_t of_channel = 0;
+
+    acc_t* operator[](int64_t i) const { return offset_by(dz, i * of_channel); }
+  };
+
   // The run that is `offset` from the first element of channel c. `kept`, or null, holds the channel's dz.
   RunGradient<T> gradient(int64_t c, int64_t offset, acc_t* kept) const {
     const int64_t i = c * S + offset;
     return {x + i, dy + i, offset_by(residual, i), mask(i), offset_by(kept, offset / (C * S) * S + offset % (C * S))};
   }
 
-  // Adds to the sums of the channels begin .. end those of a chunk. kept(c) holds the dz of channel c, or is null.
-  template <typename Kept>
+  // Adds to the sums of the channels begin .. end those of a chunk.
   void add_sums(int64_t begin, int64_t end, int64_t chunk, Sums* total, const Kept& kept) const {
     PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, c); });
     PerChannel<SliceStandardize<acc_t>> standardize(
@@ -242,14 +248,13 @@ struct PlanesBackward {
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
         for (int64_t c = begin; c < end; ++c)
-          sums[c].template add_run<decltype(act)::value>(gradient(c, offset, kept(c)), length, uniform<T>(affine[c]),
-                                                         uniform<T>(standardize[c]), ahead);
+          sums[c].template add_run<decltype(act)::value>(gradient(c, offset, kept[c - begin]), length,
+                                                         uniform<T>(affine[c]), uniform<T>(standardize[c]), ahead);
       });
     });
     for (int64_t c = begin; c < end; ++c) total[c - begin] += Sums{sums[c].sum_dz(), sums[c].sum_dz_xhat()};
   }
 
-  template <typename Kept>
   void elements(int64_t begin, int64_t end, int64_t chunk, const Sums* total, const Kept& kept) const {
     PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, c); });
     PerChannel<SliceGradient<acc_t>> slice(begin, end, [&](int64_t c) {
@@ -260,7 +265,7 @@ struct PlanesBackward {
       chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
         for (int64_t c = begin; c < end; ++c) {
           const int64_t i = c * S + offset;
-          input_gradient_run<decltype(act)::value>(gradient(c, offset, kept(c)), offset_by(dx, i),
+          input_gradient_run<decltype(act)::value>(gradient(c, offset, kept[c - begin]), offset_by(dx, i),
                                                    offset_by(dresidual, i), length, uniform<T>(affine[c]),
                                                    uniform<T>(slice[c], !a.training), stream, ahead);
         }
@@ -272,10 +277,9 @@ struct PlanesBackward {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
     const Bundles bundles(a.shape, 2 * sizeof(T));  // x and dy
     const bool one_sweep = in_one_sweep(a);
-    const auto nothing_kept = [](int64_t) -> acc_t* { return nullptr; };
-    const auto add_sums_of = [&](int64_t begin, int64_t end, int64_t chunk, Sums* total, const auto& kept) {
+    const auto add_sums_of = [&](int64_t begin, int64_t end, int64_t chunk, Sums* total, const Kept& kept) {
       add_sums(begin, end, chunk, total, kept);
-      if (one_sweep) elements(begin, end, chunk, total, nothing_kept);
+      if (one_sweep) elements(begin, end, chunk, total, Kept{});
     };
     if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Sums> partial(C * per_channel), total(C);
@@ -284,7 +288,7 @@ struct PlanesBackward {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
           const int64_t c = i / per_channel;
           partial[i] = Sums{};
-          add_sums_of(c, c + 1, i % per_channel, &partial[i], nothing_kept);
+          add_sums_of(c, c + 1, i % per_channel, &partial[i], Kept{});
           if (stream) stream_fence();
         });
         for (int64_t i = 0; i < C * per_channel; ++i) total[i / per_channel] += partial[i];
@@ -293,7 +297,7 @@ struct PlanesBackward {
       if (wants_elements(a) && !one_sweep) {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
           const int64_t c = i / per_channel;
-          elements(c, c + 1, i % per_channel, &total[c], nothing_kept);
+          elements(c, c + 1, i % per_channel, &total[c], Kept{});
           if (stream) stream_fence();
         });
       }
@@ -307,7 +311,7 @@ struct PlanesBackward {
       const ScratchArray<acc_t> scratch(bundles.channels * kept_of_channel);
       for (int64_t bundle = first; bundle < last; ++bundle) {
         const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
-        const auto kept = [&](int64_t c) { return keeps ? scratch.data() + (c - begin) * kept_of_channel : nullptr; };
+        const Kept kept{keeps ? scratch.data() : nullptr, kept_of_channel};
         Sums total[Bundles::kMost];
         for (int64_t c = begin; c < end; ++c) total[c - begin] = given_sums(a, c);
         if (wants_sums(a)) {
