@@ -168,6 +168,9 @@ struct PlanesForward : ForwardGroups {
   const int64_t pieces = chunks.size();
   const ScratchArray<Moments> partial{pieces > 1 ? a.shape.N* G* pieces : 0};
   const MaskBits mask{a.mask, group_mask_rows(a.shape)};
+  // The second sweep of a slice, in which memory would only be written, asks for the next slice: of one that is small
+  // the processor's own prefetchers do, and one that is large would not stay in the second-level cache.
+  const bool fetches_next = L * sizeof(T) >= 8192 && L * sizeof(T) <= 262144;
 
   void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
 
@@ -184,15 +187,21 @@ struct PlanesForward : ForwardGroups {
     keep_statistics(slice, all);
   }
   void second(int64_t slice, int64_t k, void*) const {
-    const Runs chunk = chunks[k];
-    const int64_t c = slice % G * D + chunk.offset / S;
-    visit(a.activation, [&](auto act) FASTNORM_LOOP {
-      for (int64_t run = 0; run < chunk.count; ++run) {
-        const int64_t i = slice * L + chunk.offset + run * S;
-        normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
-                                            uniform<T>(affine<T>(slice, c + run)), stream);
-      }
+    visit(a.activation, [&](auto act) {
+      constexpr Activation kAct = decltype(act)::value;
+      fetches_next ? normalize<kAct, true>(slice, chunks[k]) : normalize<kAct, false>(slice, chunks[k]);
     });
+  }
+
+ private:
+  template <Activation kAct, bool kFetchesNext>
+  FASTNORM_LOOP void normalize(int64_t slice, const Runs& chunk) const {
+    const int64_t c = slice % G * D + chunk.offset / S;
+    for (int64_t run = 0; run < chunk.count; ++run) {
+      const int64_t i = slice * L + chunk.offset + run * S;
+      normalize_run<kAct, kFetchesNext>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
+                                        uniform<T>(affine<T>(slice, c + run)), stream, kFetchesNext ? L : 0);
+    }
   }
 };
 

@@ -41,9 +41,9 @@ struct Affine {
   }
 };
 
-// Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0). Prefetches what lies `ahead`, if not 0, but
-// for x, which was just read.
-template <Activation kAct, typename T, typename C>
+// Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0). Prefetches what lies `ahead`, if not 0; x, too, if it
+// was not just read.
+template <Activation kAct, bool kPrefetchX = false, typename T, typename C>
 FASTNORM_LOOP void normalize_run(const T* x, const T* residual, T* y, uint8_t* mask, int64_t n, const Affine<C>& affine,
                                  bool stream, int64_t ahead = 0) {
   using P = Pack<T>;
@@ -52,6 +52,7 @@ FASTNORM_LOOP void normalize_run(const T* x, const T* residual, T* y, uint8_t* m
   for_packs<T>(n, [&](int64_t i, auto count, int) {
     P z = local(P::load(x + i, count), i);
     if (ahead) {
+      if constexpr (kPrefetchX) prefetch(x + i + ahead);
       if (residual) prefetch(residual + i + ahead);
       if (!stream) prefetch_to_write(y + i + ahead);
     }
