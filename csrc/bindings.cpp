@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "cpu/parallel.h"
 #include "device.h"
 #include "explain.h"
 #include "isa.h"
@@ -66,6 +67,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan_windows", fastnorm::plan_windows);
   m.def("plan_weights", fastnorm::plan_weights);
   m.def("instruction_set", instruction_set, "The instruction set that the kernels use in this process.");
+  m.def("stream_threshold", fastnorm::cpu::stream_threshold,
+        "Bytes of an output from which CPU kernels write past the caches.");
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
 

@@ -30,7 +30,7 @@ namespace cpu {
 int num_threads() { return at::get_num_threads(); }
 
 // Bytes of the last-level cache that a processor shares with its neighbours, 0 if unknown. Linux knows; sysconf tells
-// all of a socket's on AMD's processors, in glibc before 2.37.
+// all of a socket's on AMD's processors in glibc 2.36, say.
 int64_t last_level_cache() {
   std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // "32768K"
   int64_t kibibytes = 0;

@@ -21,13 +21,15 @@ def devices() -> list[torch.device]:
 
 
 def build_info() -> dict[str, object]:
-    """Versions, instruction set in use, what was built for CUDA, and threads.
+    """Versions, instruction set in use, what was built for CUDA, threads, and what is large to the CPU kernels.
 
     Returns:
         ``fastnorm``, ``torch``, ``torch_built_with`` (the torch version that the extension was compiled against),
         ``compiler``, ``instruction_set`` (of the CPU kernels in this process: AVX512, AVX2, NEON or default),
         ``cuda`` (version of the toolkit it was compiled with), ``cuda_architectures`` (machine code as sm_90, PTX as
-        compute_90), ``cuda_ops`` (the ops with kernels), all three empty in a CPU-only build, and ``threads``.
+        compute_90), ``cuda_ops`` (the ops with kernels), all three empty in a CPU-only build, ``threads``, and
+        ``stream_threshold`` (bytes of an output from which the CPU kernels write past the caches: half the last-level
+        cache).
 
     Example:
         >>> fastnorm.build_info()["fastnorm"]
@@ -43,4 +45,5 @@ def build_info() -> dict[str, object]:
         "cuda_architectures": [f"sm_{n}" for n in _C.cuda_binaries] + [f"compute_{n}" for n in _C.cuda_ptx],
         "cuda_ops": [name for name in _C.cuda_ops.split(",") if name],
         "threads": torch.get_num_threads(),
+        "stream_threshold": _C.stream_threshold(),
     }

@@ -224,15 +224,8 @@ struct GradientSums {
     }
   }
 
-  double sum_dz() const { return total(dz); }
-  double sum_dz_xhat() const { return total(dz_xhat); }
-
- private:
-  static double total(const Pack<T> (&sums)[kUnroll]) {
-    Pack<T> all = sums[0];
-    for (int u = 1; u < kUnroll; ++u) all = all + sums[u];
-    return all.sum();
-  }
+  double sum_dz() const { return lane_sum(dz); }
+  double sum_dz_xhat() const { return lane_sum(dz_xhat); }
 };
 
 }  // namespace

@@ -25,13 +25,6 @@ inline bool out_of_range(double m, double sum, double sum_of_squares) {
   return !std::isfinite(sum_of_squares) || (sum_of_squares < 1e-30 && (sum != 0 || m != 0));
 }
 
-template <typename T, int kCount>
-Pack<T> total(const Pack<T> (&sums)[kCount]) {
-  Pack<T> all = sums[0];
-  for (int u = 1; u < kCount; ++u) all = all + sums[u];
-  return all;
-}
-
 template <typename T>
 Moments chunk_moments_float64(const T* x, const Runs& chunk) {
   double sum = 0, deviations = 0, squares = 0;
@@ -74,7 +67,7 @@ FASTNORM_LOOP void chunk_moments_by(const T* x, const Runs& chunk, int slices, i
     std::copy(sum, sum + kUnroll, sums[s]);
   });
   acc_t m[kMostSlices];
-  for (int s = 0; s < slices; ++s) m[s] = static_cast<acc_t>(lane_sum(total(sums[s])) / n);
+  for (int s = 0; s < slices; ++s) m[s] = static_cast<acc_t>(lane_sum(sums[s]) / n);
 
   P first[kMostSlices][kUnroll2], second[kMostSlices][kUnroll2];
   for (int s = 0; s < slices; ++s) {
@@ -95,7 +88,7 @@ FASTNORM_LOOP void chunk_moments_by(const T* x, const Runs& chunk, int slices, i
     std::copy(s2, s2 + kUnroll2, second[s]);
   });
   for (int s = 0; s < slices; ++s) {
-    const double deviations = lane_sum(total(first[s])), squares = lane_sum(total(second[s]));
+    const double deviations = lane_sum(first[s]), squares = lane_sum(second[s]);
     result[s] = !std::is_same_v<acc_t, double> && out_of_range(m[s], deviations, squares)
                     ? chunk_moments_float64(x + s * apart, chunk)
                     : shifted_moments(n, m[s], deviations, squares);
@@ -134,8 +127,7 @@ FASTNORM_LOOP double chunk_dot(const T* x, const T* y, const Runs& chunk) {
       sum[u] = fmadd(P::load(x + start + i, count), P::load(y + start + i, count), sum[u]);
     });
   }
-  for (int u = 1; u < kUnroll; ++u) sum[0] = sum[0] + sum[u];
-  return sum[0].sum();
+  return lane_sum(sum);
 }
 
 // The two sums that backward of every norm needs of a slice.

@@ -11,7 +11,7 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// The sum of a pack's elements as a tree, in the arithmetic's type: a few cycles where Pack::sum() takes a hundred.
+// The sum of a pack's elements as a tree, in the arithmetic's type: a few cycles less than lane_sum.
 template <typename T>
 double tree_sum(const Pack<T>& p) {
   using Vec = typename Pack<T>::Vec;

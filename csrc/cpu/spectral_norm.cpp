@@ -57,7 +57,7 @@ struct PowerMethod {
       for (int k = 0; k < kRows; ++k) {
         for (int unroll = 1; unroll < kUnroll; ++unroll)
           sum[k * kUnroll] = sum[k * kUnroll] + sum[k * kUnroll + unroll];
-        t[k] += sum[k * kUnroll].sum();
+        t[k] += lane_sum(sum[k * kUnroll]);
       }
     }
   }

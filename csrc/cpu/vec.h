@@ -99,14 +99,6 @@ struct Pack {
     return r;
   }
 
-  double sum() const {
-    acc_t lane[kSize];
-    store_acc(lane);
-    double total = 0;
-    for (acc_t e : lane) total += e;
-    return total;
-  }
-
  private:
   static int clamp(int n) { return std::min(n, static_cast<int>(Storage::size())); }
 
@@ -321,6 +313,13 @@ template <typename T>
 double lane_sum(const Pack<T>& p) {
   auto all = p.v[0];
   for (int k = 1; k < Pack<T>::kVecs; ++k) all = all + p.v[k];
+  return lane_sum(all);
+}
+
+template <typename T, int kCount>
+double lane_sum(const Pack<T> (&sums)[kCount]) {
+  Pack<T> all = sums[0];
+  for (int u = 1; u < kCount; ++u) all = all + sums[u];
   return lane_sum(all);
 }
 
