@@ -2,7 +2,7 @@
 
 For each network and layout: the time of a step (zero_grad, forward, loss, backward, SGD), on torch.nn, converted,
 converted and fused, and that under :class:`fastnorm.recompute`, by turns in one process; the share of torch's step that
-normalisation, activation, addition and dropout take, by torch's profiler; the most memory allocated in a step; and the
+normalisation, activation, addition and dropout take; the most memory allocated in a step; and the
 bytes kept for backward. On a CPU the allocator keeps freed memory, or else what the system takes to provide it anew
 scatters more than what is to be seen. Prints a Markdown table; with ``--out`` it also writes train_step.md and
 train_step.json there.
@@ -15,6 +15,8 @@ import copy
 import json
 import re
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -27,6 +29,7 @@ from memory import peak_bytes, saved_bytes
 from report import markdown_table
 from timing import by_turns, clock_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
@@ -78,8 +81,8 @@ TRAININGS = (
 
 RECOMPUTED = "fused, outputs recomputed"  # under fastnorm.recompute
 
-# torch's names of what fastnorm takes over.
-OURS = re.compile(r"aten::(native_)?(batch_norm|layer_norm|relu|threshold|gelu|add|dropout|bernoulli)_?(_backward)?")
+# torch's names of what fastnorm takes over; add_ is the optimiser's.
+OURS = re.compile(r"aten::(native_)?(batch_norm|layer_norm|relu_?|threshold|gelu|add|dropout|bernoulli_?)(_backward)?")
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,36 @@ def step_of(library: str, model: nn.Module, x: torch.Tensor, labels: torch.Tenso
     return step
 
 
-def share_in_norms(step: Callable[[], Any], device: str) -> float:
-    """The part of a step's time that torch spends in what fastnorm takes over."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+class OpSeconds(TorchDispatchMode):
+    """The time of each of torch's ops on a CPU, forward and backward.
+
+    torch.profiler would tell it, too, but under it some take several times as long as without.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **(kwargs or {}))
+        self.of[function.overloadpacket._qualified_op_name] += time.perf_counter() - start
+        return result
+
+
+def share_in_norms(step: Callable[[], Any], device: str, seconds: float) -> float:
+    """The part of a step, which takes so many seconds, that torch spends in what fastnorm takes over."""
+    if device == "cpu":
+        with OpSeconds() as ops:
+            for _ in range(3):
+                step()
+        return sum(time for op, time in ops.of.items() if OURS.fullmatch(op)) / (3 * seconds)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
         for _ in range(3):
             step()
-    name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, name) for event in profile.key_averages()}
+    times = {event.key: event.self_device_time_total for event in profile.key_averages()}
     return sum(time for op, time in times.items() if OURS.fullmatch(op)) / sum(times.values())
 
 
@@ -158,7 +181,7 @@ def measure(training: Training, layout: str, device: str, seconds: float) -> lis
             times[name].median,
             times[name].quartiles,
             len(times[name].rounds),
-            share_in_norms(steps[name], device) if name == "torch" else None,
+            share_in_norms(steps[name], device, times[name].median) if name == "torch" else None,
             peak_bytes(steps[name], device),
             saved_bytes(lambda model=model: F.cross_entropy(model(x), labels), model.parameters(), context_of(name)),
         )

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <fstream>
 #include <new>
 #include <string>
@@ -44,6 +45,7 @@ int64_t last_level_cache() {
 
 int64_t stream_threshold() {
   static const int64_t bytes = [] {
+    if (const char* named = std::getenv("FASTNORM_STREAM_THRESHOLD")) return static_cast<int64_t>(std::atoll(named));
     const int64_t cache = last_level_cache();
     return cache > 0 ? cache / 2 : int64_t{16} << 20;
   }();

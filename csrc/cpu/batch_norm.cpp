@@ -120,7 +120,7 @@ struct PlanesForward {
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};  // of a channel, from its first element
   const MaskBits mask{a.mask, mask_rows(a.shape)};
   const int64_t ahead = next_plane<T>(a.shape);
-  const bool stream = stream_output(a.shape.numel(), a.dtype);
+  const bool stream = stream_planes(a.shape, a.dtype);
 
   // The channels begin .. end of a chunk of runs, or its runs as they come, be they of any channel.
   void normalize(const Chunks& of, int64_t k, int64_t begin, int64_t end, bool any_channel,
@@ -223,7 +223,7 @@ struct PlanesBackward {
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
   const int64_t ahead = next_plane<T>(a.shape);
-  const bool stream = stream_output(a.shape.numel(), a.dtype);
+  const bool stream = stream_planes(a.shape, a.dtype);
 
   // Where the dz of a bundle's channels stays from its first sweep to its second, if anywhere.
   struct Kept {

@@ -171,6 +171,7 @@ struct PlanesForward : ForwardGroups {
   // The second sweep of a slice, in which memory would only be written, asks for the next slice: of one that is small
   // the processor's own prefetchers do, and one that is large would not stay in the second-level cache.
   const bool fetches_next = L * sizeof(T) >= 8192 && L * sizeof(T) <= 262144;
+  const bool stream = stream_planes(a.shape, a.dtype);
 
   void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
 
@@ -320,10 +321,11 @@ FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const C slope = slopes, offset = offsets;
-  const bool stream_residual = stream && fills_lines(dresidual, n);
-  stream = stream && fills_lines(dx, n);
+  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask) : 0;
+  stream = stream && head >= 0;
+  const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
   from.template with_dz<kAct>([&](const auto& dz_at) {
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
+    for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
       const P x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
       if (dresidual) put(dz, dresidual + i, count, stream_residual);
@@ -404,12 +406,13 @@ struct BackwardGroups : Groups<GroupNormBackward> {
 template <typename T>
 struct PlanesBackward : BackwardGroups<T> {
   using Base = BackwardGroups<T>;
-  using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
+  using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual;
   const Chunks chunks{Runs{0, D, S, S}};
   const int64_t planes = a.shape.N * C, pieces_of_plane = std::max<int64_t>(1, (S + kChunk - 1) / kChunk);
   const ScratchArray<Sums> partial{pieces_of_plane > 1 ? planes* pieces_of_plane : 0};
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
+  const bool stream = stream_planes(a.shape, a.dtype);
 
   void run() const {
     sweep_twice(*this, a.shape.N * G, chunks.size(), Base::kept_bytes(L));

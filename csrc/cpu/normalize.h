@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../affine.h"
+#include "../layout.h"
 #include "../mask.h"
 #include "activation.h"
 #include "parallel.h"
@@ -41,6 +42,18 @@ struct Affine {
   }
 };
 
+// Bytes of a run that does not begin and end with cache lines from which its whole lines are worth streaming.
+constexpr int64_t kLeastStreamed = 4096;
+
+// Of a run that goes past the caches, the elements that do not as they come before the first pack that can be streamed; -1 if all
+// do not: the run is short or, with a mask, not divided there into whole bytes of it.
+template <typename T>
+int64_t head_of_run(const T* to, int64_t n, const uint8_t* mask) {
+  if (fills_lines(to, n)) return 0;
+  const int64_t head = elements_before_pack(to);
+  return n * static_cast<int64_t>(sizeof(T)) < kLeastStreamed || (mask && head % 8 != 0) ? -1 : head;
+}
+
 // Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0). Prefetches what lies `ahead`, if not 0; x, too, if it
 // was not just read.
 template <Activation kAct, bool kPrefetchX = false, typename T, typename C>
@@ -48,8 +61,9 @@ FASTNORM_LOOP void normalize_run(const T* x, const T* residual, T* y, uint8_t* m
                                  bool stream, int64_t ahead = 0) {
   using P = Pack<T>;
   const Affine<C> local = affine;  // in registers: a store to y might be one to what is only referred to
-  stream = stream && fills_lines(y, n);
-  for_packs<T>(n, [&](int64_t i, auto count, int) {
+  const int64_t head = stream ? head_of_run(y, n, mask) : 0;
+  stream = stream && head >= 0;
+  for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
     P z = local(P::load(x + i, count), i);
     if (ahead) {
       if constexpr (kPrefetchX) prefetch(x + i + ahead);
@@ -78,8 +92,13 @@ struct MaskBits {
   }
 };
 
-// Whether an output is better written past the caches.
+// Whether an output is better written past the caches, and one that is written by planes.
 inline bool stream_output(int64_t numel, Dtype dtype) { return numel * size_of(dtype) >= stream_threshold(); }
+inline bool stream_planes(const Shape& shape, Dtype dtype) {
+  const int64_t plane = shape.S * size_of(dtype);
+  return stream_output(shape.numel(), dtype) &&
+         (plane % static_cast<int64_t>(kStreamAlignment) == 0 || plane >= kLeastStreamed);
+}
 
 // Whether dz of n elements, which a task sweeps twice, is better kept than computed again: where it takes an exponential,
 // and while x, dy and dz are not far away by then.
@@ -168,10 +187,11 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const InputGradient<C> by = coefficient;
-  const bool stream_residual = stream && fills_lines(dresidual, n);
-  stream = stream && fills_lines(dx, n);
+  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask) : 0;
+  stream = stream && head >= 0;
+  const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
   from.template with_dz<kAct>([&](const auto& dz_at) {
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
+    for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
       if (ahead) {
         from.prefetch(i + ahead);
         if (dx && !stream) prefetch_to_write(dx + i + ahead);

@@ -323,6 +323,12 @@ double lane_sum(const Pack<T> (&sums)[kCount]) {
   return lane_sum(all);
 }
 
+// Elements from p on before the first place where a pack can be streamed to: a cache line's beginning, or its middle.
+template <typename T>
+int64_t elements_before_pack(const T* p) {
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % (Pack<T>::kSize * sizeof(T)) / sizeof(T));
+}
+
 // Calls f(i, Full, u) for each whole pack of n elements, kUnroll of them together with u = 0 .. kUnroll - 1
 // (independent accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what is left.
 template <typename T, int kUnroll = 1, typename F>
@@ -337,6 +343,20 @@ void for_packs(int64_t n, const F& f) {
   }
   for (; i + kSize <= n; i += kSize) f(i, Full{}, 0);
   if (i < n) f(i, Partial{static_cast<int>(n - i)}, 0);
+}
+
+// The same for a run whose whole packs begin after `head` elements, less than a pack. These come last, so that a pack
+// that is not whole takes one copy of f's code.
+template <typename T, typename F>
+void for_packs_after(int64_t head, int64_t n, const F& f) {
+  constexpr int64_t kSize = Pack<T>::kSize;
+  int64_t begin = head, end = n;
+  for (; begin + kSize <= n; begin += kSize) f(begin, Full{}, 0);
+  for (;;) {
+    if (begin < end) f(begin, Partial{static_cast<int>(end - begin)}, 0);
+    if (head == 0 || begin == 0) return;
+    begin = 0, end = head;
+  }
 }
 
 template <typename T>
