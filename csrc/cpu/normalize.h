@@ -45,8 +45,8 @@ struct Affine {
 // Bytes of a run that does not begin and end with cache lines from which its whole lines are worth streaming.
 constexpr int64_t kLeastStreamed = 4096;
 
-// Of a run that goes past the caches, the elements that do not as they come before the first pack that can be streamed; -1 if all
-// do not: the run is short or, with a mask, not divided there into whole bytes of it.
+// Of a run that goes past the caches, the elements that do not as they come before the first pack that can be streamed;
+// -1 if all do not: the run is short or, with a mask, not divided there into whole bytes of it.
 template <typename T>
 int64_t head_of_run(const T* to, int64_t n, const uint8_t* mask) {
   if (fills_lines(to, n)) return 0;

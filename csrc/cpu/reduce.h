@@ -41,7 +41,7 @@ Moments chunk_moments_float64(const T* x, const Runs& chunk) {
   return shifted_moments(static_cast<double>(chunk.numel()), mean, deviations, squares);
 }
 
-constexpr int kMostSlices = 8;
+constexpr int kMostSlices = 8;  // that chunk_moments takes together
 
 template <int kUnroll, typename T>
 FASTNORM_LOOP void chunk_moments_by(const T* x, const Runs& chunk, int slices, int64_t apart, int64_t ahead,
