@@ -1,11 +1,12 @@
-// Local response normalisation on the CPU. A task takes its share of the tensor tile by tile; a tile goes through
-// buffers of the arithmetic's type that stay in the first two levels of cache:
+// Local response normalisation on the CPU. A task takes its share of the tensor tile by tile, and a tile a step of some
+// rows at a time, through buffers of the arithmetic's type that stay in the first-level cache:
 //
 //   squares   x^2 with zeros around it, as far as the windows reach
 //   sums      of the squares over the window, one axis after the other: the flat buffer added to itself, shifted
 //   y         from x and the sums, straight to memory
 //
-// Backward puts u = dy * x * scale^(-beta - 1) between zeros likewise and sums it over the mirrored window.
+// Backward puts u = dy * x * scale^(-beta - 1) between zeros likewise and sums it over the mirrored window. What the
+// windows of two steps share is kept from one to the next.
 //
 // What differs between the four cases (inter and intra, contiguous and channels_last) is only how a tile's runs of
 // contiguous elements lie in memory and in the buffer: see plan(). Every window is summed afresh, in an order that
