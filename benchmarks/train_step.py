@@ -153,14 +153,14 @@ def share_in_norms(step: Callable[[], Any], device: str, seconds: float) -> floa
         with OpSeconds() as ops:
             for _ in range(3):
                 step()
-        return sum(time for op, time in ops.of.items() if OURS.fullmatch(op)) / (3 * seconds)
+        return sum(spent for op, spent in ops.of.items() if OURS.fullmatch(op)) / (3 * seconds)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     ) as profile:
         for _ in range(3):
             step()
     times = {event.key: event.self_device_time_total for event in profile.key_averages()}
-    return sum(time for op, time in times.items() if OURS.fullmatch(op)) / sum(times.values())
+    return sum(spent for op, spent in times.items() if OURS.fullmatch(op)) / sum(times.values())
 
 
 def measure(training: Training, layout: str, device: str, seconds: float) -> list[Result]:
