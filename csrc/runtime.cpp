@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <fstream>
 #include <new>
@@ -58,10 +59,45 @@ void parallel_ranges(int64_t tasks, bool serial, RangeBody body, const void* con
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-constexpr std::align_val_t kScratchAlignment{64};
+// A thread's stack of scratch memory: an aligned allocation takes some hundred cycles, which a kernel would pay several
+// times a task. What does not fit is allocated.
+class ScratchStack {
+ public:
+  ~ScratchStack() { deallocate(base_); }
 
-Scratch::Scratch(size_t bytes) : data_(::operator new(bytes, kScratchAlignment)) {}
-Scratch::~Scratch() { ::operator delete(data_, kScratchAlignment); }
+  void* push(size_t bytes) {
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (!kUsed || bytes > kBytes - used_) return allocate(bytes);
+    if (base_ == nullptr) base_ = static_cast<char*>(allocate(kBytes));
+    used_ += bytes;
+    return base_ + used_ - bytes;
+  }
+  // What was pushed last of what is still there.
+  void pop(void* data) {
+    const uintptr_t offset = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(base_);
+    if (base_ == nullptr || offset >= kBytes) return deallocate(data);
+    used_ = offset;
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool kUsed = false;  // it would not see where one array ends
+#else
+  static constexpr bool kUsed = true;
+#endif
+  static constexpr size_t kBytes = 512 << 10, kAlignment = 64;
+
+  static void* allocate(size_t bytes) { return ::operator new(bytes, std::align_val_t{kAlignment}); }
+  static void deallocate(void* data) { ::operator delete(data, std::align_val_t{kAlignment}); }
+
+  char* base_ = nullptr;
+  size_t used_ = 0;
+};
+
+thread_local ScratchStack scratch_stack;
+
+Scratch::Scratch(size_t bytes) : data_(scratch_stack.push(bytes)) {}
+Scratch::~Scratch() { scratch_stack.pop(data_); }
 
 }  // namespace cpu
 }  // namespace fastnorm

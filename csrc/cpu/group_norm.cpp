@@ -22,18 +22,24 @@ namespace {
 
 // ---- what all ways share
 
+// Neighbouring owners, and where the first of them leaves what its second sweep is to find, or null.
+struct Bundle {
+  int64_t begin, end;
+  void* kept;
+};
+
 // A kernel in two sweeps over the pieces of owners, by pointers, so that the order of work is compiled once for them
 // all.
 struct TwoSweeps {
   const void* kernel;
-  void (*first)(const void* kernel, int64_t owner, int64_t piece, void* kept);
-  void (*finish)(const void* kernel, int64_t owner);
-  void (*second)(const void* kernel, int64_t owner, int64_t piece, void* kept);
+  void (*first)(const void* kernel, const Bundle&, int64_t piece);
+  void (*finish)(const void* kernel, const Bundle&);
+  void (*second)(const void* kernel, const Bundle&, int64_t piece);
   int64_t kept_bytes;  // that first() may leave second() of an owner; 0: nothing
 
   // Calls first() for every piece of an owner, then finish(), then second() for every piece, with no more than that for
   // an order. Small owners go by bundles: from the first sum of one to its last coefficient is a chain of some hundred
-  // cycles, in which the processor can work on the others'. `kept` is null where the sweeps are far apart.
+  // cycles, in which the processor can work on the others', and what a call costs is shared by them.
   void run(int64_t owners, int64_t pieces, int64_t numel, bool stream) const {
     constexpr int64_t kBundle = 800;  // elements: more of them would not stay in the first-level cache
     const int64_t bundle = std::max<int64_t>(1, std::min(kBundle / (numel / owners), owners / (4 * num_threads())));
@@ -41,23 +47,20 @@ struct TwoSweeps {
       return parallel_for_ranges((owners + bundle - 1) / bundle, numel, [&](int64_t begin_bundle, int64_t end_bundle) {
         const ScratchArray<char> scratch(bundle * kept_bytes);
         for (int64_t i = begin_bundle; i < end_bundle; ++i) {
-          const int64_t begin = i * bundle, end = std::min(owners, begin + bundle);
-          const auto kept = [&](int64_t owner) {
-            return kept_bytes ? scratch.data() + (owner - begin) * kept_bytes : nullptr;
-          };
-          for (int64_t owner = begin; owner < end; ++owner)
-            for (int64_t k = 0; k < pieces; ++k) first(kernel, owner, k, kept(owner));
-          for (int64_t owner = begin; owner < end; ++owner) finish(kernel, owner);
-          for (int64_t owner = begin; owner < end; ++owner)
-            for (int64_t k = 0; k < pieces; ++k) second(kernel, owner, k, kept(owner));
+          const int64_t begin = i * bundle;
+          const Bundle of{begin, std::min(owners, begin + bundle), kept_bytes ? scratch.data() : nullptr};
+          for (int64_t k = 0; k < pieces; ++k) first(kernel, of, k);
+          finish(kernel, of);
+          for (int64_t k = 0; k < pieces; ++k) second(kernel, of, k);
         }
         if (stream) stream_fence();
       });
     }
-    parallel_for(owners * pieces, numel, [&](int64_t i) { first(kernel, i / pieces, i % pieces, nullptr); });
-    for (int64_t owner = 0; owner < owners; ++owner) finish(kernel, owner);
+    const auto one = [&](int64_t i) { return Bundle{i / pieces, i / pieces + 1, nullptr}; };
+    parallel_for(owners * pieces, numel, [&](int64_t i) { first(kernel, one(i), i % pieces); });
+    finish(kernel, Bundle{0, owners, nullptr});
     parallel_for(owners * pieces, numel, [&](int64_t i) {
-      second(kernel, i / pieces, i % pieces, nullptr);
+      second(kernel, one(i), i % pieces);
       if (stream) stream_fence();
     });
   }
@@ -66,12 +69,12 @@ struct TwoSweeps {
 template <typename Kernel>
 void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces, int64_t kept_bytes = 0) {
   const TwoSweeps sweeps{&kernel,
-                         [](const void* k, int64_t owner, int64_t piece, void* kept) {
-                           static_cast<const Kernel*>(k)->first(owner, piece, kept);
+                         [](const void* k, const Bundle& of, int64_t piece) {
+                           static_cast<const Kernel*>(k)->first(of, piece);
                          },
-                         [](const void* k, int64_t owner) { static_cast<const Kernel*>(k)->finish(owner); },
-                         [](const void* k, int64_t owner, int64_t piece, void* kept) {
-                           static_cast<const Kernel*>(k)->second(owner, piece, kept);
+                         [](const void* k, const Bundle& of) { static_cast<const Kernel*>(k)->finish(of); },
+                         [](const void* k, const Bundle& of, int64_t piece) {
+                           static_cast<const Kernel*>(k)->second(of, piece);
                          },
                          kept_bytes};
   sweeps.run(owners, pieces, kernel.a.shape.numel(), kernel.stream);
@@ -98,9 +101,27 @@ struct Groups {
   const Parameters parameters{a};
   const bool stream = stream_output(a.shape.numel(), a.dtype);
 
+  // The function that gives those of channel first + d. What it reads of the slice is read once.
+  template <typename T>
+  auto affine_of(int64_t slice, int64_t first) const {
+    return [mean = a.mean[slice], rstd = a.rstd[slice], weight = &parameters.weight[first],
+            bias = &parameters.bias[first]](int64_t d) {
+      return SliceAffine<acc_type<T>>(mean, rstd, weight[d], bias[d]);
+    };
+  }
   template <typename T>
   SliceAffine<acc_type<T>> affine(int64_t slice, int64_t c) const {
-    return {a.mean[slice], a.rstd[slice], parameters.weight[c], parameters.bias[c]};
+    return affine_of<T>(slice, c)(0);
+  }
+
+  // Calls f(slice, its group) for the slices of a bundle.
+  template <typename F>
+  void for_slices(const Bundle& of, const F& f) const {
+    int64_t g = of.begin % G;
+    for (int64_t slice = of.begin; slice < of.end; ++slice) {
+      f(slice, g);
+      if (++g == G) g = 0;
+    }
   }
 };
 
@@ -175,34 +196,40 @@ struct PlanesForward : ForwardGroups {
 
   void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
 
-  void first(int64_t slice, int64_t k, void*) const {
+  void first(const Bundle& of, int64_t k) const {
     const Runs chunk = chunks[k];
-    const Moments m = run_moments(x + slice * L + chunk.offset, chunk.numel());
-    if (pieces == 1) return keep_statistics(slice, m);
-    partial[slice * pieces + k] = m;
+    for (int64_t slice = of.begin; slice < of.end; ++slice) {
+      const Moments m = run_moments(x + slice * L + chunk.offset, chunk.numel());
+      pieces == 1 ? keep_statistics(slice, m) : void(partial[slice * pieces + k] = m);
+    }
   }
-  void finish(int64_t slice) const {
+  void finish(const Bundle& of) const {
     if (pieces == 1) return;
-    Moments all;
-    for (int64_t k = 0; k < pieces; ++k) all.merge(partial[slice * pieces + k]);
-    keep_statistics(slice, all);
+    for (int64_t slice = of.begin; slice < of.end; ++slice) {
+      Moments all;
+      for (int64_t k = 0; k < pieces; ++k) all.merge(partial[slice * pieces + k]);
+      keep_statistics(slice, all);
+    }
   }
-  void second(int64_t slice, int64_t k, void*) const {
+  void second(const Bundle& of, int64_t k) const {
     visit(a.activation, [&](auto act) {
       constexpr Activation kAct = decltype(act)::value;
-      fetches_next ? normalize<kAct, true>(slice, chunks[k]) : normalize<kAct, false>(slice, chunks[k]);
+      fetches_next ? normalize<kAct, true>(of, chunks[k]) : normalize<kAct, false>(of, chunks[k]);
     });
   }
 
  private:
   template <Activation kAct, bool kFetchesNext>
-  FASTNORM_LOOP void normalize(int64_t slice, const Runs& chunk) const {
-    const int64_t c = slice % G * D + chunk.offset / S;
-    for (int64_t run = 0; run < chunk.count; ++run) {
-      const int64_t i = slice * L + chunk.offset + run * S;
-      normalize_run<kAct, kFetchesNext>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
-                                        uniform<T>(affine<T>(slice, c + run)), stream, kFetchesNext ? L : 0);
-    }
+  FASTNORM_LOOP void normalize(const Bundle& of, const Runs& chunk) const {
+    const int64_t first_channel = chunk.offset / S;
+    for_slices(of, [&](int64_t slice, int64_t group) {
+      const auto affine = affine_of<T>(slice, group * D + first_channel);
+      for (int64_t run = 0; run < chunk.count; ++run) {
+        const int64_t i = slice * L + chunk.offset + run * S;
+        normalize_run<kAct, kFetchesNext>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
+                                          uniform<T>(affine(run)), stream, kFetchesNext ? L : 0);
+      }
+    });
   }
 };
 
@@ -226,8 +253,16 @@ struct FlatForward : ForwardGroups {
 
   void run() const { sweep_twice(*this, a.shape.N * blocks.size(), 1); }
 
-  void first(int64_t owner, int64_t, void*) const {
-    const int64_t n = owner / blocks.size(), block = owner % blocks.size();
+  void first(const Bundle& of, int64_t) const {
+    for (int64_t owner = of.begin; owner < of.end; ++owner) moments(owner / blocks.size(), owner % blocks.size());
+  }
+  void finish(const Bundle&) const {}
+  void second(const Bundle& of, int64_t) const {
+    for (int64_t owner = of.begin; owner < of.end; ++owner) normalize(owner / blocks.size(), owner % blocks.size());
+  }
+
+ private:
+  void moments(int64_t n, int64_t block) const {
     for (int64_t g = blocks.begin(block); g < blocks.end(block); ++g) {
       const T* slice = x + (n * G + g) * L;
       Moments all;
@@ -235,9 +270,7 @@ struct FlatForward : ForwardGroups {
       keep_statistics(n * G + g, all);
     }
   }
-  void finish(int64_t) const {}
-  void second(int64_t owner, int64_t, void*) const {
-    const int64_t n = owner / blocks.size(), block = owner % blocks.size();
+  void normalize(int64_t n, int64_t block) const {
     const int64_t begin = blocks.begin(block), end = blocks.end(block), width = (end - begin) * L;
     const ColumnAffine<T> columns(width);
     for (int64_t c = begin * D; c < end * D; ++c) {
@@ -263,7 +296,23 @@ struct ColumnsForward : ForwardGroups {
 
   void run() const { sweep_twice(*this, a.shape.N, parts.size()); }
 
-  void first(int64_t n, int64_t part, void*) const {
+  void first(const Bundle& of, int64_t part) const {
+    for (int64_t n = of.begin; n < of.end; ++n) moments(n, part);
+  }
+  void finish(const Bundle& of) const {
+    for (int64_t slice = of.begin * G; slice < of.end * G; ++slice) {
+      Moments all;
+      for (int64_t part = 0; part < parts.size(); ++part)
+        all.merge(partial[(slice / G * parts.size() + part) * G + slice % G]);
+      keep_statistics(slice, all);
+    }
+  }
+  void second(const Bundle& of, int64_t part) const {
+    for (int64_t n = of.begin; n < of.end; ++n) normalize(n, part);
+  }
+
+ private:
+  void moments(int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), rows = parts.rows(part), repeats = columns / C;
     const ColumnArray<T> shift(columns);
     const ScratchArray<double> mean(columns), m2(columns);
@@ -286,14 +335,7 @@ struct ColumnsForward : ForwardGroups {
       partial[(n * parts.size() + part) * G + g] = {count * r, m, within + r * between};
     }
   }
-  void finish(int64_t n) const {
-    for (int64_t g = 0; g < G; ++g) {
-      Moments all;
-      for (int64_t part = 0; part < parts.size(); ++part) all.merge(partial[(n * parts.size() + part) * G + g]);
-      keep_statistics(n * G + g, all);
-    }
-  }
-  void second(int64_t n, int64_t part, void*) const {
+  void normalize(int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnAffine<T> affines(columns);
     for (int64_t c = 0; c < C; ++c) {
@@ -367,9 +409,15 @@ struct BackwardGroups : Groups<GroupNormBackward> {
   }
 
   // What an owner of n elements needs to keep dz, in whole packs, from the first sweep to the second.
-  int64_t kept_bytes(int64_t n) const {
+  int64_t bytes_to_keep(int64_t n) const {
     const bool keeps = wants_sums && wants_elements && keeps_gradient<T>(a.activation, n);
     return keeps ? (n + Pack<T>::kSize) * sizeof(acc_type<T>) : 0;
+  }
+
+  // Where dz of an owner stays, from an element of it on.
+  static acc_type<T>* kept(const Bundle& of, int64_t owner, int64_t bytes, int64_t element) {
+    return reinterpret_cast<acc_type<T>*>(offset_by(static_cast<char*>(of.kept), (owner - of.begin) * bytes +
+                                                    element * static_cast<int64_t>(sizeof(acc_type<T>))));
   }
 
   SliceStandardize<acc_type<T>> standardize(int64_t slice) const { return {a.mean[slice], a.rstd[slice]}; }
@@ -378,10 +426,10 @@ struct BackwardGroups : Groups<GroupNormBackward> {
     return {static_cast<double>(L), a.mean[slice], a.rstd[slice], g.dz, g.dz_xhat};
   }
 
-  // Of g = dz * weight over the slice, from those of dz over its channels.
-  Sums weighted(int64_t slice, const Sums* channels) const {
+  // Of g = dz * weight over a slice of group `group`, from those of dz over its channels.
+  Sums weighted(int64_t group, const Sums* channels) const {
     Sums all;
-    for (int64_t d = 0, c = slice % G * D; d < D; ++d, ++c)
+    for (int64_t d = 0, c = group * D; d < D; ++d, ++c)
       all += Sums{parameters.weight[c] * channels[d].dz, parameters.weight[c] * channels[d].dz_xhat};
     return all;
   }
@@ -413,58 +461,71 @@ struct PlanesBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
   const bool stream = stream_planes(a.shape, a.dtype);
+  const int64_t kept_bytes = Base::bytes_to_keep(L);
 
   void run() const {
-    sweep_twice(*this, a.shape.N * G, chunks.size(), Base::kept_bytes(L));
+    sweep_twice(*this, a.shape.N * G, chunks.size(), kept_bytes);
     this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
   }
 
-  // Run by run: a whole pack beyond the end of one is overwritten by the next.
-  RunGradient<T> run_gradient(int64_t slice, int64_t offset, void* kept) const {
-    const int64_t i = slice * L + offset;
-    return Base::gradient(i, mask(i), offset_by(static_cast<acc_type<T>*>(kept), offset));
-  }
-
-  void first(int64_t slice, int64_t k, void* kept) const {
+  void first(const Bundle& of, int64_t k) const {
     if (!Base::wants_sums) return;
     const Runs chunk = chunks[k];
-    const int64_t c = slice % G * D + chunk.offset / S, plane = slice * D + chunk.offset / S;
-    const auto standardize = uniform<T>(Base::standardize(slice));
-    Sums* const to = pieces_of_plane > 1 ? &partial[slice * chunks.size() + k] : &channel_sums[plane];
+    const int64_t first_channel = chunk.offset / S;
+    Sums* const to = pieces_of_plane > 1 ? &partial[k] : &channel_sums[first_channel];
+    const int64_t sums_of_slice = pieces_of_plane > 1 ? chunks.size() : D;
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
-      for (int64_t run = 0; run < chunk.count; ++run) {
-        GradientSums<T> total;
-        total.template add_run<decltype(act)::value>(run_gradient(slice, chunk.offset + run * S, kept), chunk.length,
-                                                     uniform<T>(this->template affine<T>(slice, c + run)), standardize);
-        to[run] = {tree_sum(total.dz), tree_sum(total.dz_xhat)};
-      }
+      Base::for_slices(of, [&](int64_t slice, int64_t group) {
+        const auto affine = this->template affine_of<T>(slice, group * D + first_channel);
+        const auto standardize = uniform<T>(Base::standardize(slice));
+        const int64_t first_element = slice * L;
+        for (int64_t run = 0; run < chunk.count; ++run) {
+          const int64_t at = chunk.offset + run * chunk.stride;
+          GradientSums<T> total;
+          total.template add_run<decltype(act)::value>(run_gradient(of, slice, first_element, at), chunk.length,
+                                                       uniform<T>(affine(run)), standardize);
+          to[slice * sums_of_slice + run] = {tree_sum(total.dz), tree_sum(total.dz_xhat)};
+        }
+      });
     });
   }
-  void finish(int64_t slice) const {
+  void finish(const Bundle& of) const {
     if (!Base::wants_sums) return;
     if (pieces_of_plane > 1) {
-      for (int64_t plane = slice * D; plane < (slice + 1) * D; ++plane) {
+      for (int64_t plane = of.begin * D; plane < of.end * D; ++plane) {
         Sums all;
         for (int64_t k = 0; k < pieces_of_plane; ++k) all += partial[plane * pieces_of_plane + k];
         channel_sums[plane] = all;
       }
     }
-    slice_sums[slice] = Base::weighted(slice, &channel_sums[slice * D]);
+    for (int64_t slice = of.begin; slice < of.end; ++slice)
+      slice_sums[slice] = Base::weighted(slice % G, &channel_sums[slice * D]);
   }
-  void second(int64_t slice, int64_t k, void* kept) const {
+  void second(const Bundle& of, int64_t k) const {
     if (!Base::wants_elements) return;
     const Runs chunk = chunks[k];
-    const int64_t c = slice % G * D + chunk.offset / S;
-    const auto gradient = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
-    const Uniform<T> slope(gradient.slope), offset(gradient.offset);
+    const int64_t first_channel = chunk.offset / S;
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
-      for (int64_t run = 0; run < chunk.count; ++run) {
-        const int64_t at = chunk.offset + run * S, i = slice * L + at;
-        group_gradient_run<decltype(act)::value>(
-            run_gradient(slice, at, kept), offset_by(dx, i), offset_by(dresidual, i), chunk.length,
-            uniform<T>(this->template affine<T>(slice, c + run)), slope, offset, stream);
-      }
+      Base::for_slices(of, [&](int64_t slice, int64_t group) {
+        const auto affine = this->template affine_of<T>(slice, group * D + first_channel);
+        const auto gradient = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
+        const Uniform<T> slope(gradient.slope), offset(gradient.offset);
+        const int64_t first_element = slice * L;
+        for (int64_t run = 0; run < chunk.count; ++run) {
+          const int64_t at = chunk.offset + run * chunk.stride, i = first_element + at;
+          group_gradient_run<decltype(act)::value>(run_gradient(of, slice, first_element, at), offset_by(dx, i),
+                                                   offset_by(dresidual, i), chunk.length, uniform<T>(affine(run)),
+                                                   slope, offset, stream);
+        }
+      });
     });
+  }
+
+ private:
+  // Run by run: a whole pack beyond the end of one is overwritten by the next.
+  RunGradient<T> run_gradient(const Bundle& of, int64_t slice, int64_t first_element, int64_t offset) const {
+    const int64_t i = first_element + offset;
+    return Base::gradient(i, mask(i), Base::kept(of, slice, kept_bytes, offset));
   }
 };
 
@@ -571,22 +632,42 @@ struct ColumnsBackward : BackwardGroups<T> {
   const Parts parts{a.shape, a.mask};
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
+  // A pack beyond the end of a row would overwrite the next, which is swept at its side.
+  const int64_t kept_bytes = parts.sample.width % Pack<T>::kSize == 0 ? Base::bytes_to_keep(C * S) : 0;
 
   void run() const {
-    // A pack beyond the end of a row would overwrite the next, which is swept at its side.
-    const bool whole_packs = parts.sample.width % Pack<T>::kSize == 0;
-    sweep_twice(*this, a.shape.N, parts.size(), whole_packs ? Base::kept_bytes(C * S) : 0);
+    sweep_twice(*this, a.shape.N, parts.size(), kept_bytes);
     this->keep_parameter_gradients(channel_sums.data(), a.shape.N);
   }
 
-  RunGradient<T> row_gradient(int64_t n, int64_t row, void* kept) const {
-    const int64_t at = row * parts.sample.width;
-    return Base::gradient(n * C * S + at, offset_by(a.mask, parts.mask_byte(n, row)),
-                          offset_by(static_cast<acc_type<T>*>(kept), at));
+  void first(const Bundle& of, int64_t part) const {
+    if (!Base::wants_sums) return;
+    for (int64_t n = of.begin; n < of.end; ++n) sums(of, n, part);
+  }
+  void finish(const Bundle& of) const {
+    if (!Base::wants_sums) return;
+    for (int64_t n = of.begin; n < of.end; ++n) {
+      for (int64_t c = 0; c < C; ++c) {
+        Sums all;
+        for (int64_t part = 0; part < parts.size(); ++part) all += partial[(n * parts.size() + part) * C + c];
+        channel_sums[n * C + c] = all;
+      }
+      for (int64_t g = 0; g < G; ++g) slice_sums[n * G + g] = Base::weighted(g, &channel_sums[n * C + g * D]);
+    }
+  }
+  void second(const Bundle& of, int64_t part) const {
+    if (!Base::wants_elements) return;
+    for (int64_t n = of.begin; n < of.end; ++n) elements(of, n, part);
   }
 
-  void first(int64_t n, int64_t part, void* kept) const {
-    if (!Base::wants_sums) return;
+ private:
+  RunGradient<T> row_gradient(const Bundle& of, int64_t n, int64_t row) const {
+    const int64_t at = row * parts.sample.width;
+    return Base::gradient(n * C * S + at, offset_by(a.mask, parts.mask_byte(n, row)),
+                          Base::kept(of, n, kept_bytes, at));
+  }
+
+  void sums(const Bundle& of, int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
     for (int64_t c = 0; c < C; ++c) {
@@ -604,7 +685,7 @@ struct ColumnsBackward : BackwardGroups<T> {
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const auto standardize = coefficients.standardize();
     visit(a.activation, [&](auto act) {
-      add_column_gradients<decltype(act)::value>(row_gradient(n, begin, kept), parts.strides(), parts.rows(part),
+      add_column_gradients<decltype(act)::value>(row_gradient(of, n, begin), parts.strides(), parts.rows(part),
                                                  columns, affine, standardize, &dz[0], &dz_xhat[0]);
     });
     Sums* out = &partial[(n * parts.size() + part) * C];
@@ -613,17 +694,8 @@ struct ColumnsBackward : BackwardGroups<T> {
       for (int64_t j = c; j < columns; j += C) out[c] += Sums{dz[j], dz_xhat[j]};
     }
   }
-  void finish(int64_t n) const {
-    if (!Base::wants_sums) return;
-    for (int64_t c = 0; c < C; ++c) {
-      Sums all;
-      for (int64_t part = 0; part < parts.size(); ++part) all += partial[(n * parts.size() + part) * C + c];
-      channel_sums[n * C + c] = all;
-    }
-    for (int64_t g = 0; g < G; ++g) slice_sums[n * G + g] = Base::weighted(n * G + g, &channel_sums[n * C + g * D]);
-  }
-  void second(int64_t n, int64_t part, void* kept) const {
-    if (!Base::wants_elements) return;
+
+  void elements(const Bundle& of, int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
     for (int64_t c = 0; c < C; ++c) {
@@ -640,7 +712,7 @@ struct ColumnsBackward : BackwardGroups<T> {
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
         const int64_t i = n * C * S + row * parts.sample.width;
-        group_gradient_run<decltype(act)::value>(row_gradient(n, row, kept), offset_by(dx, i), offset_by(dresidual, i),
+        group_gradient_run<decltype(act)::value>(row_gradient(of, n, row), offset_by(dx, i), offset_by(dresidual, i),
                                                  columns, affine, slope, offset, stream);
       }
     });

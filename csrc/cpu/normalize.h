@@ -211,37 +211,45 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
 // Accumulators of a chunk: sum dz and sum dz * xhat.
 template <typename T>
 struct GradientSums {
-  static constexpr int kUnroll = std::max(1, 4 / Pack<T>::kVecs);
-  Pack<T> dz[kUnroll], dz_xhat[kUnroll];
-
-  GradientSums() {
-    for (int u = 0; u < kUnroll; ++u) dz[u] = dz_xhat[u] = Pack<T>(0);
-  }
+  Pack<T> dz{0}, dz_xhat{0};
 
   // Elements past the end have dy = 0 and add nothing. Prefetches what lies `ahead`, if not 0.
   template <Activation kAct, typename C>
   FASTNORM_LOOP void add_run(const RunGradient<T>& g, int64_t n, const Affine<C>& affine,
                              const Standardize<C>& standardize, int64_t ahead = 0) {
+    using P = Pack<T>;
+    constexpr int kUnroll = unroll_of<kAct>(std::max(1, 4 / P::kVecs));
     const RunGradient<T> from = g;
     const Affine<C> local = affine;
     const Standardize<C> xhat = standardize;
-    Pack<T> s[kUnroll], sx[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) {
-      s[u] = dz[u];
-      sx[u] = dz_xhat[u];
-    }
-    for_packs<T, unroll_of<kAct>(kUnroll)>(n, [&](int64_t i, auto count, int u) {
+    const auto add = [&](int64_t i, auto count, P& s, P& sx) {
       if (ahead) from.prefetch(i + ahead);
-      const Pack<T> x = Pack<T>::load(from.x + i, count);
-      const Pack<T> d = from.template dz<kAct>(i, count, x, local);
+      const P x = P::load(from.x + i, count);
+      const P d = from.template dz<kAct>(i, count, x, local);
       from.template keep<kAct>(i, d);
-      s[u] = s[u] + d;
-      sx[u] = fmadd(d, xhat(x, i), sx[u]);
-    });
-    for (int u = 0; u < kUnroll; ++u) {
-      dz[u] = s[u];
-      dz_xhat[u] = sx[u];
+      s = s + d;
+      sx = fmadd(d, xhat(x, i), sx);
+    };
+    int64_t begin = 0;
+    P s = dz, sx = dz_xhat;
+    if constexpr (kUnroll > 1) {
+      if (n >= kUnroll * P::kSize) {  // a run shorter than that has no use for so many accumulators
+        P more[kUnroll - 1], more_x[kUnroll - 1];
+        for (int u = 1; u < kUnroll; ++u) more[u - 1] = more_x[u - 1] = P(0);
+        for (; begin + kUnroll * P::kSize <= n; begin += kUnroll * P::kSize) {
+          add(begin, Full{}, s, sx);
+#pragma GCC unroll 8
+          for (int u = 1; u < kUnroll; ++u) add(begin + u * P::kSize, Full{}, more[u - 1], more_x[u - 1]);
+        }
+        for (int u = 1; u < kUnroll; ++u) {
+          s = s + more[u - 1];
+          sx = sx + more_x[u - 1];
+        }
+      }
     }
+    for_packs<T>(n - begin, [&](int64_t i, auto count, int) { add(begin + i, count, s, sx); });
+    dz = s;
+    dz_xhat = sx;
   }
 
   double sum_dz() const { return lane_sum(dz); }

@@ -18,7 +18,7 @@ int64_t stream_threshold();
 using RangeBody = void (*)(const void* context, int64_t begin, int64_t end);
 void parallel_ranges(int64_t tasks, bool serial, RangeBody body, const void* context);
 
-// 64-byte aligned, uninitialised, freed with the object.
+// 64-byte aligned, uninitialised, freed with the object: in the opposite order on the same thread, as scopes end.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
