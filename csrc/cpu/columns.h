@@ -35,6 +35,10 @@ class ColumnArray {
     for (int64_t i = width; i < width + Pack<T>::kSize; ++i) values_[i] = 0;
   }
   acc_type<T>& operator[](int64_t i) const { return values_[i]; }
+  // The first `period` values again and again, `width` in all.
+  void repeat(int64_t period, int64_t width) const {
+    for (int64_t i = period; i < width; i += period) std::copy(&values_[0], &values_[period], &values_[i]);
+  }
   operator PerColumn<T>() const { return PerColumn<T>(values_.data()); }
 
  private:

@@ -136,6 +136,15 @@ struct ColumnAffine {
     scale[j] = v.scale;
     shift[j] = v.shift;
   }
+  // Of sample n, whose channels the columns are, once or several times.
+  template <typename Args>
+  void set_sample(const Groups<Args>& groups, int64_t n, int64_t columns) const {
+    for (int64_t g = 0, c = 0; g < groups.G; ++g) {
+      const auto affine = groups.template affine_of<T>(n * groups.G + g, c);
+      for (int64_t d = 0; d < groups.D; ++d, ++c) set(c, affine(d));
+    }
+    for (const auto* array : {&mean, &scale, &shift}) array->repeat(groups.C, columns);
+  }
   operator Affine<PerColumn<T>>() const { return {mean, scale, shift}; }
 };
 
@@ -338,10 +347,7 @@ struct ColumnsForward : ForwardGroups {
   void normalize(int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnAffine<T> affines(columns);
-    for (int64_t c = 0; c < C; ++c) {
-      const auto channel = affine<T>(n * G + c / D, c);
-      for (int64_t j = c; j < columns; j += C) affines.set(j, channel);
-    }
+    affines.set_sample(*this, n, columns);
     const Affine<PerColumn<T>> coefficients = affines;
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
@@ -670,15 +676,12 @@ struct ColumnsBackward : BackwardGroups<T> {
   void sums(const Bundle& of, int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
-    for (int64_t c = 0; c < C; ++c) {
-      const int64_t slice = n * G + c / D;
-      const auto channel = this->template affine<T>(slice, c);
-      const auto standardize = Base::standardize(slice);
-      for (int64_t j = c; j < columns; j += C) {
-        coefficients.affine.set(j, channel);
-        coefficients.set(j, standardize);
-      }
+    coefficients.affine.set_sample(*this, n, columns);
+    for (int64_t g = 0; g < G; ++g) {
+      const auto standardize = Base::standardize(n * G + g);
+      for (int64_t c = g * D; c < (g + 1) * D; ++c) coefficients.set(c, standardize);
     }
+    for (const auto* array : {&coefficients.rstd, &coefficients.rest}) array->repeat(C, columns);
     const ScratchArray<double> dz(columns), dz_xhat(columns);
     std::fill(&dz[0], &dz[columns], 0.0);
     std::fill(&dz_xhat[0], &dz_xhat[columns], 0.0);
@@ -698,15 +701,12 @@ struct ColumnsBackward : BackwardGroups<T> {
   void elements(const Bundle& of, int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
-    for (int64_t c = 0; c < C; ++c) {
-      const int64_t slice = n * G + c / D;
-      const auto channel = this->template affine<T>(slice, c);
-      const auto gradient = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
-      for (int64_t j = c; j < columns; j += C) {
-        coefficients.affine.set(j, channel);
-        coefficients.set(j, gradient);
-      }
+    coefficients.affine.set_sample(*this, n, columns);
+    for (int64_t g = 0; g < G; ++g) {
+      const auto gradient = Base::input_gradient(n * G + g, dx ? slice_sums[n * G + g] : Sums{});
+      for (int64_t c = g * D; c < (g + 1) * D; ++c) coefficients.set(c, gradient);
     }
+    for (const auto* array : {&coefficients.slope, &coefficients.offset}) array->repeat(C, columns);
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const PerColumn<T> slope = coefficients.slope, offset = coefficients.offset;
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
