@@ -222,21 +222,20 @@ struct PlanesForward : ForwardGroups {
   }
   void second(const Bundle& of, int64_t k) const {
     visit(a.activation, [&](auto act) {
-      constexpr Activation kAct = decltype(act)::value;
-      fetches_next ? normalize<kAct, true>(of, chunks[k]) : normalize<kAct, false>(of, chunks[k]);
+      normalize<decltype(act)::value>(of, chunks[k]);
     });
   }
 
  private:
-  template <Activation kAct, bool kFetchesNext>
+  template <Activation kAct>
   FASTNORM_LOOP void normalize(const Bundle& of, const Runs& chunk) const {
-    const int64_t first_channel = chunk.offset / S;
+    const int64_t first_channel = chunk.offset / S, ahead = fetches_next ? L : 0;
     for_slices(of, [&](int64_t slice, int64_t group) {
       const auto affine = affine_of<T>(slice, group * D + first_channel);
       for (int64_t run = 0; run < chunk.count; ++run) {
         const int64_t i = slice * L + chunk.offset + run * S;
-        normalize_run<kAct, kFetchesNext>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
-                                          uniform<T>(affine(run)), stream, kFetchesNext ? L : 0);
+        normalize_run<kAct, true>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
+                                  uniform<T>(affine(run)), stream, ahead);
       }
     });
   }
@@ -349,7 +348,7 @@ struct ColumnsForward : ForwardGroups {
     const ColumnAffine<T> affines(columns);
     affines.set_sample(*this, n, columns);
     const Affine<PerColumn<T>> coefficients = affines;
-    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+    visit(a.activation, [&](auto act) {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
         const int64_t i = n * C * S + row * width;
         normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i,
@@ -709,7 +708,7 @@ struct ColumnsBackward : BackwardGroups<T> {
     for (const auto* array : {&coefficients.slope, &coefficients.offset}) array->repeat(C, columns);
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const PerColumn<T> slope = coefficients.slope, offset = coefficients.offset;
-    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+    visit(a.activation, [&](auto act) {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
         const int64_t i = n * C * S + row * parts.sample.width;
         group_gradient_run<decltype(act)::value>(row_gradient(of, n, row), offset_by(dx, i), offset_by(dresidual, i),
