@@ -1,5 +1,5 @@
-// The contract between instance_norm.cpp (checks, allocation) and the kernel (cpu/instance_norm.cpp) for what instance
-// normalisation has beside group normalisation (group_norm.h): running statistics, the average of the samples'.
+// The contract between instance_norm.cpp (checks, allocation) and the kernel (in cpu/group_norm.cpp) for what instance
+// normalisation has beside group normalisation: running statistics, the average of the samples'.
 //
 //   running_mean = (1 - momentum) * running_mean + momentum * mean_n(mean[n, c])
 //   running_var  = (1 - momentum) * running_var  + momentum * mean_n(variance[n, c]) * S / (S - 1)
