@@ -331,24 +331,19 @@ struct RowsBackward {
   template <Activation kAct>
   FASTNORM_LOOP Sums reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
                             acc_t* kept = nullptr) const {
-    constexpr int kUnroll = std::max(1, 4 / P::kVecs);
+    constexpr int kUnroll = unroll_of<kAct>(std::max(1, 4 / P::kVecs));
     const RunGradient<T> from = gradient(row, first, kept);
     const Affine<RowWise<T>> z = affine(row, parameters);
-    P g_sum[kUnroll], g_xhat_sum[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) g_sum[u] = g_xhat_sum[u] = P(0);
-    for_packs<T, unroll_of<kAct>(kUnroll)>(n, [&](int64_t i, auto count, int u) {
+    P g_sum(0), g_xhat_sum(0);
+    sum_packs<T, kUnroll>(n, g_sum, g_xhat_sum, [&](int64_t i, auto count, P& s, P& sx) {
       const P x_i = P::load(from.x + i, count);
       const P dz = from.template dz<kAct>(i, count, x_i, z);
       from.template keep<kAct>(i, dz);
       const P g = dz * z.parameters.weight[i];
-      g_sum[u] = g_sum[u] + g;
-      g_xhat_sum[u] = fmadd(g, z.standardize(x_i, i).keep(count), g_xhat_sum[u]);
+      s = s + g;
+      sx = fmadd(g, z.standardize(x_i, i).keep(count), sx);
     });
-    for (int u = 1; u < kUnroll; ++u) {
-      g_sum[0] = g_sum[0] + g_sum[u];
-      g_xhat_sum[0] = g_xhat_sum[0] + g_xhat_sum[u];
-    }
-    return {lane_sum(g_sum[0]), lane_sum(g_xhat_sum[0])};
+    return {lane_sum(g_sum), lane_sum(g_xhat_sum)};
   }
 
   // The means of g and g * xhat over a row: dx = (g - (xhat * mean_g_xhat + mean_g)) * rstd, exactly 0 if N = 1.

@@ -222,34 +222,14 @@ struct GradientSums {
     const RunGradient<T> from = g;
     const Affine<C> local = affine;
     const Standardize<C> xhat = standardize;
-    const auto add = [&](int64_t i, auto count, P& s, P& sx) {
+    sum_packs<T, kUnroll>(n, dz, dz_xhat, [&](int64_t i, auto count, P& s, P& sx) {
       if (ahead) from.prefetch(i + ahead);
       const P x = P::load(from.x + i, count);
       const P d = from.template dz<kAct>(i, count, x, local);
       from.template keep<kAct>(i, d);
       s = s + d;
       sx = fmadd(d, xhat(x, i), sx);
-    };
-    int64_t begin = 0;
-    P s = dz, sx = dz_xhat;
-    if constexpr (kUnroll > 1) {
-      if (n >= kUnroll * P::kSize) {  // a run shorter than that has no use for so many accumulators
-        P more[kUnroll - 1], more_x[kUnroll - 1];
-        for (int u = 1; u < kUnroll; ++u) more[u - 1] = more_x[u - 1] = P(0);
-        for (; begin + kUnroll * P::kSize <= n; begin += kUnroll * P::kSize) {
-          add(begin, Full{}, s, sx);
-#pragma GCC unroll 8
-          for (int u = 1; u < kUnroll; ++u) add(begin + u * P::kSize, Full{}, more[u - 1], more_x[u - 1]);
-        }
-        for (int u = 1; u < kUnroll; ++u) {
-          s = s + more[u - 1];
-          sx = sx + more_x[u - 1];
-        }
-      }
-    }
-    for_packs<T>(n - begin, [&](int64_t i, auto count, int) { add(begin + i, count, s, sx); });
-    dz = s;
-    dz_xhat = sx;
+    });
   }
 
   double sum_dz() const { return lane_sum(dz); }

@@ -345,7 +345,34 @@ void for_packs(int64_t n, const F& f) {
   if (i < n) f(i, Partial{static_cast<int>(n - i)}, 0);
 }
 
-// The same for a run whose whole packs begin after `head` elements, less than a pack. These come last, so that a pack
+// Adds to two sums what add(i, Full | Partial, its sum, its other sum) adds for each pack of n elements. kUnroll pairs of
+// sums where there are as many whole packs; a shorter run has no use for them, and one pair stays in registers.
+template <typename T, int kUnroll, typename F>
+void sum_packs(int64_t n, Pack<T>& sum, Pack<T>& other_sum, const F& add) {
+  constexpr int64_t kSize = Pack<T>::kSize;
+  Pack<T> a = sum, b = other_sum;
+  int64_t begin = 0;
+  if constexpr (kUnroll > 1) {
+    if (n >= kUnroll * kSize) {
+      Pack<T> more_a[kUnroll - 1], more_b[kUnroll - 1];
+      for (int u = 0; u < kUnroll - 1; ++u) more_a[u] = more_b[u] = Pack<T>(0);
+      for (; begin + kUnroll * kSize <= n; begin += kUnroll * kSize) {
+        add(begin, Full{}, a, b);
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnroll - 1; ++u) add(begin + (u + 1) * kSize, Full{}, more_a[u], more_b[u]);
+      }
+      for (int u = 0; u < kUnroll - 1; ++u) {
+        a = a + more_a[u];
+        b = b + more_b[u];
+      }
+    }
+  }
+  for_packs<T>(n - begin, [&](int64_t i, auto count, int) { add(begin + i, count, a, b); });
+  sum = a;
+  other_sum = b;
+}
+
+// As for_packs, for a run whose whole packs begin after `head` elements, less than a pack. These come last, so that a pack
 // that is not whole takes one copy of f's code.
 template <typename T, typename F>
 void for_packs_after(int64_t head, int64_t n, const F& f) {
