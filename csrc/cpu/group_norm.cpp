@@ -69,15 +69,11 @@ struct TwoSweeps {
 
 template <typename Kernel>
 void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces, int64_t kept_bytes = 0) {
-  const TwoSweeps sweeps{&kernel,
-                         [](const void* k, const Bundle& of, int64_t piece) {
-                           static_cast<const Kernel*>(k)->first(of, piece);
-                         },
-                         [](const void* k, const Bundle& of) { static_cast<const Kernel*>(k)->finish(of); },
-                         [](const void* k, const Bundle& of, int64_t piece) {
-                           static_cast<const Kernel*>(k)->second(of, piece);
-                         },
-                         kept_bytes};
+  const TwoSweeps sweeps{
+      &kernel, [](const void* k, const Bundle& of, int64_t piece) { static_cast<const Kernel*>(k)->first(of, piece); },
+      [](const void* k, const Bundle& of) { static_cast<const Kernel*>(k)->finish(of); },
+      [](const void* k, const Bundle& of, int64_t piece) { static_cast<const Kernel*>(k)->second(of, piece); },
+      kept_bytes};
   sweeps.run(owners, pieces, kernel.a.shape.numel(), kernel.stream);
 }
 
@@ -222,9 +218,7 @@ struct PlanesForward : ForwardGroups {
     }
   }
   void second(const Bundle& of, int64_t k) const {
-    visit(a.activation, [&](auto act) {
-      normalize<decltype(act)::value>(of, chunks[k]);
-    });
+    visit(a.activation, [&](auto act) { normalize<decltype(act)::value>(of, chunks[k]); });
   }
 
  private:
@@ -235,8 +229,8 @@ struct PlanesForward : ForwardGroups {
       const auto affine = affine_of<T>(slice, group * D + first_channel);
       for (int64_t run = 0; run < chunk.count; ++run) {
         const int64_t i = slice * L + chunk.offset + run * S;
-        normalize_run<kAct, true>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length,
-                                  uniform<T>(affine(run)), stream, ahead);
+        normalize_run<kAct, true>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length, uniform<T>(affine(run)),
+                                  stream, ahead);
       }
     });
   }
@@ -422,8 +416,8 @@ struct BackwardGroups : Groups<GroupNormBackward> {
 
   // Where dz of an owner stays, from an element of it on.
   static acc_type<T>* kept(const Bundle& of, int64_t owner, int64_t bytes, int64_t element) {
-    return reinterpret_cast<acc_type<T>*>(offset_by(static_cast<char*>(of.kept), (owner - of.begin) * bytes +
-                                                    element * static_cast<int64_t>(sizeof(acc_type<T>))));
+    return reinterpret_cast<acc_type<T>*>(offset_by(
+        static_cast<char*>(of.kept), (owner - of.begin) * bytes + element * static_cast<int64_t>(sizeof(acc_type<T>))));
   }
 
   SliceStandardize<acc_type<T>> standardize(int64_t slice) const { return {a.mean[slice], a.rstd[slice]}; }
@@ -688,8 +682,8 @@ struct ColumnsBackward : BackwardGroups<T> {
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const auto standardize = coefficients.standardize();
     visit(a.activation, [&](auto act) {
-      add_column_gradients<decltype(act)::value>(row_gradient(of, n, begin), parts.strides(), parts.rows(part),
-                                                 columns, affine, standardize, &dz[0], &dz_xhat[0]);
+      add_column_gradients<decltype(act)::value>(row_gradient(of, n, begin), parts.strides(), parts.rows(part), columns,
+                                                 affine, standardize, &dz[0], &dz_xhat[0]);
     });
     Sums* out = &partial[(n * parts.size() + part) * C];
     for (int64_t c = 0; c < C; ++c) {

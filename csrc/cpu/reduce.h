@@ -45,8 +45,8 @@ constexpr int kMostSlices = 8;  // that chunk_moments takes together
 
 // Not cloned for one slice: it would gain nothing and be compiled twice.
 template <int kUnroll, typename T>
-FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const Runs& chunk, int slices, int64_t apart, int64_t ahead,
-                                    Moments* result) {
+FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const Runs& chunk, int slices, int64_t apart,
+                                                             int64_t ahead, Moments* result) {
   using acc_t = acc_type<T>;
   using P = Pack<T>;
   constexpr int kUnroll2 = std::max(1, kUnroll / 2);
