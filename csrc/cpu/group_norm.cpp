@@ -23,7 +23,8 @@ namespace {
 
 // ---- what all ways share
 
-// Neighbouring owners, and where the first of them leaves what its second sweep is to find, or null.
+// Neighbouring owners, and where they leave, one after the other, what their second sweep is to find; null where that
+// sweep is far away.
 struct Bundle {
   int64_t begin, end;
   void* kept;
