@@ -67,7 +67,8 @@ class ScratchStack {
 
   void* push(size_t bytes) {
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    if (!kUsed || bytes > kBytes - used_) return allocate(bytes);
+    // Never full to the last byte: an array of none would begin past the end, where pop() would take it for another's.
+    if (!kUsed || bytes >= kBytes - used_) return allocate(bytes);
     if (base_ == nullptr) base_ = static_cast<char*>(allocate(kBytes));
     used_ += bytes;
     return base_ + used_ - bytes;

@@ -121,6 +121,15 @@ def test_power_method_is_the_same_for_any_number_of_threads() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("width", [65520, 65528, 65536])
+def test_scratch_memory_that_is_almost_full_full_or_too_small(width: int) -> None:
+    """In eval mode 8 + width float64 numbers and an array of none: 65,536 numbers are all that a thread keeps."""
+    weight, u = torch.randn(8, width), nn.functional.normalize(torch.randn(8), dim=0)
+    v = nn.functional.normalize(weight.T @ u, dim=0)
+    result = _C.spectral_norm_forward(weight, u, v, 0, 0, 1e-12)[0]
+    torch.testing.assert_close(result, weight / (u @ weight @ v), rtol=1e-5, atol=1e-7)
+
+
 def test_two_forwards_before_the_backward() -> None:
     """As a GAN does it: each backward sees the u and v of its own forward."""
     ours, theirs = twins("spectral_norm", nn.Linear(7, 9).double(), n_power_iterations=2)
