@@ -49,7 +49,10 @@ def test_mask_of_any_seed_and_offset(seed: int, offset: int) -> None:
 
 @pytest.mark.parametrize("function", ("dropout", "dropout2d"))
 def test_one_mask_for_every_dtype_and_layout(function: str) -> None:
-    for shape in ((3, 10, 6, 7), (2, 17, 5, 5), (4, 33, 8, 8), (1, 3, 70, 3), (5, 8, 1, 9)):
+    small = ((3, 10, 6, 7), (2, 17, 5, 5), (4, 33, 8, 8), (1, 3, 70, 3), (5, 8, 1, 9))
+    # In channels_last, 64 channels at a time, 256 positions, or 248 where channels begin within a Philox block.
+    large = ((2, 70, 16, 16), (1, 65, 3, 83), (2, 130, 1, 257), (1, 66, 8, 33), (1, 65, 9, 56), (2, 5, 23, 22))
+    for shape in small + large:
         masks = [
             getattr(fn, function)(layout(torch.ones(shape, dtype=dtype)), 0.4, generator=seeded()) != 0
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

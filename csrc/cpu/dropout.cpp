@@ -10,37 +10,16 @@
 //                           each of its rows.
 #include "../dropout.h"
 
+#include "bit_square.h"
 #include "parallel.h"
 #include "philox_vec.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTaskElements = 1 << 14;
-constexpr int64_t kDraws = 16;  // of 64 bits each, before they are used: two short loops run faster than a long one
+constexpr int64_t kDraws = 12;  // of 64 bits each, before they are used: two short loops run faster than a long one
+constexpr int64_t kTaskElements = 22 * 64 * kDraws;
 constexpr int64_t kUnalignedBits = 56;  // whole bytes of the 57 that are left of 64
-
-// Squares of 2 * kWidth bits: their upper right and lower left quarters change places.
-template <int kWidth>
-void exchange_quarters(uint64_t* rows, uint64_t right) {
-  for (int square = 0; square < 64; square += 2 * kWidth) {
-    for (int k = square; k < square + kWidth; ++k) {
-      const uint64_t difference = (rows[k] >> kWidth ^ rows[k + kWidth]) & right;
-      rows[k] ^= difference << kWidth;
-      rows[k + kWidth] ^= difference;
-    }
-  }
-}
-
-// Bit j of row i becomes bit i of row j (Hacker's Delight, 7-3).
-void transpose_64x64(uint64_t* rows) {
-  exchange_quarters<32>(rows, 0x00000000FFFFFFFFull);
-  exchange_quarters<16>(rows, 0x0000FFFF0000FFFFull);
-  exchange_quarters<8>(rows, 0x00FF00FF00FF00FFull);
-  exchange_quarters<4>(rows, 0x0F0F0F0F0F0F0F0Full);
-  exchange_quarters<2>(rows, 0x3333333333333333ull);
-  exchange_quarters<1>(rows, 0x5555555555555555ull);
-}
 
 // kShifted: alpha dropout's forward. Dropout, and the backward of both, only multiply.
 template <typename T, bool kShifted>
@@ -92,105 +71,81 @@ struct DropoutKernel {
       for (int64_t i = task * kTaskElements; i < end; i += 64 * kDraws) {
         uint64_t bits[kDraws];
         const int64_t n = std::min<int64_t>(64 * kDraws, end - i);
-        keep.of_groups(static_cast<uint64_t>(i / kElementsPerPhilox), (n + 63) / 64, bits);
+        uint64_t block = static_cast<uint64_t>(i / kElementsPerPhilox) - kGroupBlocks;
+        keep.of_groups((n + 63) / 64, bits, [&] { return block += kGroupBlocks; });
         apply(i, n, reinterpret_cast<const uint8_t*>(bits));
       }
       if (stream) stream_fence();
     });
   }
 
-  // Where each channel begins a Philox block it has draws of its own. Else these would begin and end within one, so a
-  // small sample is drawn in one go, through the end of one channel to the next, and a larger one in long pieces.
+  // A task is some rows of a sample: all, or as many as fill whole draws of each channel's, wherever it begins in a
+  // Philox block.
+  static constexpr int64_t kMostRows = 256;
+
   void channels_last() const {
     const int64_t words = (C + 63) / 64;  // of bits, a row
-    const bool aligned = S % kElementsPerPhilox == 0;
-    const int64_t task_rows = aligned ? 64 : S <= kMostRows ? S : kMostRows - kElementsPerPhilox;
-    const int64_t chunks = (S + task_rows - 1) / task_rows;
+    const int64_t whole_draws = S % kElementsPerPhilox == 0 ? kMostRows : kMostRows - kElementsPerPhilox;
+    const int64_t task_rows = S <= kMostRows ? S : whole_draws, chunks = (S + task_rows - 1) / task_rows;
     parallel_for(N * chunks, a.shape.numel(), [&](int64_t task) {
       const int64_t n = task / chunks, s0 = task % chunks * task_rows, rows = std::min(task_rows, S - s0);
       const ScratchArray<uint64_t> bits(rows * words);
-      for (int64_t word = 0; word < words; ++word) {
-        const int64_t channels = std::min<int64_t>(64, C - word * 64);
-        const auto put_square = [&](uint64_t* square, int64_t s) {
-          transpose_64x64(square);
-          for (int64_t r = s; r < std::min(rows, s + 64); ++r) bits[r * words + word] = square[r - s];
-        };
-        uint64_t square[64] = {};
-        if (aligned) {
-          draw_square(n, word * 64, channels, s0, rows, square);
-          put_square(square, 0);
-        } else {
-          DrawnRows drawn;
-          draw_rows(n, word * 64, channels, s0, rows, drawn);
-          for (int64_t s = 0; s < rows; s += 64) {
-            for (int64_t c = 0; c < channels; ++c) square[c] = drawn.bits_from(c, s);
-            put_square(square, s);
-          }
-        }
-      }
+      for (int64_t word = 0; word < words; ++word) bits_of_channels(n, s0, rows, word, &bits[word], words);
       for (int64_t r = 0; r < rows; ++r)
         apply((n * S + s0 + r) * C, C, reinterpret_cast<const uint8_t*>(&bits[r * words]));
       if (stream) stream_fence();
     });
   }
 
-  // While bits are drawn memory has nothing to do, so the elements that they are for may come already: a row with each
-  // draw.
-  static void prefetch_row(const T* row, int64_t channels) {
-    for (int64_t i = 0; i < channels; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch(row + i);
-  }
+  // Bit c of bits[r * pitch]: channel 64 * word + c of sample n at position s0 + r.
+  FASTNORM_LOOP void bits_of_channels(int64_t n, int64_t s0, int64_t rows, int64_t word, uint64_t* bits,
+                                      int64_t pitch) const {
+    const int64_t first = 64 * word, channels = std::min<int64_t>(64, C - first), index = (n * C + first) * S + s0;
+    const bool one_stretch = rows == S, aligned = S % kElementsPerPhilox == 0;
+    // Whole samples are one stretch of indices, of others each channel has one.
+    const int64_t stretches = one_stretch ? 1 : channels;
+    const int64_t bits_before = one_stretch ? index % kElementsPerPhilox : aligned ? 0 : kElementsPerPhilox - 1;
+    const int64_t draws = (bits_before + (one_stretch ? channels * S : rows) + 63) / 64;  // a stretch
+    uint64_t drawn[64 * kMostRows / 64 + 1];
+    draw_stretches(index, stretches, draws, x + (n * S + s0) * C + first, rows, drawn);
+    drawn[stretches * draws] = 0;  // read, not used
 
-  // bits[c]: `rows` positions from s0 on of channel first + c; each begins a Philox block.
-  FASTNORM_LOOP void draw_square(int64_t n, int64_t first, int64_t channels, int64_t s0, int64_t rows,
-                                 uint64_t* bits) const {
-    const KeepBits local = keep;
-    const T* row = x + (n * S + s0) * C + first;
-    for (int64_t c = 0; c < channels; ++c, row += C) {
-      if (c < rows) prefetch_row(row, channels);
-      bits[c] = local.of_group(static_cast<uint64_t>(((n * C + first + c) * S + s0) / kElementsPerPhilox));
-    }
-  }
-
-  static constexpr int64_t kMostRows = 256;
-
-  // The bits of at most kMostRows positions of 64 channels.
-  struct DrawnRows {
-    uint64_t words[64 * kMostRows / 64 + 2];
     int64_t begin[64];  // bit of a channel's first position
-
-    // 64 of channel c from its position s on.
-    uint64_t bits_from(int64_t c, int64_t s) const {
-      const int64_t bit = begin[c] + s, word = bit / 64, within = bit % 64;
-      return words[word] >> within | words[word + 1] << 1 << (63 - within);
-    }
-  };
-
-  // `rows` positions from s0 on of the channels from `first` on.
-  FASTNORM_LOOP void draw_rows(int64_t n, int64_t first, int64_t channels, int64_t s0, int64_t rows,
-                               DrawnRows& drawn) const {
-    const KeepBits local = keep;
-    const T* const row = x + (n * S + s0) * C + first;
-    const int64_t index = (n * C + first) * S + s0;
-    int64_t draws = 0;
-    const auto draw = [&](int64_t from, int64_t count) {
-      const int64_t end = from + count;
-      for (from -= from % kElementsPerPhilox; from < end; from += 64, ++draws) {
-        if (draws < rows) prefetch_row(row + draws * C, channels);
-        drawn.words[draws] = local.of_group(static_cast<uint64_t>(from / kElementsPerPhilox));
+    for (int64_t c = 0; c < channels; ++c)
+      begin[c] = one_stretch ? bits_before + c * S : c * draws * 64 + (index + c * S) % kElementsPerPhilox;
+    uint64_t columns[64] = {};
+    const int64_t square_rows = aligned ? 64 : kUnalignedBits;
+    for (int64_t r = 0; r < rows; r += square_rows) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t bit = begin[c] + r;
+        std::memcpy(&columns[c], reinterpret_cast<const uint8_t*>(drawn) + bit / 8, sizeof(uint64_t));
+        columns[c] >>= bit % 8;
       }
-    };
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t of_channel = index + c * S;
-      drawn.begin[c] = rows == S ? of_channel - index / kElementsPerPhilox * kElementsPerPhilox
-                                 : draws * 64 + of_channel % kElementsPerPhilox;
-      if (rows < S) draw(of_channel, rows);
+      transpose_bits(columns, std::min(square_rows, rows - r), bits + r * pitch, pitch);
     }
-    if (rows == S) draw(index, channels * S);
-    drawn.words[draws] = 0;  // read, not used
+  }
+
+  // `draws` of 64 bits for each stretch, of which the next begins S elements on. While bits are drawn memory has nothing
+  // to do, so the elements that they are for may come already: a row with each draw.
+  void draw_stretches(int64_t index, int64_t stretches, int64_t draws, const T* row, int64_t rows,
+                      uint64_t* drawn) const {
+    int64_t next_row = 0, next_draw = 0;
+    keep.of_groups(stretches * draws, drawn, [&] {
+      if (next_row < rows) prefetch_elements(row + next_row++ * C);
+      const int64_t block = index / kElementsPerPhilox + next_draw * kGroupBlocks;
+      if (++next_draw == draws) next_draw = 0, index += S;
+      return static_cast<uint64_t>(block);
+    });
+  }
+
+  // 64 of them, which may lie past the end.
+  static void prefetch_elements(const T* p) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 64; i += 64 / sizeof(T)) prefetch(p + i);
   }
 
   // The bits of the elements from `index` on: kUnalignedBits of them at least.
-  static uint64_t draw(const KeepBits& keep, int64_t index) {
+  uint64_t draw(int64_t index) const {
     return keep.of_group(static_cast<uint64_t>(index / kElementsPerPhilox)) >> (index % kElementsPerPhilox);
   }
 
@@ -227,7 +182,7 @@ struct DropoutKernel {
     constexpr int64_t kBytes = kUnalignedBits / 8;
     const int64_t bytes = (C + 7) / 8;
     for (int64_t b = 0; b < bytes; b += kBytes) {
-      const uint64_t bits = draw(keep, n * C + b * 8);
+      const uint64_t bits = draw(n * C + b * 8);
       std::memcpy(out + b, &bits, static_cast<size_t>(std::min(kBytes, bytes - b)));
     }
   }

@@ -1,4 +1,4 @@
-// Eight Philox blocks at once, reduced to keep bits: 64 elements a call.
+// Philox blocks side by side, reduced to keep bits: 64 elements a group of eight blocks.
 #pragma once
 
 #include "../philox.h"
@@ -7,11 +7,14 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
+constexpr int kGroupBlocks = 64 / kElementsPerPhilox;
+
 // 32-bit words live in the low halves of 64-bit lanes; what a product leaves in the high halves is ignored by the next
-// one.
+// one. keep(): byte i has a bit for each of lane i's eight 16-bit numbers, whether it is >= threshold. A lane's numbers
+// come as r[0] and r[1] have them, but with the words of each exchanged: high half first.
 #if defined(CPU_CAPABILITY_AVX512)
 struct Lanes {
-  static constexpr int kSize = 8;
+  static constexpr int kSize = 8, kAtOnce = 6;  // 4 of 32 registers each
   __m512i v;
 
   static Lanes consecutive(uint64_t first) {
@@ -19,49 +22,51 @@ struct Lanes {
   }
   static Lanes all(uint64_t x) { return {_mm512_set1_epi64(static_cast<int64_t>(x))}; }
   Lanes times(Lanes m) const { return {_mm512_mul_epu32(v, m.v)}; }
-  Lanes high() const { return {_mm512_srli_epi64(v, 32)}; }
+  Lanes high_to_low() const { return {_mm512_srli_epi64(v, 32)}; }
+  Lanes low_to_high() const { return {_mm512_slli_epi64(v, 32)}; }
+  static Lanes exclusive_or(Lanes a, Lanes b) { return {_mm512_xor_si512(a.v, b.v)}; }
   static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
 
-  // Byte i: which of lane i's eight 16-bit numbers, read from r0's low half up, are >= threshold.
-  static uint64_t keep(const Lanes (&r)[4], uint32_t threshold) {
+  static uint64_t keep(const Lanes (&r)[2], uint32_t threshold) {
     const __m512i t = _mm512_set1_epi16(static_cast<int16_t>(threshold));
-    const __m512i a = _mm512_mask_blend_epi32(0xAAAA, r[0].v, _mm512_slli_epi64(r[1].v, 32));
-    const __m512i b = _mm512_mask_blend_epi32(0xAAAA, r[2].v, _mm512_slli_epi64(r[3].v, 32));
-    const uint32_t even = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(a, b), t);  // lanes 0 2 4 6, a byte each
-    const uint32_t odd = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(a, b), t);   // lanes 1 3 5 7
-    return spread_bytes(even) | spread_bytes(odd) << 8;
+    const uint64_t bits = _pdep_u64(_mm512_cmpge_epu16_mask(r[0].v, t), 0x0F0F0F0F0F0F0F0Full) |
+                          _pdep_u64(_mm512_cmpge_epu16_mask(r[1].v, t), 0xF0F0F0F0F0F0F0F0ull);
+    return exchange_words(bits);
   }
 
- private:
-  // bytes 3 2 1 0 -> 0 3 0 2 0 1 0 0
-  static uint64_t spread_bytes(uint64_t x) {
-    x = (x | x << 16) & 0x0000FFFF0000FFFFull;
-    return (x | x << 8) & 0x00FF00FF00FF00FFull;
+  // Each pair of bits, a word's, with its neighbour.
+  static uint64_t exchange_words(uint64_t bits) {
+    constexpr uint64_t kLow = 0x3333333333333333ull;
+    return (bits >> 2 & kLow) | (bits & kLow) << 2;
   }
 };
 #elif defined(CPU_CAPABILITY_AVX2)
 struct Lanes {
-  static constexpr int kSize = 4;
+  static constexpr int kSize = 4, kAtOnce = 3;  // 4 of 16 registers each
   __m256i v;
 
   static Lanes consecutive(uint64_t first) { return {_mm256_add_epi64(all(first).v, _mm256_setr_epi64x(0, 1, 2, 3))}; }
   static Lanes all(uint64_t x) { return {_mm256_set1_epi64x(static_cast<int64_t>(x))}; }
   Lanes times(Lanes m) const { return {_mm256_mul_epu32(v, m.v)}; }
-  Lanes high() const { return {_mm256_srli_epi64(v, 32)}; }
-  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
+  Lanes high_to_low() const { return {_mm256_srli_epi64(v, 32)}; }
+  Lanes low_to_high() const { return {_mm256_slli_epi64(v, 32)}; }
+  static Lanes exclusive_or(Lanes a, Lanes b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(exclusive_or(a, b), c); }
 
-  static uint64_t keep(const Lanes (&r)[4], uint32_t threshold) {
+  static uint64_t keep(const Lanes (&r)[2], uint32_t threshold) {
     const __m256i t = _mm256_set1_epi16(static_cast<int16_t>(threshold));
-    const __m256i a = _mm256_blend_epi32(r[0].v, _mm256_slli_epi64(r[1].v, 32), 0xAA);
-    const __m256i b = _mm256_blend_epi32(r[2].v, _mm256_slli_epi64(r[3].v, 32), 0xAA);
-    const auto at_least = [&](__m256i x) { return _mm256_cmpeq_epi16(_mm256_max_epu16(x, t), x); };
-    const __m256i even = at_least(_mm256_unpacklo_epi64(a, b)), odd = at_least(_mm256_unpackhi_epi64(a, b));
+    const auto at_least = [&](__m256i x) {
+      x = _mm256_shuffle_epi32(x, _MM_SHUFFLE(2, 3, 0, 1));
+      return _mm256_cmpeq_epi16(_mm256_max_epu16(x, t), x);
+    };
+    const __m256i even = at_least(_mm256_unpacklo_epi64(r[0].v, r[1].v)),
+                  odd = at_least(_mm256_unpackhi_epi64(r[0].v, r[1].v));
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(even, odd)));
   }
 };
 #else
 struct Lanes {
-  static constexpr int kSize = 8;
+  static constexpr int kSize = 8, kAtOnce = 1;
   uint64_t v[kSize];
 
   template <typename F>
@@ -79,70 +84,120 @@ struct Lanes {
   Lanes times(Lanes m) const {
     return each([&](int i) { return (v[i] & 0xFFFFFFFFu) * (m.v[i] & 0xFFFFFFFFu); });
   }
-  Lanes high() const {
+  Lanes high_to_low() const {
     return each([&](int i) { return v[i] >> 32; });
   }
-  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
-    return each([&](int i) { return a.v[i] ^ b.v[i] ^ c.v[i]; });
+  Lanes low_to_high() const {
+    return each([&](int i) { return v[i] << 32; });
   }
+  static Lanes exclusive_or(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] ^ b.v[i]; });
+  }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(exclusive_or(a, b), c); }
 
-  static uint64_t keep(const Lanes (&r)[4], uint32_t threshold) {
+  static uint64_t keep(const Lanes (&r)[2], uint32_t threshold) {
     uint64_t bits = 0;
     for (int i = 0; i < kSize; ++i)
-      for (int e = 0; e < kElementsPerPhilox; ++e)
-        bits |= static_cast<uint64_t>((r[e / 2].v[i] >> (e % 2 * 16) & 0xFFFF) >= threshold) << (i * 8 + e);
+      for (int e = 0; e < kElementsPerPhilox; ++e) {
+        const uint64_t number = r[e / 4].v[i] >> ((e % 4 ^ 2) * 16) & 0xFFFF;
+        bits |= static_cast<uint64_t>(number >= threshold) << (i * 8 + e);
+      }
     return bits;
   }
 };
 #endif
 
 // Scalar math: bit i of a result is set iff half word i % 8 of philox4x32({block + i / 8, offset}, seed) >= threshold.
+//
+// Rounds depend on each other, so groups are drawn several at once. The first round multiplies `offset`, which is the
+// same for all, and the last leaves its products' words where they are: low half first.
 class KeepBits {
  public:
-  KeepBits(uint64_t seed, uint64_t offset, uint32_t threshold) : offset_(offset), threshold_(threshold) {
+  KeepBits(uint64_t seed, uint64_t offset, uint32_t threshold) : threshold_(threshold) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) key_[round] = {k0, k1};
+    for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+      const bool last = round == kPhiloxRounds - 1;
+      key_[round][0] = Lanes::all(last ? static_cast<uint64_t>(k0) << 32 : k0);
+      key_[round][1] = Lanes::all(last ? static_cast<uint64_t>(k1) << 32 : k1);
+    }
+    offset_high_ = Lanes::all(offset >> 32);
+    offset_product_ = Lanes::all(offset).times(Lanes::all(kPhiloxM1));
   }
 
   // The 64 elements from 8 * block on.
   uint64_t of_group(uint64_t block) const {
-    uint64_t bits = 0;
-    for (int i = 0; i < kElementsPerPhilox; i += Lanes::kSize)
-      bits |= of_lanes(Lanes::consecutive(block + static_cast<uint64_t>(i))) << (i * 8);
+    uint64_t bits;
+    draw<1>(&block, &bits);
     return bits;
   }
 
-  // `count` such groups, one after the other.
-  FASTNORM_LOOP void of_groups(uint64_t block, int64_t count, uint64_t* bits) const {
-    const KeepBits local = *this;  // in registers: a store to bits might be one to what is only referred to
-    int64_t i = 0;
-    for (; i + 2 <= count; i += 2, block += 2 * kElementsPerPhilox) {
-      bits[i] = local.of_group(block);
-      bits[i + 1] = local.of_group(block + kElementsPerPhilox);
+  // `count` such groups; next_block() gives the first block of one after the other.
+  template <typename F>
+  FASTNORM_LOOP void of_groups(int64_t count, uint64_t* bits, const F& next_block) const {
+    constexpr int kGroups = Lanes::kAtOnce;
+    uint64_t blocks[kGroups];
+    for (; count >= kGroups; count -= kGroups, bits += kGroups) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kGroups; ++i) blocks[i] = next_block();
+      draw<kGroups>(blocks, bits);
     }
-    if (i < count) bits[i] = local.of_group(block);
+    for (; count > 0; --count, ++bits) *bits = of_group(next_block());
   }
 
  private:
-  uint64_t of_lanes(Lanes block) const {
-    const Lanes m0 = Lanes::all(kPhiloxM0), m1 = Lanes::all(kPhiloxM1);
-    Lanes c[4] = {block, block.high(), Lanes::all(offset_), Lanes::all(offset_ >> 32)};
-#pragma GCC unroll 10
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const Lanes p0 = c[0].times(m0), p1 = c[2].times(m1);
-      c[0] = Lanes::exclusive_or(p1.high(), c[1], Lanes::all(key_[round].k0));
-      c[2] = Lanes::exclusive_or(p0.high(), c[3], Lanes::all(key_[round].k1));
-      c[1] = p1;
-      c[3] = p0;
+  static constexpr int kParts = kGroupBlocks / Lanes::kSize;  // of a group
+
+  template <int kGroups>
+  void draw(const uint64_t* blocks, uint64_t* bits) const {
+    constexpr int kAll = kGroups * kParts, kCount = std::min(kAll, Lanes::kAtOnce);
+    static_assert(kAll % kCount == 0);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(bits);
+#pragma GCC unroll 1
+    for (int first = 0; first < kAll; first += kCount) {
+      Lanes counters[kCount];
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i)
+        counters[i] = Lanes::consecutive(blocks[(first + i) / kParts] + (first + i) % kParts * Lanes::kSize);
+      draw_lanes<kCount>(counters, bytes + first * Lanes::kSize);
     }
-    return Lanes::keep(c, threshold_);
   }
 
-  struct Key {
-    uint32_t k0, k1;
-  };
-  Key key_[kPhiloxRounds];
-  uint64_t offset_;
+  // A byte for each lane of the counters.
+  template <int kCount>
+  void draw_lanes(const Lanes (&counter)[kCount], uint8_t* bytes) const {
+    const Lanes m0 = Lanes::all(kPhiloxM0), m1 = Lanes::all(kPhiloxM1);
+    Lanes c[kCount][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      const Lanes product = counter[i].times(m0);
+      c[i][0] = Lanes::exclusive_or(offset_product_.high_to_low(), counter[i].high_to_low(), key_[0][0]);
+      c[i][1] = offset_product_;
+      c[i][2] = Lanes::exclusive_or(product.high_to_low(), offset_high_, key_[0][1]);
+      c[i][3] = product;
+    }
+#pragma GCC unroll 1  // so that the state stays in registers and the keys in memory, and not the other way
+    for (int round = 1; round < kPhiloxRounds - 1; ++round) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        const Lanes p0 = c[i][0].times(m0), p1 = c[i][2].times(m1);
+        c[i][0] = Lanes::exclusive_or(p1.high_to_low(), c[i][1], key_[round][0]);
+        c[i][2] = Lanes::exclusive_or(p0.high_to_low(), c[i][3], key_[round][1]);
+        c[i][1] = p1;
+        c[i][3] = p0;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      const Lanes(&last)[2] = key_[kPhiloxRounds - 1];
+      const Lanes words[2] = {Lanes::exclusive_or(c[i][2].times(m1), c[i][1].low_to_high(), last[0]),
+                              Lanes::exclusive_or(c[i][0].times(m0), c[i][3].low_to_high(), last[1])};
+      const uint64_t kept = Lanes::keep(words, threshold_);
+      std::memcpy(bytes + i * Lanes::kSize, &kept, Lanes::kSize);
+    }
+  }
+
+  Lanes key_[kPhiloxRounds][2];  // the last one's in the high halves
+  Lanes offset_high_, offset_product_;
   uint32_t threshold_;
 };
 
