@@ -31,9 +31,8 @@ double mean_of(const BatchNormBackward& a, int64_t c) { return a.mean[c]; }
 double rstd_of(const BatchNormBackward& a, int64_t c) { return a.rstd[c]; }
 
 template <typename acc_t, typename Args>
-SliceAffine<acc_t> channel_affine(const Args& a, int64_t c) {
-  const double mean = mean_of(a, c), rstd = rstd_of(a, c);
-  const double weight = read(a.weight, a.param_dtype, c, 1.0), bias = read(a.bias, a.param_dtype, c, 0.0);
+SliceAffine<acc_t> channel_affine(const Args& a, const Parameters& parameters, int64_t c) {
+  const double mean = mean_of(a, c), rstd = rstd_of(a, c), weight = parameters.weight[c], bias = parameters.bias[c];
   if (a.r) return {mean, rstd, weight * a.r[c], bias + weight * a.d[c]};  // xhat * r + d in place of xhat
   return {mean, rstd, weight, bias};
 }
@@ -46,6 +45,18 @@ void keep_statistics(const BatchNormForward& a, int64_t c, double mean, double b
   const double sigma = std::sqrt(read(a.running_var, a.stats_dtype, c, 1) + a.eps);
   a.r[c] = std::clamp(std::sqrt(biased_variance + a.eps) / sigma, 1 / a.r_max, a.r_max);
   a.d[c] = std::clamp((mean - read(a.running_mean, a.stats_dtype, c, 0)) / sigma, -a.d_max, a.d_max);
+}
+
+// What eval mode normalises by, kept as those of a batch.
+void take_running_statistics(const BatchNormForward& a) {
+  using Vec = at::vec::Vectorized<double>;
+  const int64_t C = a.shape.C;
+  read_all(a.running_mean, a.stats_dtype, C, 0, a.mean);
+  read_all(a.running_var, a.stats_dtype, C, 1, a.rstd);
+  for (int64_t c = 0; c < C; c += Vec::size()) {
+    const int64_t here = std::min<int64_t>(C - c, Vec::size());
+    (Vec(1) / (Vec::loadu(a.rstd + c, here) + Vec(a.eps)).sqrt()).store(a.rstd + c, here);
+  }
 }
 
 // running = (1 - momentum) * running + momentum * new, the variance unbiased
@@ -62,13 +73,14 @@ void update_running_statistics(const BatchNormForward& a, const double* biased_v
   }
   if (a.running_mean == nullptr) return;
   const double count = static_cast<double>(a.shape.N * a.shape.S), unbiased = count / (count - 1);
-  const auto average = [&](void* running, int64_t c, double value) {
-    write(running, a.stats_dtype, c, (1 - momentum) * read(running, a.stats_dtype, c, 0) + momentum * value);
+  const ScratchArray<double> running(C);
+  const auto average = [&](void* statistic, const double* values, double factor) {
+    read_all(statistic, a.stats_dtype, C, 0, running.data());
+    for (int64_t c = 0; c < C; ++c) running[c] = (1 - momentum) * running[c] + momentum * (values[c] * factor);
+    write_all(statistic, a.stats_dtype, C, running.data());
   };
-  for (int64_t c = 0; c < C; ++c) {
-    average(a.running_mean, c, a.mean[c]);
-    average(a.running_var, c, biased_variance[c] * unbiased);
-  }
+  average(a.running_mean, a.mean, 1);
+  average(a.running_var, biased_variance, unbiased);
 }
 
 // ---- planes
@@ -87,18 +99,17 @@ struct Bundles {
   int64_t end(int64_t i) const { return std::min(C, (i + 1) * channels); }
 };
 
-// Something of each channel of a bundle.
+// Something of each channel of a bundle, from its first on.
 template <typename V>
 class PerChannel {
  public:
   template <typename F>
-  PerChannel(int64_t begin, int64_t end, const F& of) : begin_(begin) {
+  PerChannel(int64_t begin, int64_t end, const F& of) {
     for (int64_t c = begin; c < end; ++c) values_[c - begin].emplace(of(c));
   }
-  V& operator[](int64_t c) { return *values_[c - begin_]; }
+  V& operator[](int64_t i) { return *values_[i]; }
 
  private:
-  int64_t begin_;
   std::optional<V> values_[Bundles::kMost];
 };
 
@@ -113,6 +124,7 @@ template <typename T>
 struct PlanesForward {
   using acc_t = acc_type<T>;
   const BatchNormForward& a;
+  const Parameters parameters{a};
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
@@ -122,27 +134,42 @@ struct PlanesForward {
   const int64_t ahead = next_plane<T>(a.shape);
   const bool stream = stream_planes(a.shape, a.dtype);
 
-  // The channels begin .. end of a chunk of runs, or its runs as they come, be they of any channel.
-  void normalize(const Chunks& of, int64_t k, int64_t begin, int64_t end, bool any_channel,
-                 const SliceAffine<acc_t>* affine, int64_t to_next) const {
-    visit(a.activation, [&](auto act) FASTNORM_LOOP {
-      of.for_runs(k, [&](int64_t offset, int64_t length) {
-        for (int64_t c = begin; c < end; ++c) {
-          const int64_t i = c * S + offset;
-          normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i, mask(i), length,
-                                              uniform<T>(affine[any_channel ? offset / S % C : c]), stream, to_next);
-        }
-      });
-    });
+  // Some channels' coefficients, which the runs of a chunk have in turn.
+  struct Coefficients {
+    const SliceAffine<acc_t>*begin, *end, *next;
+  };
+
+  // Each run of a chunk, and those of the next channels - 1 channels beside it.
+  void normalize(const Runs& chunk, int64_t channels, const Coefficients& affine, int64_t to_next) const {
+    visit(a.activation, [&](auto act) { normalize<decltype(act)::value>(chunk, channels, affine, to_next); });
+  }
+  template <Activation kAct>
+  FASTNORM_LOOP void normalize(Runs chunk, int64_t channels, Coefficients affine, int64_t to_next) const {
+    const T *const from = x, *const from_residual = residual;  // in registers: a store to y might be one to a member
+    T* const to = y;
+    const int64_t plane = S;
+    const bool past_caches = stream;
+    uint8_t* bits = mask(chunk.offset);
+    const int64_t plane_bytes = mask.bytes_per_row(), stride_bytes = chunk.stride / S * plane_bytes;
+    for (int64_t run = 0; run < chunk.count; ++run, chunk.offset += chunk.stride, bits += stride_bytes) {
+      int64_t i = chunk.offset;
+      uint8_t* bits_of_plane = bits;
+      for (int64_t c = 0; c < channels; ++c, i += plane, bits_of_plane += plane_bytes) {
+        normalize_run<kAct>(from + i, offset_by(from_residual, i), to + i, bits_of_plane, chunk.length,
+                            uniform<T>(*affine.next), past_caches, to_next);
+        if (++affine.next == affine.end) affine.next = affine.begin;
+      }
+    }
   }
 
   // All elements in the order they lie in.
   void normalize_all() const {
     const ScratchArray<SliceAffine<acc_t>> affine(C);
-    for (int64_t c = 0; c < C; ++c) affine[c] = channel_affine<acc_t>(a, c);
+    for (int64_t c = 0; c < C; ++c) affine[c] = channel_affine<acc_t>(a, parameters, c);
     const Chunks all(Runs{0, a.shape.N * C, S, S});
     parallel_for(all.size(), a.shape.numel(), [&](int64_t k) {
-      normalize(all, k, 0, 1, true, affine.data(), 0);
+      const Runs chunk = all[k];
+      normalize(chunk, 1, {affine.data(), affine.data() + C, affine.data() + chunk.offset / S % C}, 0);
       if (stream) stream_fence();
     });
   }
@@ -177,8 +204,13 @@ struct PlanesForward {
       }
       for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
       if (a.y == nullptr) return;
-      for (int64_t c = begin; c < end; ++c) affine[c] = channel_affine<acc_t>(a, c);
-      for (int64_t k = 0; k < per_channel; ++k) normalize(chunks, k, begin, end, false, affine.data(), ahead);
+      for (int64_t c = begin; c < end; ++c) affine[c] = channel_affine<acc_t>(a, parameters, c);
+      const Coefficients own{affine.data() + begin, affine.data() + end, affine.data() + begin};
+      for (int64_t k = 0; k < per_channel; ++k) {
+        Runs chunk = chunks[k];
+        chunk.offset += begin * S;
+        normalize(chunk, end - begin, own, ahead);
+      }
       if (stream) stream_fence();
     });
   }
@@ -214,6 +246,7 @@ template <typename T>
 struct PlanesBackward {
   using acc_t = acc_type<T>;
   const BatchNormBackward& a;
+  const Parameters parameters{a};
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
   const T* residual = static_cast<const T*>(a.residual);
@@ -229,46 +262,61 @@ struct PlanesBackward {
   struct Kept {
     acc_t* dz = nullptr;
     int64_t of_channel = 0;
-
-    acc_t* operator[](int64_t i) const { return offset_by(dz, i * of_channel); }
   };
 
-  // The run that is `offset` from the first element of channel c. `kept`, or null, holds the channel's dz.
-  RunGradient<T> gradient(int64_t c, int64_t offset, acc_t* kept) const {
-    const int64_t i = c * S + offset;
-    return {x + i, dy + i, offset_by(residual, i), mask(i), offset_by(kept, offset / (C * S) * S + offset % (C * S))};
+  // Calls f(i, c - begin, what backward knows of the run) for each run of a chunk, of the channels begin <= c < end in
+  // turn; i is the run's first element.
+  template <typename F>
+  void for_runs(const Runs& chunk, int64_t begin, int64_t end, const Kept& kept, const F& f) const {
+    const RunGradient<T> all{x, dy, residual, mask.bits};  // in registers: a store to dx might be one to a member
+    const int64_t plane = S, sample = C * S, plane_bytes = mask.bytes_per_row(), sample_bytes = C * plane_bytes;
+    int64_t first = begin * S + chunk.offset;
+    const uint8_t* bits = mask(first);
+    acc_t* dz = offset_by(kept.dz, chunk.offset / sample * S + chunk.offset % sample);
+    for (int64_t run = 0; run < chunk.count; ++run) {
+      for (int64_t c = 0; c < end - begin; ++c) {
+        const int64_t i = first + c * plane;
+        f(i, c, RunGradient<T>{all.x + i, all.dy + i, offset_by(all.residual, i), bits + c * plane_bytes,
+                               offset_by(dz, c * kept.of_channel)});
+      }
+      first += sample;
+      bits += sample_bytes;
+      dz = offset_by(dz, plane);
+    }
   }
 
   // Adds to the sums of the channels begin .. end those of a chunk.
   void add_sums(int64_t begin, int64_t end, int64_t chunk, Sums* total, const Kept& kept) const {
-    PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, c); });
+    PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
     PerChannel<SliceStandardize<acc_t>> standardize(
         begin, end, [&](int64_t c) { return SliceStandardize<acc_t>(a.mean[c], a.rstd[c]); });
     PerChannel<GradientSums<T>> sums(begin, end, [](int64_t) { return GradientSums<T>(); });
+    const Runs runs = chunks[chunk];
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
-      chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
-        for (int64_t c = begin; c < end; ++c)
-          sums[c].template add_run<decltype(act)::value>(gradient(c, offset, kept[c - begin]), length,
-                                                         uniform<T>(affine[c]), uniform<T>(standardize[c]), ahead);
+      const int64_t length = runs.length, to_next = ahead;
+      for_runs(runs, begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
+        sums[c].template add_run<decltype(act)::value>(run, length, uniform<T>(affine[c]), uniform<T>(standardize[c]),
+                                                       to_next);
       });
     });
-    for (int64_t c = begin; c < end; ++c) total[c - begin] += Sums{sums[c].sum_dz(), sums[c].sum_dz_xhat()};
+    for (int64_t c = 0; c < end - begin; ++c) total[c] += Sums{sums[c].sum_dz(), sums[c].sum_dz_xhat()};
   }
 
   void elements(int64_t begin, int64_t end, int64_t chunk, const Sums* total, const Kept& kept) const {
-    PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, c); });
+    PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
     PerChannel<SliceGradient<acc_t>> slice(begin, end, [&](int64_t c) {
       const Sums& all = total[c - begin];
       return SliceGradient<acc_t>(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
     });
+    const Runs runs = chunks[chunk];
     visit(a.activation, [&](auto act) FASTNORM_LOOP {
-      chunks.for_runs(chunk, [&](int64_t offset, int64_t length) {
-        for (int64_t c = begin; c < end; ++c) {
-          const int64_t i = c * S + offset;
-          input_gradient_run<decltype(act)::value>(gradient(c, offset, kept[c - begin]), offset_by(dx, i),
-                                                   offset_by(dresidual, i), length, uniform<T>(affine[c]),
-                                                   uniform<T>(slice[c], !a.training), stream, ahead);
-        }
+      T *const to = dx, *const to_residual = dresidual;
+      const int64_t length = runs.length, to_next = ahead;
+      const bool constant_statistics = !a.training, past_caches = stream;
+      for_runs(runs, begin, end, kept, [&](int64_t i, int64_t c, const RunGradient<T>& run) {
+        input_gradient_run<decltype(act)::value>(run, offset_by(to, i), offset_by(to_residual, i), length,
+                                                 uniform<T>(affine[c]), uniform<T>(slice[c], constant_statistics),
+                                                 past_caches, to_next);
       });
     });
   }
@@ -371,6 +419,7 @@ template <typename T>
 struct ColumnsForward {
   using acc_t = acc_type<T>;
   const BatchNormForward& a;
+  const Parameters parameters{a};
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
@@ -421,7 +470,7 @@ struct ColumnsForward {
     if (a.y == nullptr) return;
     const ColumnArray<T> mean(width), scale(width), shift(width);
     for (int64_t c = 0; c < a.shape.C; ++c) {
-      const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, c);
+      const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, parameters, c);
       parts.for_columns(c, [&](int64_t j) {
         mean[j] = channel.mean;
         scale[j] = channel.scale;
@@ -446,6 +495,7 @@ template <typename T>
 struct ColumnsBackward {
   using acc_t = acc_type<T>;
   const BatchNormBackward& a;
+  const Parameters parameters{a};
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
   const T* residual = static_cast<const T*>(a.residual);
@@ -506,7 +556,7 @@ struct ColumnsBackward {
     const int64_t C = a.shape.C, width = long_parts.view.width;
     const ColumnArray<T> mean(width), scale(width), shift(width), rstd(width), rest(width), slope(width), offset(width);
     for (int64_t c = 0; c < C; ++c) {
-      const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, c);
+      const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, parameters, c);
       const SliceStandardize<acc_t> standardize(a.mean[c], a.rstd[c]);
       long_parts.for_columns(c, [&](int64_t j) {
         mean[j] = channel.mean;
@@ -546,10 +596,7 @@ struct ColumnsBackward {
 void batch_norm_forward(const BatchNormForward& a) {
   const ScratchArray<double> scratch(a.variance ? 0 : a.shape.C);
   double* const variance = a.variance ? a.variance : scratch.data();
-  if (!a.training && a.given_mean == nullptr) {
-    for (int64_t c = 0; c < a.shape.C; ++c)
-      keep_statistics(a, c, read(a.running_mean, a.stats_dtype, c, 0), read(a.running_var, a.stats_dtype, c, 1));
-  }
+  if (!a.training && a.given_mean == nullptr) take_running_statistics(a);
   visit(a.dtype, [&](auto type) {
     using T = decltype(type);
     by_columns(a.shape) ? ColumnsForward<T>{a}.run(variance) : PlanesForward<T>{a}.run(variance);

@@ -78,19 +78,6 @@ void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces, int64_t k
   sweeps.run(owners, pieces, kernel.a.shape.numel(), kernel.stream);
 }
 
-// weight and bias of every channel, one and zero where there are none.
-struct Parameters {
-  ScratchArray<double> weight, bias;
-
-  template <typename Args>
-  explicit Parameters(const Args& a) : weight(a.shape.C), bias(a.shape.C) {
-    for (int64_t c = 0; c < a.shape.C; ++c) {
-      weight[c] = read(a.weight, a.param_dtype, c, 1.0);
-      bias[c] = read(a.bias, a.param_dtype, c, 0.0);
-    }
-  }
-};
-
 // The sizes, and the coefficients of a channel in a slice.
 template <typename Args>
 struct Groups {
@@ -479,14 +466,11 @@ struct PlanesBackward : BackwardGroups<T> {
       Base::for_slices(of, [&](int64_t slice, int64_t group) {
         const auto affine = this->template affine_of<T>(slice, group * D + first_channel);
         const auto standardize = uniform<T>(Base::standardize(slice));
-        const int64_t first_element = slice * L;
-        for (int64_t run = 0; run < chunk.count; ++run) {
-          const int64_t at = chunk.offset + run * chunk.stride;
+        for_runs(of, slice, chunk, [&, to = to + slice * sums_of_slice](int64_t, int64_t run, const RunGradient<T>& g) {
           GradientSums<T> total;
-          total.template add_run<decltype(act)::value>(run_gradient(of, slice, first_element, at), chunk.length,
-                                                       uniform<T>(affine(run)), standardize);
-          to[slice * sums_of_slice + run] = {tree_sum(total.dz), tree_sum(total.dz_xhat)};
-        }
+          total.template add_run<decltype(act)::value>(g, chunk.length, uniform<T>(affine(run)), standardize);
+          to[run] = {tree_sum(total.dz), tree_sum(total.dz_xhat)};
+        });
       });
     });
   }
@@ -511,22 +495,32 @@ struct PlanesBackward : BackwardGroups<T> {
         const auto affine = this->template affine_of<T>(slice, group * D + first_channel);
         const auto gradient = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
         const Uniform<T> slope(gradient.slope), offset(gradient.offset);
-        const int64_t first_element = slice * L;
-        for (int64_t run = 0; run < chunk.count; ++run) {
-          const int64_t at = chunk.offset + run * chunk.stride, i = first_element + at;
-          group_gradient_run<decltype(act)::value>(run_gradient(of, slice, first_element, at), offset_by(dx, i),
-                                                   offset_by(dresidual, i), chunk.length, uniform<T>(affine(run)),
-                                                   slope, offset, stream);
-        }
+        const auto write = [&, to = dx, to_residual = dresidual, length = chunk.length, past_caches = stream](
+                               int64_t i, int64_t run, const RunGradient<T>& g) {
+          group_gradient_run<decltype(act)::value>(g, offset_by(to, i), offset_by(to_residual, i), length,
+                                                   uniform<T>(affine(run)), slope, offset, past_caches);
+        };
+        for_runs(of, slice, chunk, write);
       });
     });
   }
 
  private:
-  // Run by run: a whole pack beyond the end of one is overwritten by the next.
-  RunGradient<T> run_gradient(const Bundle& of, int64_t slice, int64_t first_element, int64_t offset) const {
-    const int64_t i = first_element + offset;
-    return Base::gradient(i, mask(i), Base::kept(of, slice, kept_bytes, offset));
+  // Calls f(i, run, what backward knows of it) for each run of a slice's chunk; i is the run's first element. Where dz is
+  // kept, a whole pack beyond the end of a run is overwritten by the next.
+  template <typename F>
+  void for_runs(const Bundle& of, int64_t slice, const Runs& chunk, const F& f) const {
+    const T *const x = Base::x, *const dy = Base::dy, *const residual = Base::residual;  // in registers: a store to dx
+    const int64_t plane = S, plane_bytes = mask.bytes_per_row();                         // might be one to a member
+    const uint8_t* bits = mask(slice * L + chunk.offset);
+    acc_type<T>* kept = Base::kept(of, slice, kept_bytes, chunk.offset);
+    int64_t i = slice * L + chunk.offset;
+    for (int64_t run = 0; run < chunk.count; ++run) {
+      f(i, run, RunGradient<T>{x + i, dy + i, offset_by(residual, i), bits, kept});
+      i += plane;
+      bits += plane_bytes;
+      kept = offset_by(kept, plane);
+    }
   }
 };
 

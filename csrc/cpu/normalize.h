@@ -81,6 +81,17 @@ Affine<Uniform<T>> uniform(const SliceAffine<acc_type<T>>& a) {
   return {Uniform<T>(a.mean), Uniform<T>(a.scale), Uniform<T>(a.shift)};
 }
 
+// weight and bias of every channel, one and zero where there are none.
+struct Parameters {
+  ScratchArray<double> weight, bias;
+
+  template <typename Args>
+  explicit Parameters(const Args& a) : weight(a.shape.C), bias(a.shape.C) {
+    read_all(a.weight, a.param_dtype, a.shape.C, 1.0, weight.data());
+    read_all(a.bias, a.param_dtype, a.shape.C, 0.0, bias.data());
+  }
+};
+
 // Where the mask bits of an element are.
 struct MaskBits {
   uint8_t* bits;  // or null
@@ -90,6 +101,8 @@ struct MaskBits {
   uint8_t* operator()(int64_t offset) const {
     return bits ? bits + offset / rows.length * rows.bytes_per_row() + offset % rows.length / 8 : nullptr;
   }
+  // From a row's to the next row's: 0 where there are none, so that null stays null.
+  int64_t bytes_per_row() const { return bits ? rows.bytes_per_row() : 0; }
 };
 
 // Whether an output is better written past the caches, and one that is written by planes.
@@ -189,6 +202,7 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const InputGradient<C> by = coefficient;
   const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask) : 0;
   stream = stream && head >= 0;
+  const bool wants_x = kAct != Activation::kNone || !by.constant_statistics;
   const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
   from.template with_dz<kAct>([&](const auto& dz_at) {
     for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
@@ -196,7 +210,7 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
         from.prefetch(i + ahead);
         if (dx && !stream) prefetch_to_write(dx + i + ahead);
       }
-      const P x = P::load(from.x + i, count);
+      const P x = wants_x ? P::load(from.x + i, count) : P(0);
       const P dz = dz_at(i, count, x, local);
       if (dresidual) put(dz, dresidual + i, count, stream_residual);
       if (dx == nullptr) return;

@@ -477,5 +477,20 @@ inline void write(void* p, Dtype dtype, int64_t i, double value) {
   visit_any(dtype, [&](auto type) { static_cast<decltype(type)*>(p)[i] = static_cast<decltype(type)>(value); });
 }
 
+// The same for elements 0 .. n - 1.
+inline void read_all(const void* p, Dtype dtype, int64_t n, double missing, double* values) {
+  if (p == nullptr) return std::fill(values, values + n, missing), void();
+  visit_any(dtype, [&](auto type) {
+    const auto from = static_cast<const decltype(type)*>(p);
+    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<double>(from[i]);
+  });
+}
+inline void write_all(void* p, Dtype dtype, int64_t n, const double* values) {
+  visit_any(dtype, [&](auto type) {
+    const auto to = static_cast<decltype(type)*>(p);
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<decltype(type)>(values[i]);
+  });
+}
+
 }  // namespace
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
