@@ -181,6 +181,7 @@ struct OpFunction : torch::autograd::Function<OpFunction> {
     ctx->save_for_backward(std::move(result.kept));
     // All in one list: compiled autograd makes inputs of its graph of numbers by themselves.
     c10::impl::GenericList list(c10::AnyType::get());
+    list.reserve(1 + kInputs + result.setting.size());
     list.push_back(op);
     for (const auto* input : {&a, &b, &c, &d}) list.push_back(is_given(*input));
     for (auto& value : result.setting) list.push_back(std::move(value));
