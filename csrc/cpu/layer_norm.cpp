@@ -384,24 +384,25 @@ struct RowsBackward {
     });
   }
 
-  // dweight and dbias of some columns, side by side: float32 sums, padded to whole packs.
+  // dweight and dbias of n columns, side by side in `values`, or nothing: float32 sums, padded to whole packs.
   struct ColumnSums {
-    int64_t stride;
-    ScratchArray<acc_t> values;
+    acc_t *dweight, *dbias;
 
-    explicit ColumnSums(int64_t n) : stride((n / P::kSize + 1) * P::kSize), values(2 * stride) { clear(); }
-    void clear() const { std::fill(dweight(), dweight() + 2 * stride, acc_t(0)); }
-    acc_t* dweight() const { return values.data(); }
-    acc_t* dbias() const { return values.data() + stride; }
+    static int64_t stride(int64_t n) { return (n / P::kSize + 1) * P::kSize; }
+    static int64_t size(int64_t n) { return 2 * stride(n); }
 
-    // To float64, in place of what is there or added to it.
+    ColumnSums(acc_t* values, int64_t n) : dweight(values), dbias(values + stride(n)) {
+      std::fill(values, values + size(n), acc_t(0));
+    }
+
+    // To float64, in place of what is there or added to it; and from zero again.
     void flush(bool first, int64_t n, double* to_dweight, double* to_dbias) const {
-      const auto add = [&](const acc_t* from, double* to) {
+      const auto move = [&](acc_t* from, double* to) {
         for (int64_t j = 0; j < n; ++j) to[j] = (first ? 0.0 : to[j]) + from[j];
+        std::fill(from, from + n, acc_t(0));
       };
-      add(dweight(), to_dweight);
-      add(dbias(), to_dbias);
-      clear();
+      move(dweight, to_dweight);
+      move(dbias, to_dbias);
     }
   };
 
@@ -415,34 +416,41 @@ struct RowsBackward {
                                      PerColumn<T>(parameters.bias.values + k * kChunk)};
         total += reduce<kAct>(row, k * kChunk, chunk_length(k), at, offset_by(kept, k * kChunk));
       }
-      write<kAct>(row, 0, N, parameters, row_gradient(total), sums.dweight(), sums.dbias(), kept);
+      write<kAct>(row, 0, N, parameters, row_gradient(total), sums.dweight, sums.dbias, kept);
     }
   }
 
   void by_rows() const {
     const RowTasks tasks(M, N);
     const ParameterArrays<T> parameters(a, 0, N);
-    // of each task a row of dweight and one of dbias
-    const ScratchArray<double> partial(wants_columns ? tasks.size() * 2 * N : 0);
+    // Of each task a row of dweight and one of dbias: the sums themselves, where a task has no more rows than these may
+    // be of, else as float64.
+    const bool one_block = tasks.rows <= kBlockRows;
+    const int64_t columns = wants_columns ? N : 0, size = ColumnSums::size(columns);
+    const ScratchArray<acc_t> sums_of_tasks(one_block ? tasks.size() * size : 0);
+    const ScratchArray<double> partial(one_block ? 0 : tasks.size() * 2 * columns);
     parallel_for(tasks.size(), M * N, [&](int64_t task) {
-      const ColumnSums sums(wants_columns ? N : 0);
+      const ScratchArray<acc_t> own(one_block ? 0 : size);
+      const ColumnSums sums(one_block ? &sums_of_tasks[task * size] : own.data(), columns);
       // A row's dz, where computing it again would take longer than reading it.
       const bool keeps = is_smooth(a.activation) && dx;
       const ScratchArray<acc_t> row_dz(keeps ? N + P::kSize : 0);
       acc_t* const kept = keeps ? row_dz.data() : nullptr;
-      double *dweight = partial.data() + task * 2 * N, *dbias = dweight + N;
+      double *dweight = partial.data() + task * 2 * columns, *dbias = dweight + columns;
       for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kBlockRows) {
         const int64_t end = std::min(tasks.end(task), begin + kBlockRows);
         visit(a.activation, [&](auto act) { whole_rows<decltype(act)::value>(begin, end, *parameters, sums, kept); });
-        if (wants_columns) sums.flush(begin == tasks.begin(task), N, dweight, dbias);
+        if (!one_block) sums.flush(begin == tasks.begin(task), columns, dweight, dbias);
       }
       if (stream) stream_fence();
     });
-    if (wants_columns) merge(partial.data(), tasks.size());
+    if (!wants_columns) return;
+    one_block ? merge(sums_of_tasks.data(), tasks.size(), ColumnSums::stride(N)) : merge(partial.data(), tasks.size(), N);
   }
 
-  // dweight and dbias from the parts' sums.
-  void merge(const double* partial, int64_t parts) const {
+  // dweight and dbias from the parts' sums, each of which are `stride` from the next.
+  template <typename V>
+  void merge(const V* partial, int64_t parts, int64_t stride) const {
     constexpr int64_t kColumns = 256;
     parallel_for((N + kColumns - 1) / kColumns, parts * N, [&](int64_t task) {
       const int64_t first = task * kColumns, n = std::min(kColumns, N - first);
@@ -450,7 +458,7 @@ struct RowsBackward {
         double total[kColumns];
         std::fill(total, total + n, 0.0);
         for (int64_t part = 0; part < parts; ++part)
-          for (int64_t j = 0; j < n; ++j) total[j] += partial[(2 * part + which) * N + first + j];
+          for (int64_t j = 0; j < n; ++j) total[j] += partial[(2 * part + which) * stride + first + j];
         write_parameter(which == 0 ? a.dweight : a.dbias, a.param_dtype, first, total, n);
       }
     });
@@ -479,17 +487,18 @@ struct RowsBackward {
       parallel_for(chunks, (end - begin) * N, [&](int64_t chunk) {
         const int64_t first = chunk * kChunk, n = chunk_length(chunk);
         const ParameterArrays<T> parameters(a, first, n);
-        const ColumnSums sums(wants_columns ? n : 0);
+        const int64_t columns = wants_columns ? n : 0;
+        const ScratchArray<acc_t> values(ColumnSums::size(columns));
+        const ColumnSums sums(values.data(), columns);
         visit(a.activation, [&](auto act) {
           for (int64_t row = begin; row < end; ++row)
-            write<decltype(act)::value>(row, first, n, *parameters, coefficients[row - begin], sums.dweight(),
-                                        sums.dbias());
+            write<decltype(act)::value>(row, first, n, *parameters, coefficients[row - begin], sums.dweight, sums.dbias);
         });
         if (stream) stream_fence();
         if (!wants_columns) return;
         if (one_block) {
-          write_parameter(a.dweight, a.param_dtype, first, sums.dweight(), n);
-          write_parameter(a.dbias, a.param_dtype, first, sums.dbias(), n);
+          write_parameter(a.dweight, a.param_dtype, first, sums.dweight, n);
+          write_parameter(a.dbias, a.param_dtype, first, sums.dbias, n);
           return;
         }
         double *dweight = total.data() + first, *dbias = dweight + N;
