@@ -256,7 +256,7 @@ struct PlanesBackward {
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
   const int64_t ahead = next_plane<T>(a.shape);
-  const bool stream = stream_planes(a.shape, a.dtype);
+  const bool stream = stream_planes(a.shape, a.dtype, /*inputs=*/2);
 
   // Where the dz of a bundle's channels stays from its first sweep to its second, if anywhere.
   struct Kept {
@@ -276,8 +276,9 @@ struct PlanesBackward {
     for (int64_t run = 0; run < chunk.count; ++run) {
       for (int64_t c = 0; c < end - begin; ++c) {
         const int64_t i = first + c * plane;
-        f(i, c, RunGradient<T>{all.x + i, all.dy + i, offset_by(all.residual, i), bits + c * plane_bytes,
-                               offset_by(dz, c * kept.of_channel)});
+        f(i, c,
+          RunGradient<T>{all.x + i, all.dy + i, offset_by(all.residual, i), bits + c * plane_bytes,
+                         offset_by(dz, c * kept.of_channel)});
       }
       first += sample;
       bits += sample_bytes;
@@ -287,7 +288,8 @@ struct PlanesBackward {
 
   // Adds to the sums of the channels begin .. end those of a chunk.
   void add_sums(int64_t begin, int64_t end, int64_t chunk, Sums* total, const Kept& kept) const {
-    PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
+    PerChannel<SliceAffine<acc_t>> affine(begin, end,
+                                          [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
     PerChannel<SliceStandardize<acc_t>> standardize(
         begin, end, [&](int64_t c) { return SliceStandardize<acc_t>(a.mean[c], a.rstd[c]); });
     PerChannel<GradientSums<T>> sums(begin, end, [](int64_t) { return GradientSums<T>(); });
@@ -303,7 +305,8 @@ struct PlanesBackward {
   }
 
   void elements(int64_t begin, int64_t end, int64_t chunk, const Sums* total, const Kept& kept) const {
-    PerChannel<SliceAffine<acc_t>> affine(begin, end, [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
+    PerChannel<SliceAffine<acc_t>> affine(begin, end,
+                                          [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
     PerChannel<SliceGradient<acc_t>> slice(begin, end, [&](int64_t c) {
       const Sums& all = total[c - begin];
       return SliceGradient<acc_t>(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
@@ -504,7 +507,7 @@ struct ColumnsBackward {
   const bool one_sweep = in_one_sweep(a);
   // Sums go down tiles of columns, whose many rows are best near each other; elements go along the rows.
   const Parts parts{column_view(a.shape)}, long_parts{long_rows(parts.view, a.mask)};
-  const bool stream = stream_output(a.shape.numel(), a.dtype);
+  const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/2);
 
   RunGradient<T> gradient(const Parts& of, int64_t row) const {
     const int64_t i = row * of.view.width;

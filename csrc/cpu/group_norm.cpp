@@ -623,10 +623,11 @@ struct FlatBackward : BackwardGroups<T> {
 template <typename T>
 struct ColumnsBackward : BackwardGroups<T> {
   using Base = BackwardGroups<T>;
-  using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual, Base::stream;
+  using Base::a, Base::C, Base::S, Base::G, Base::D, Base::L, Base::dx, Base::dresidual;
   const Parts parts{a.shape, a.mask};
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
+  const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/2);
   // A pack beyond the end of a row would overwrite the next, which is swept at its side.
   const int64_t kept_bytes = parts.sample.width % Pack<T>::kSize == 0 ? Base::bytes_to_keep(C * S) : 0;
 

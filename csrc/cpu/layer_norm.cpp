@@ -445,7 +445,8 @@ struct RowsBackward {
       if (stream) stream_fence();
     });
     if (!wants_columns) return;
-    one_block ? merge(sums_of_tasks.data(), tasks.size(), ColumnSums::stride(N)) : merge(partial.data(), tasks.size(), N);
+    one_block ? merge(sums_of_tasks.data(), tasks.size(), ColumnSums::stride(N))
+              : merge(partial.data(), tasks.size(), N);
   }
 
   // dweight and dbias from the parts' sums, each of which are `stride` from the next.
@@ -492,7 +493,8 @@ struct RowsBackward {
         const ColumnSums sums(values.data(), columns);
         visit(a.activation, [&](auto act) {
           for (int64_t row = begin; row < end; ++row)
-            write<decltype(act)::value>(row, first, n, *parameters, coefficients[row - begin], sums.dweight, sums.dbias);
+            write<decltype(act)::value>(row, first, n, *parameters, coefficients[row - begin], sums.dweight,
+                                        sums.dbias);
         });
         if (stream) stream_fence();
         if (!wants_columns) return;

@@ -105,11 +105,14 @@ struct MaskBits {
   int64_t bytes_per_row() const { return bits ? rows.bytes_per_row() : 0; }
 };
 
-// Whether an output is better written past the caches, and one that is written by planes.
-inline bool stream_output(int64_t numel, Dtype dtype) { return numel * size_of(dtype) >= stream_threshold(); }
-inline bool stream_planes(const Shape& shape, Dtype dtype) {
+// Whether an output is better written past the caches, and one that is written by planes: where it and the inputs, as
+// large, do not fit there together. A second input counts where both are read again from there.
+inline bool stream_output(int64_t numel, Dtype dtype, int64_t inputs = 1) {
+  return (inputs + 1) * numel * size_of(dtype) >= 2 * stream_threshold();
+}
+inline bool stream_planes(const Shape& shape, Dtype dtype, int64_t inputs = 1) {
   const int64_t plane = shape.S * size_of(dtype);
-  return stream_output(shape.numel(), dtype) &&
+  return stream_output(shape.numel(), dtype, inputs) &&
          (plane % static_cast<int64_t>(kStreamAlignment) == 0 || plane >= kLeastStreamed);
 }
 
