@@ -205,7 +205,6 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const InputGradient<C> by = coefficient;
   const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask) : 0;
   stream = stream && head >= 0;
-  const bool wants_x = kAct != Activation::kNone || !by.constant_statistics;
   const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
   from.template with_dz<kAct>([&](const auto& dz_at) {
     for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
@@ -213,12 +212,16 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
         from.prefetch(i + ahead);
         if (dx && !stream) prefetch_to_write(dx + i + ahead);
       }
-      const P x = wants_x ? P::load(from.x + i, count) : P(0);
+      P x(0);
+      if constexpr (kAct != Activation::kNone) x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
       if (dresidual) put(dz, dresidual + i, count, stream_residual);
       if (dx == nullptr) return;
       P d = dz;
-      if (!by.constant_statistics) d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);
+      if (!by.constant_statistics) {
+        if constexpr (kAct == Activation::kNone) x = P::load(from.x + i, count);
+        d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);
+      }
       d = d * local.scale[i];
       put(d, dx + i, count, stream);
     });
