@@ -31,7 +31,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 if platform.machine() in ("x86_64", "AMD64") and not PLAIN:
     INSTRUCTION_SETS["AVX2"] = ["-O3", "-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["AVX512"] = ["-O3", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["AVX512"] += ["-mbmi2", "-Wno-uninitialized"]  # false alarms in gcc 12's own headers
+    INSTRUCTION_SETS["AVX512"] += ["-mbmi2"]
+    INSTRUCTION_SETS["AVX512"] += ["-Wno-uninitialized"]  # false alarms in gcc 12's own headers
 
 # Contraction is off because kernels say themselves where they fuse a multiplication and an addition: backward must
 # recompute what forward computed, bit for bit.

@@ -19,7 +19,8 @@ Isa isa() {
   static const Isa chosen = [] {
 #if defined(__x86_64__) && !defined(FASTNORM_PLAIN)
     const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return Isa::kAvx512;
+    // torch does not ask for BMI2, which every processor with AVX512 has, if no virtual machine hides it.
+    if (capability == "AVX512") return __builtin_cpu_supports("bmi2") ? Isa::kAvx512 : Isa::kAvx2;
     if (capability == "AVX2") return Isa::kAvx2;
 #endif
     return Isa::kDefault;

@@ -73,14 +73,8 @@ void update_running_statistics(const BatchNormForward& a, const double* biased_v
   }
   if (a.running_mean == nullptr) return;
   const double count = static_cast<double>(a.shape.N * a.shape.S), unbiased = count / (count - 1);
-  const ScratchArray<double> running(C);
-  const auto average = [&](void* statistic, const double* values, double factor) {
-    read_all(statistic, a.stats_dtype, C, 0, running.data());
-    for (int64_t c = 0; c < C; ++c) running[c] = (1 - momentum) * running[c] + momentum * (values[c] * factor);
-    write_all(statistic, a.stats_dtype, C, running.data());
-  };
-  average(a.running_mean, a.mean, 1);
-  average(a.running_var, biased_variance, unbiased);
+  update_average(a.running_mean, a.stats_dtype, C, momentum, [&](int64_t c) { return a.mean[c]; });
+  update_average(a.running_var, a.stats_dtype, C, momentum, [&](int64_t c) { return biased_variance[c] * unbiased; });
 }
 
 // ---- planes
@@ -241,6 +235,8 @@ bool wants_sums(const BatchNormBackward& a) {
 bool wants_elements(const BatchNormBackward& a) { return a.dx || a.dresidual; }
 // Each block's sums and elements in one go.
 bool in_one_sweep(const BatchNormBackward& a) { return !a.training && wants_sums(a) && wants_elements(a); }
+// The elements after all sums.
+bool in_two_sweeps(const BatchNormBackward& a) { return wants_sums(a) && wants_elements(a) && !in_one_sweep(a); }
 
 template <typename T>
 struct PlanesBackward {
@@ -256,7 +252,7 @@ struct PlanesBackward {
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
   const int64_t ahead = next_plane<T>(a.shape);
-  const bool stream = stream_planes(a.shape, a.dtype, /*inputs=*/2);
+  const bool stream = stream_planes(a.shape, a.dtype, /*inputs=*/in_two_sweeps(a) ? 2 : 1);
 
   // Where the dz of a bundle's channels stays from its first sweep to its second, if anywhere.
   struct Kept {
@@ -355,8 +351,7 @@ struct PlanesBackward {
       return;
     }
     // dz of each channel of a task, for its second sweep. A whole pack beyond the end of a run is overwritten by the next.
-    const bool keeps = wants_sums(a) && wants_elements(a) && !one_sweep &&
-                       keeps_gradient<T>(a.activation, bundles.channels * a.shape.N * S);
+    const bool keeps = in_two_sweeps(a) && keeps_gradient<T>(a.activation, bundles.channels * a.shape.N * S);
     const int64_t kept_of_channel = keeps ? a.shape.N * S + Pack<T>::kSize : 0;
     parallel_for_ranges(bundles.size(), numel, [&](int64_t first, int64_t last) {
       const ScratchArray<acc_t> scratch(bundles.channels * kept_of_channel);
@@ -507,7 +502,7 @@ struct ColumnsBackward {
   const bool one_sweep = in_one_sweep(a);
   // Sums go down tiles of columns, whose many rows are best near each other; elements go along the rows.
   const Parts parts{column_view(a.shape)}, long_parts{long_rows(parts.view, a.mask)};
-  const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/2);
+  const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/in_two_sweeps(a) ? 2 : 1);
 
   RunGradient<T> gradient(const Parts& of, int64_t row) const {
     const int64_t i = row * of.view.width;

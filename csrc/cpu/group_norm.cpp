@@ -390,6 +390,7 @@ struct BackwardGroups : Groups<GroupNormBackward> {
   T* dx = static_cast<T*>(a.dx);
   T* dresidual = static_cast<T*>(a.dresidual);
   const bool wants_sums = a.dweight || a.dbias || a.dx, wants_elements = a.dx || a.dresidual;
+  const bool in_two_sweeps = wants_sums && wants_elements;
   const MaskRows mask_rows = group_mask_rows(a.shape);
 
   RunGradient<T> gradient(int64_t i, const uint8_t* mask, acc_type<T>* kept = nullptr) const {
@@ -398,7 +399,7 @@ struct BackwardGroups : Groups<GroupNormBackward> {
 
   // What an owner of n elements needs to keep dz, in whole packs, from the first sweep to the second.
   int64_t bytes_to_keep(int64_t n) const {
-    const bool keeps = wants_sums && wants_elements && keeps_gradient<T>(a.activation, n);
+    const bool keeps = in_two_sweeps && keeps_gradient<T>(a.activation, n);
     return keeps ? (n + Pack<T>::kSize) * sizeof(acc_type<T>) : 0;
   }
 
@@ -627,7 +628,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   const Parts parts{a.shape, a.mask};
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
-  const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/2);
+  const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/Base::in_two_sweeps ? 2 : 1);
   // A pack beyond the end of a row would overwrite the next, which is swept at its side.
   const int64_t kept_bytes = parts.sample.width % Pack<T>::kSize == 0 ? Base::bytes_to_keep(C * S) : 0;
 
@@ -737,16 +738,14 @@ void group_norm_backward(const GroupNormBackward& a) {
 void instance_norm_running(const InstanceNormRunning& a) {
   const int64_t N = a.shape.N, C = a.shape.C;
   const double count = static_cast<double>(a.shape.S), unbiased = count / (count - 1);
-  const auto average = [&](void* running, int64_t c, const double* values, double factor) {
+  const auto mean_over_samples = [&](const double* values, int64_t c) {
     double sum = 0;
     for (int64_t n = 0; n < N; ++n) sum += values[n * C + c];
-    const double value = sum / static_cast<double>(N) * factor;
-    write(running, a.stats_dtype, c, (1 - a.momentum) * read(running, a.stats_dtype, c, 0) + a.momentum * value);
+    return sum / static_cast<double>(N);
   };
-  for (int64_t c = 0; c < C; ++c) {
-    average(a.running_mean, c, a.mean, 1.0);
-    average(a.running_var, c, a.variance, unbiased);
-  }
+  update_average(a.running_mean, a.stats_dtype, C, a.momentum, [&](int64_t c) { return mean_over_samples(a.mean, c); });
+  update_average(a.running_var, a.stats_dtype, C, a.momentum,
+                 [&](int64_t c) { return mean_over_samples(a.variance, c) * unbiased; });
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -92,6 +92,15 @@ struct Parameters {
   }
 };
 
+// running = (1 - momentum) * running + momentum * value(c), for each of C channels.
+template <typename F>
+void update_average(void* running, Dtype dtype, int64_t C, double momentum, const F& value) {
+  const ScratchArray<double> average(C);
+  read_all(running, dtype, C, 0.0, average.data());
+  for (int64_t c = 0; c < C; ++c) average[c] = (1 - momentum) * average[c] + momentum * value(c);
+  write_all(running, dtype, C, average.data());
+}
+
 // Where the mask bits of an element are.
 struct MaskBits {
   uint8_t* bits;  // or null

@@ -479,7 +479,10 @@ inline void write(void* p, Dtype dtype, int64_t i, double value) {
 
 // The same for elements 0 .. n - 1.
 inline void read_all(const void* p, Dtype dtype, int64_t n, double missing, double* values) {
-  if (p == nullptr) return std::fill(values, values + n, missing), void();
+  if (p == nullptr) {
+    std::fill(values, values + n, missing);
+    return;
+  }
   visit_any(dtype, [&](auto type) {
     const auto from = static_cast<const decltype(type)*>(p);
     for (int64_t i = 0; i < n; ++i) values[i] = static_cast<double>(from[i]);
