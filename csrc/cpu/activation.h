@@ -12,27 +12,17 @@ namespace {
 // Scalar math: n = round(x / ln 2);  r = x - n ln 2;  exp = 2^n * (1 + r + r^2 (c0 + c1 r + ... + c5 r^5))
 template <typename Vec>
 Vec exponential(const Vec& x) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(__x86_64__)
   if constexpr (std::is_same_v<typename Vec::value_type, float>) {
-    const Vec in_range = at::vec::clamp(x, Vec(-104), Vec(89));  // 0 and infinity begin within; NaN stays
+    const Vec in_range = vec::clamp(x, Vec(-104), Vec(89));  // 0 and infinity begin within; NaN stays
     const Vec n = (in_range * Vec(static_cast<float>(M_LOG2E))).round();
-    const Vec r = at::vec::fmadd(n, Vec(2.12194440e-4f), at::vec::fmadd(n, Vec(-0.693359375f), in_range));
-    Vec q = at::vec::fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
-    q = at::vec::fmadd(q, r, Vec(8.3334519073e-3f));
-    q = at::vec::fmadd(q, r, Vec(4.1665795894e-2f));
-    q = at::vec::fmadd(q, r, Vec(1.6666665459e-1f));
-    q = at::vec::fmadd(q, r, Vec(5.0000001201e-1f));
-    const Vec p = Vec(1) + at::vec::fmadd(r * r, q, r);
-#if defined(CPU_CAPABILITY_AVX512)
-    return _mm512_scalef_ps(p, n);
-#else
-    // 2^n is beyond float32 at both ends, the powers of its halves are not.
-    const __m256i power = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(power, 1);
-    const auto power_of_2 = [](__m256i e) {
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
-    };
-    return p * Vec(power_of_2(half)) * Vec(power_of_2(_mm256_sub_epi32(power, half)));
-#endif
+    const Vec r = vec::fmadd(n, Vec(2.12194440e-4f), vec::fmadd(n, Vec(-0.693359375f), in_range));
+    Vec q = vec::fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
+    q = vec::fmadd(q, r, Vec(8.3334519073e-3f));
+    q = vec::fmadd(q, r, Vec(4.1665795894e-2f));
+    q = vec::fmadd(q, r, Vec(1.6666665459e-1f));
+    q = vec::fmadd(q, r, Vec(5.0000001201e-1f));
+    return times_power_of_2(Vec(1) + vec::fmadd(r * r, q, r), n);
   }
 #endif
   return x.exp();
@@ -51,13 +41,13 @@ struct Normal {
 
  private:
   Vec cdf_of(const Vec& z) const {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(__x86_64__)
     if constexpr (std::is_same_v<typename Vec::value_type, float>) {
-      const Vec t = Vec(1) / at::vec::fmadd(z.abs(), Vec(0.3275911 * M_SQRT1_2), Vec(1));
-      Vec r = at::vec::fmadd(Vec(0.5 * 1.061405429), t, Vec(0.5 * -1.453152027));
-      r = at::vec::fmadd(r, t, Vec(0.5 * 1.421413741));
-      r = at::vec::fmadd(r, t, Vec(0.5 * -0.284496736));
-      r = at::vec::fmadd(r, t, Vec(0.5 * 0.254829592));
+      const Vec t = Vec(1) / vec::fmadd(z.abs(), Vec(0.3275911 * M_SQRT1_2), Vec(1));
+      Vec r = vec::fmadd(Vec(0.5 * 1.061405429), t, Vec(0.5 * -1.453152027));
+      r = vec::fmadd(r, t, Vec(0.5 * 1.421413741));
+      r = vec::fmadd(r, t, Vec(0.5 * -0.284496736));
+      r = vec::fmadd(r, t, Vec(0.5 * 0.254829592));
       const Vec tail = r * t * exp;
       return Vec::blendv(Vec(1) - tail, tail, z < Vec(0));
     }
@@ -75,7 +65,7 @@ Pack<T> activate(const Pack<T>& z) {
         if constexpr (kAct == Activation::kNone) {
           return v;
         } else if constexpr (kAct == Activation::kRelu) {
-          return at::vec::clamp_min(v, Vec(0));
+          return vec::clamp_min(v, Vec(0));
         } else if constexpr (kAct == Activation::kLeakyRelu) {
           return Vec::blendv(v, v * Vec(kLeakySlope), v <= Vec(0));
         } else if constexpr (kAct == Activation::kSilu) {
@@ -118,7 +108,7 @@ Pack<T> activate_backward(const Pack<T>& dy, const Pack<T>& z) {
         } else {
           constexpr double kInvSqrt2Pi = M_2_SQRTPI * M_SQRT1_2 * 0.5;
           const Normal<Vec> normal(v);
-          return d * at::vec::fmadd(v, Vec(kInvSqrt2Pi) * normal.exp, normal.cdf);
+          return d * vec::fmadd(v, Vec(kInvSqrt2Pi) * normal.exp, normal.cdf);
         }
       },
       dy, z);

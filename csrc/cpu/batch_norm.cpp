@@ -49,7 +49,7 @@ void keep_statistics(const BatchNormForward& a, int64_t c, double mean, double b
 
 // What eval mode normalises by, kept as those of a batch.
 void take_running_statistics(const BatchNormForward& a) {
-  using Vec = at::vec::Vectorized<double>;
+  using Vec = vec::Vectorized<double>;
   const int64_t C = a.shape.C;
   read_all(a.running_mean, a.stats_dtype, C, 0, a.mean);
   read_all(a.running_var, a.stats_dtype, C, 1, a.rstd);

@@ -160,7 +160,7 @@ struct Parts {
 // a * b - c
 template <typename T>
 Pack<T> fmsub(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c) {
-  return map<T>([](auto x, auto y, auto z) { return at::vec::fmsub(x, y, z); }, a, b, c);
+  return map<T>([](auto x, auto y, auto z) { return vec::fmsub(x, y, z); }, a, b, c);
 }
 
 // ---- forward

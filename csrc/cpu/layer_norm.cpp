@@ -208,8 +208,7 @@ struct RowsForward {
 
   Moments moments(int64_t row, int64_t chunk) const {
     Moments m;
-    row_moments<1, std::max(1, 4 / Pack<T>::kVecs)>(x + row * N + chunk * kChunk, N, chunk_length(chunk),
-                                                    a.subtract_mean, &m);
+    row_moments<1, kSumPacks<T>>(x + row * N + chunk * kChunk, N, chunk_length(chunk), a.subtract_mean, &m);
     return m;
   }
 
@@ -331,7 +330,7 @@ struct RowsBackward {
   template <Activation kAct>
   FASTNORM_LOOP Sums reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
                             acc_t* kept = nullptr) const {
-    constexpr int kUnroll = unroll_of<kAct>(std::max(1, 4 / P::kVecs));
+    constexpr int kUnroll = unroll_of<kAct>(kSumPacks<T>);
     const RunGradient<T> from = gradient(row, first, kept);
     const Affine<RowWise<T>> z = affine(row, parameters);
     P g_sum(0), g_xhat_sum(0);

@@ -39,11 +39,11 @@ void visit_power(double beta, const F& f) {
 template <typename Vec>
 Vec rough_rsqrt(Vec s) {
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<Vec, at::vec::Vectorized<float>>) return _mm512_rsqrt14_ps(s);
+  if constexpr (std::is_same_v<Vec, vec::Vectorized<float>>) return _mm512_rsqrt14_ps(s);
 #elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<Vec, at::vec::Vectorized<float>>) {
+  if constexpr (std::is_same_v<Vec, vec::Vectorized<float>>) {
     const Vec r = _mm256_rsqrt_ps(s);  // 11 bits, doubled by a Newton step
-    return r * at::vec::fmadd(s * r, r * Vec(-0.5), Vec(1.5));
+    return r * vec::fmadd(s * r, r * Vec(-0.5), Vec(1.5));
   }
 #endif
   return s.sqrt().reciprocal();
@@ -64,8 +64,8 @@ struct Powers {
 //              s^-1/2 = r (1 - h/2),  s^-3/4 = r q (1 - 3/4 h - d/2),  1 / s = r^2 (1 - h)
 template <Power kPower, bool kExact, bool kInverse, typename Vec>
 Powers<Vec> refined_powers(Vec s) {
-  using at::vec::fmadd;
-  using at::vec::fmsub;
+  using vec::fmadd;
+  using vec::fmsub;
   const Vec one(1), r = rough_rsqrt(s), t = s * r;
   Vec h = fmsub(t, r, one);
   if constexpr (kExact) h = fmadd(fmsub(s, r, t), r, h);
@@ -135,7 +135,7 @@ struct Raise {
   Powers<Vec> roots(Vec s) {
     if constexpr (kCareful) return careful_powers<kPower, kExact, kInverse>(s);
     const Powers<Vec> result = refined_powers<kPower, kExact, kInverse>(s);
-    doubt = at::vec::fmadd(result.power, Vec(0), doubt);
+    doubt = vec::fmadd(result.power, Vec(0), doubt);
     return result;
   }
 };
@@ -161,7 +161,7 @@ constexpr int64_t kSlack = 64;  // elements that may be read and written beyond 
 // Scalar math: to[i] = from[i] + from[i + shift] + ... (kCount terms), in pairs; `to` may be `from`.
 template <int kCount, typename acc_t>
 void sum_shifted(const acc_t* from, acc_t* to, int64_t n, int64_t shift) {
-  using Vec = at::vec::Vectorized<acc_t>;
+  using Vec = vec::Vectorized<acc_t>;
   for (int64_t i = 0; i < n; i += Vec::size()) {
     Vec sum[2] = {Vec::loadu(from + i), Vec::loadu(from + i + shift)};
     for (int j = 2; j < kCount; ++j) sum[j % 2] = sum[j % 2] + Vec::loadu(from + i + j * shift);
@@ -185,7 +185,7 @@ void sum_windows(const acc_t* from, acc_t* to, acc_t* spare, int64_t n, int64_t 
     case 7: return sum_shifted<7>(from, to, n, shift);
     case kMostTerms: return sum_shifted<kMostTerms>(from, to, n, shift);
   }
-  using Vec = at::vec::Vectorized<acc_t>;
+  using Vec = vec::Vectorized<acc_t>;
   const acc_t* doubled = from;  // sums of `terms` elements
   int64_t joined = 0;           // elements in the sums of `to`
   for (int64_t terms = 1;; terms *= 2) {

@@ -247,7 +247,7 @@ struct GradientSums {
   FASTNORM_LOOP void add_run(const RunGradient<T>& g, int64_t n, const Affine<C>& affine,
                              const Standardize<C>& standardize, int64_t ahead = 0) {
     using P = Pack<T>;
-    constexpr int kUnroll = unroll_of<kAct>(std::max(1, 4 / P::kVecs));
+    constexpr int kUnroll = unroll_of<kAct>(kSumPacks<T>);
     const RunGradient<T> from = g;
     const Affine<C> local = affine;
     const Standardize<C> xhat = standardize;

@@ -64,6 +64,30 @@ struct Lanes {
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(even, odd)));
   }
 };
+#elif defined(__x86_64__)
+struct Lanes {
+  static constexpr int kSize = 2, kAtOnce = 2;  // 4 of 16 registers each
+  __m128i v;
+
+  static Lanes consecutive(uint64_t first) { return {_mm_add_epi64(all(first).v, _mm_set_epi64x(1, 0))}; }
+  static Lanes all(uint64_t x) { return {_mm_set1_epi64x(static_cast<int64_t>(x))}; }
+  Lanes times(Lanes m) const { return {_mm_mul_epu32(v, m.v)}; }
+  Lanes high_to_low() const { return {_mm_srli_epi64(v, 32)}; }
+  Lanes low_to_high() const { return {_mm_slli_epi64(v, 32)}; }
+  static Lanes exclusive_or(Lanes a, Lanes b) { return {_mm_xor_si128(a.v, b.v)}; }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(exclusive_or(a, b), c); }
+
+  static uint64_t keep(const Lanes (&r)[2], uint32_t threshold) {
+    const __m128i t = _mm_set1_epi16(static_cast<int16_t>(threshold));
+    const auto at_least = [&](__m128i x) {
+      x = _mm_shuffle_epi32(x, _MM_SHUFFLE(2, 3, 0, 1));
+      return _mm_cmpeq_epi16(_mm_subs_epu16(t, x), _mm_setzero_si128());
+    };
+    const __m128i even = at_least(_mm_unpacklo_epi64(r[0].v, r[1].v)),
+                  odd = at_least(_mm_unpackhi_epi64(r[0].v, r[1].v));
+    return static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(even, odd)));
+  }
+};
 #else
 struct Lanes {
   static constexpr int kSize = 8, kAtOnce = 1;

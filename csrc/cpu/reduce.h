@@ -102,7 +102,7 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
 // 0.
 template <typename T>
 void chunk_moments(const T* x, const Runs& chunk, int slices, int64_t apart, int64_t ahead, Moments* result) {
-  constexpr int kUnroll = 8 / Pack<T>::kVecs;
+  constexpr int kUnroll = 2 * kSumPacks<T>;
   if (chunk.length < kUnroll * Pack<T>::kSize) return chunk_moments_by<1>(x, chunk, slices, apart, ahead, result);
   chunk_moments_by<kUnroll>(x, chunk, slices, apart, ahead, result);
 }
@@ -119,7 +119,7 @@ Moments chunk_moments(const T* x, const Runs& chunk) {
 template <typename T>
 FASTNORM_LOOP double chunk_dot(const T* x, const T* y, const Runs& chunk) {
   using P = Pack<T>;
-  constexpr int kUnroll = std::max(1, 4 / P::kVecs);
+  constexpr int kUnroll = kSumPacks<T>;
   P sum[kUnroll];
   for (auto& s : sum) s = P(0);
   for (int64_t run = 0; run < chunk.count; ++run) {

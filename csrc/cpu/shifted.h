@@ -17,7 +17,7 @@ double tree_sum(const Pack<T>& p) {
   using Vec = typename Pack<T>::Vec;
   Vec sum = p.v[0];
   for (int k = 1; k < Pack<T>::kVecs; ++k) sum = sum + p.v[k];
-  return at::vec::vec_reduce_all<acc_type<T>>([](Vec& a, Vec& b) { return a + b; }, sum);
+  return vec::vec_reduce_all<acc_type<T>>([](Vec& a, Vec& b) { return a + b; }, sum);
 }
 
 template <typename T, int kCount>
@@ -32,7 +32,7 @@ template <typename T>
 FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
   using acc_t = acc_type<T>;
   using P = Pack<T>;
-  constexpr int kUnroll = std::max(1, 4 / P::kVecs);
+  constexpr int kUnroll = kSumPacks<T>;
   const int64_t first = n <= 128 ? std::min<int64_t>(n, 64) : std::max<int64_t>(64, n / 8 / P::kSize * P::kSize);
   const double reciprocal = 1.0 / static_cast<double>(n), reciprocal_of_first = 1.0 / static_cast<double>(first);
 

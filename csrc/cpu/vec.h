@@ -1,11 +1,9 @@
-// Pack<T>: the unit every CPU kernel works in. A pack is a whole number of at::vec vectors in the arithmetic's type
+// Pack<T>: the unit every CPU kernel works in. A pack is a whole number of vectors (vectors.h) in the arithmetic's type
 // (float64 for float64, float32 for the rest) that holds as many elements as one vector of T, and at least eight, so
 // that its mask bits are whole bytes on every instruction set.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <tuple>
@@ -13,69 +11,17 @@
 #include <utility>
 
 #include "../dtype.h"
+#include "vectors.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
 // On a loop over packs: everything it calls is inlined, so that coefficients stay in registers. Left to itself the
-// compiler outlines a lambda now and then, which costs three times the loop. Not for x86-64 without AVX2: those processors are
-// old, and their code would take a third of the whole build.
-#if defined(__x86_64__) && defined(CPU_CAPABILITY_DEFAULT)
-#define FASTNORM_LOOP
-#else
+// compiler outlines a lambda now and then, which costs three times the loop.
 #define FASTNORM_LOOP __attribute__((flatten))
-#endif
 
 template <typename T>
 using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// bfloat16 is the upper half of a float32, so with AVX512 one permutation of halves widens a vector of it, and another
-// takes the upper halves of two: two thirds of the instructions that at::vec has for the same bits.
-#if defined(CPU_CAPABILITY_AVX512)
-namespace bfloat16 {
-
-using Wide = at::vec::Vectorized<float>;
-using Indices = int __attribute__((vector_size(64)));  // the compiler computes with it
-constexpr Indices kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-inline Wide widen_from(Indices first, __m512i x) {
-  constexpr __mmask32 kUpper = 0xAAAAAAAA;  // the lower halves are zero
-  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpper, reinterpret_cast<__m512i>(first << 16), x));
-}
-
-// To the nearest, ties to even, in the upper half. NaN is -1, as at::vec's.
-inline __m512i round(const Wide& x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-  return _mm512_mask_add_epi32(_mm512_set1_epi32(-1), _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, half);
-}
-
-inline __m512i upper_halves(__m512i low, __m512i high) {
-  constexpr Indices kOdd = kLane * 0x00040004 + 0x00030001;  // half words 1, 3, 5 ...
-  return _mm512_permutex2var_epi16(low, reinterpret_cast<__m512i>(kOdd), high);
-}
-
-}  // namespace bfloat16
-#endif
-
-// A vector of float16 or bfloat16 as two of float32, and back.
-template <typename T>
-std::tuple<at::vec::Vectorized<float>, at::vec::Vectorized<float>> widen(const at::vec::Vectorized<T>& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, c10::BFloat16>)
-    return {bfloat16::widen_from(bfloat16::kLane, x), bfloat16::widen_from(bfloat16::kLane + 16, x)};
-#endif
-  return at::vec::convert_to_float<T>(x);
-}
-template <typename T>
-at::vec::Vectorized<T> narrow(const at::vec::Vectorized<float>& low, const at::vec::Vectorized<float>& high) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, c10::BFloat16>)
-    return bfloat16::upper_halves(bfloat16::round(low), bfloat16::round(high));
-#endif
-  return at::vec::convert_from_float<T>(low, high);
-}
 
 // How many elements of a pack are there: all, known to the compiler, or the first few.
 struct Full {};
@@ -85,11 +31,20 @@ struct Partial {
 
 constexpr size_t kStreamAlignment = 64;
 
+// Calls f(0) ... f(n - 1). Not a loop: arrays that are indexed in one stay in memory until the compiler has unrolled it.
+template <int n, typename F>
+void for_each_index(const F& f) {
+  if constexpr (n > 0) {
+    for_each_index<n - 1>(f);
+    f(n - 1);
+  }
+}
+
 template <typename T>
 struct Pack {
   using acc_t = acc_type<T>;
-  using Vec = at::vec::Vectorized<acc_t>;
-  using Storage = at::vec::Vectorized<T>;
+  using Vec = vec::Vectorized<acc_t>;
+  using Storage = vec::Vectorized<T>;
   static constexpr bool kConverts = !std::is_same_v<T, acc_t>;
   static constexpr int kSize = Storage::size() < 8 ? 8 : Storage::size();
   static constexpr int kVecs = kSize / Vec::size();
@@ -99,7 +54,7 @@ struct Pack {
 
   Pack() = default;
   explicit Pack(acc_t value) {
-    for (auto& e : v) e = Vec(value);
+    for_each_index<kVecs>([&](int k) { v[k] = Vec(value); });
   }
 
   static Pack load(const T* p, Full = {}) {
@@ -107,10 +62,7 @@ struct Pack {
   }
   // The elements that are not there read as zero.
   static Pack load(const T* p, Partial n) {
-    return load_each([&](int k) {
-      const int here = clamp(n.count - k * Storage::size());
-      return here > 0 ? Storage::loadu(p + k * Storage::size(), here) : Storage(T(0));
-    });
+    return load_each([&](int k) { return load_lanes(p + k * Storage::size(), n.count - k * Storage::size()); });
   }
 
   void store(T* p, Full = {}) const {
@@ -118,93 +70,63 @@ struct Pack {
   }
   void store(T* p, Partial n) const {
     store_each([&](int k, const Storage& s) {
-      const int here = clamp(n.count - k * Storage::size());
-      if (here > 0) s.store(p + k * Storage::size(), here);
+      store_lanes(p + k * Storage::size(), n.count - k * static_cast<int>(Storage::size()), s);
     });
   }
   // Past the caches; p is aligned to kStreamAlignment.
   void stream(T* p) const {
-    store_each([&](int k, const Storage& s) { stream_storage(p + k * Storage::size(), s); });
+    store_each([&](int k, const Storage& s) { stream_vector(p + k * Storage::size(), s); });
   }
 
   // From and to arrays of the arithmetic's type that are at least a pack long.
   static Pack load_acc(const acc_t* p) {
     Pack r;
-    for (int k = 0; k < kVecs; ++k) r.v[k] = Vec::loadu(p + k * Vec::size());
+    for_each_index<kVecs>([&](int k) { r.v[k] = Vec::loadu(p + k * Vec::size()); });
     return r;
   }
   void store_acc(acc_t* p) const {
-    for (int k = 0; k < kVecs; ++k) v[k].store(p + k * Vec::size());
+    for_each_index<kVecs>([&](int k) { v[k].store(p + k * Vec::size()); });
   }
 
   // The same with the elements from the count on set to zero: for tails of sums of anything but products with x.
   Pack keep(Full) const { return *this; }
   Pack keep(Partial n) const {
     Pack r;
-    for (int k = 0; k < kVecs; ++k) {
-      const int here = std::min(std::max(n.count - k * Vec::size(), 0), static_cast<int>(Vec::size()));
-      r.v[k] = Vec::set(Vec(0), v[k], here);
-    }
+    for_each_index<kVecs>([&](int k) { r.v[k] = keep_lanes(n.count - k * Vec::size(), v[k]); });
     return r;
   }
 
  private:
-  static int clamp(int n) { return std::min(n, static_cast<int>(Storage::size())); }
-
   template <typename F>
   static Pack load_each(const F& storage) {
     Pack r;
-    for (int k = 0; k < kStorages; ++k) {
+    for_each_index<kStorages>([&](int k) {
       if constexpr (kConverts) {
         static_assert(Storage::size() == 2 * Vec::size());
         std::tie(r.v[2 * k], r.v[2 * k + 1]) = widen<T>(storage(k));
       } else {
         r.v[k] = storage(k);
       }
-    }
+    });
     return r;
   }
 
   template <typename F>
   void store_each(const F& put) const {
-    for (int k = 0; k < kStorages; ++k) {
+    for_each_index<kStorages>([&](int k) {
       if constexpr (kConverts) {
         put(k, narrow<T>(v[2 * k], v[2 * k + 1]));
       } else {
         put(k, v[k]);
       }
-    }
-  }
-
-  static void stream_storage(T* p, const Storage& s) {
-#if defined(CPU_CAPABILITY_AVX512)
-    if constexpr (std::is_same_v<T, float>) {
-      _mm512_stream_ps(p, s);
-    } else if constexpr (std::is_same_v<T, double>) {
-      _mm512_stream_pd(p, s);
-    } else {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), s);
-    }
-#elif defined(CPU_CAPABILITY_AVX2)
-    if constexpr (std::is_same_v<T, float>) {
-      _mm256_stream_ps(p, s);
-    } else if constexpr (std::is_same_v<T, double>) {
-      _mm256_stream_pd(p, s);
-    } else {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), s);
-    }
-#else
-    s.store(p);
-#endif
+    });
   }
 };
 
-// Streaming stores are not ordered with other stores: once after the last, before another thread may read.
-inline void stream_fence() {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  _mm_sfence();
-#endif
-}
+// Packs of accumulators for a long sum: as many as hide an addition's latency, and 32 lanes of float32, for the error grows
+// with how much a lane adds up.
+template <typename T>
+constexpr int kSumPacks = std::max({1, 4 / Pack<T>::kVecs, 128 / (Pack<T>::kSize * int{sizeof(acc_type<T>)})});
 
 // Whether n elements from p on are whole cache lines: only those are worth streaming, a part of one is read back.
 template <typename T>
@@ -228,7 +150,7 @@ void put(const Pack<T>& pack, T* p, Count count, bool stream) {
 template <typename T, typename F, typename... P>
 Pack<T> map(const F& f, const P&... packs) {
   Pack<T> r;
-  for (int k = 0; k < Pack<T>::kVecs; ++k) r.v[k] = f(packs.v[k]...);
+  for_each_index<Pack<T>::kVecs>([&](int k) { r.v[k] = f(packs.v[k]...); });
   return r;
 }
 
@@ -246,7 +168,7 @@ Pack<T> operator*(const Pack<T>& a, const Pack<T>& b) {
 }
 template <typename T>
 Pack<T> fmadd(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c) {
-  return map<T>([](auto x, auto y, auto z) { return at::vec::fmadd(x, y, z); }, a, b, c);
+  return map<T>([](auto x, auto y, auto z) { return vec::fmadd(x, y, z); }, a, b, c);
 }
 
 // Bit i of the result: whether !(z[i] <= 0), so true for NaN.
@@ -254,49 +176,15 @@ template <typename T>
 uint32_t positive_bits(const Pack<T>& z) {
   using Vec = typename Pack<T>::Vec;
   uint32_t bits = 0;
-  for (int k = 0; k < Pack<T>::kVecs; ++k)
-    bits |= static_cast<uint32_t>((z.v[k] <= Vec(0)).zero_mask()) << (k * Vec::size());
+  for_each_index<Pack<T>::kVecs>(
+      [&](int k) { bits |= static_cast<uint32_t>((z.v[k] <= Vec(0)).zero_mask()) << (k * Vec::size()); });
   return bits;
-}
-
-// lane i of the result: a where bit i is set, b elsewhere
-inline at::vec::Vectorized<float> choose(uint32_t bits, at::vec::Vectorized<float> a, at::vec::Vectorized<float> b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
-  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(set));
-#else
-  using Vec = at::vec::Vectorized<float>;
-  float x[Vec::size()], y[Vec::size()];
-  a.store(x);
-  b.store(y);
-  for (int i = 0; i < Vec::size(); ++i) x[i] = bits >> i & 1 ? x[i] : y[i];
-  return Vec::loadu(x);
-#endif
-}
-inline at::vec::Vectorized<double> choose(uint32_t bits, at::vec::Vectorized<double> a, at::vec::Vectorized<double> b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_mask_blend_pd(static_cast<__mmask8>(bits), b, a);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
-  const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<int>(bits)), lane), lane);
-  return _mm256_blendv_pd(b, a, _mm256_castsi256_pd(set));
-#else
-  using Vec = at::vec::Vectorized<double>;
-  double x[Vec::size()], y[Vec::size()];
-  a.store(x);
-  b.store(y);
-  for (int i = 0; i < Vec::size(); ++i) x[i] = bits >> i & 1 ? x[i] : y[i];
-  return Vec::loadu(x);
-#endif
 }
 
 template <typename T>
 Pack<T> choose(uint32_t bits, const Pack<T>& a, const Pack<T>& b) {
   Pack<T> r;
-  for (int k = 0; k < Pack<T>::kVecs; ++k) r.v[k] = choose(bits >> (k * Pack<T>::Vec::size()), a.v[k], b.v[k]);
+  for_each_index<Pack<T>::kVecs>([&](int k) { r.v[k] = choose(bits >> (k * Pack<T>::Vec::size()), a.v[k], b.v[k]); });
   return r;
 }
 
@@ -330,34 +218,6 @@ void store_bits(uint8_t* p, uint32_t bits, Partial n) {
     if (n.count > 24) p[3] = static_cast<uint8_t>(bits >> 24);
 }
 
-// The sum of the lanes in float64, in a tree: what a row or chunk costs once, so in few instructions.
-inline double lane_sum(at::vec::Vectorized<double> v) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_reduce_add_pd(v);
-#else
-  double lane[at::vec::Vectorized<double>::size()], total = 0;
-  v.store(lane);
-  for (const double e : lane) total += e;
-  return total;
-#endif
-}
-inline double lane_sum(at::vec::Vectorized<float> v) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_reduce_add_pd(
-      _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256d four =
-      _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
-  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
-#else
-  float lane[at::vec::Vectorized<float>::size()];
-  v.store(lane);
-  double total = 0;
-  for (const float e : lane) total += e;
-  return total;
-#endif
-}
 template <typename T>
 double lane_sum(const Pack<T>& p) {
   auto all = p.v[0];

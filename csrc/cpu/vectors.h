@@ -1,0 +1,23 @@
+// What packs (vec.h) are made of: `vec`, which is at::vec wherever that has instructions, and what it lacks, by the
+// same names in every instruction set:
+//
+//   widen, narrow     a vector of float16 or bfloat16 as two of float32, and back
+//   load_lanes, store_lanes, keep_lanes
+//                     lanes 0 .. n - 1 alone: loaded with zeros behind them, stored, kept with the others set to zero.
+//                     Any n will do, for a pack has several vectors
+//   choose            lane i of one vector where bit i is set, of another elsewhere
+//   lane_sum          in float64, in a tree: what a row or chunk costs once, so in few instructions
+//   times_power_of_2  x * 2^n for float32, n whole, |n| < 252. On x86 alone, for exp() (activation.h)
+//   stream_vector     a store past the caches, to an address that is a multiple of the vector's size. Not ordered with
+//                     other stores: stream_fence() once after the last, before another thread may read
+#pragma once
+
+#if defined(CPU_CAPABILITY_AVX512)
+#include "vectors_avx512.h"
+#elif defined(CPU_CAPABILITY_AVX2)
+#include "vectors_avx2.h"
+#elif defined(__x86_64__)
+#include "vectors_sse2.h"
+#else
+#include "vectors_other.h"
+#endif

@@ -1,0 +1,99 @@
+// vectors.h with AVX2. A mask is a vector whose lanes are all ones or zero.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <tuple>
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+namespace vec = at::vec;
+
+template <typename T>
+std::tuple<vec::Vectorized<float>, vec::Vectorized<float>> widen(const vec::Vectorized<T>& x) {
+  return vec::convert_to_float<T>(x);
+}
+template <typename T>
+vec::Vectorized<T> narrow(const vec::Vectorized<float>& low, const vec::Vectorized<float>& high) {
+  return vec::convert_from_float<T>(low, high);
+}
+
+inline __m256i lane_mask_32(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i lane_mask_64(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+
+inline vec::Vectorized<float> load_lanes(const float* p, int n) { return _mm256_maskload_ps(p, lane_mask_32(n)); }
+inline vec::Vectorized<double> load_lanes(const double* p, int n) { return _mm256_maskload_pd(p, lane_mask_64(n)); }
+// 16 bits: in pairs, which there are masks for, and the last one of an odd number by itself.
+template <typename T>
+vec::Vectorized<T> load_lanes(const T* p, int n) {
+  const __m256i whole = lane_mask_32(n / 2), pairs = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), whole);
+  if (n % 2 == 0) return pairs;
+  const __m256i next = _mm256_xor_si256(whole, lane_mask_32(n / 2 + 1));
+  return _mm256_or_si256(pairs, _mm256_and_si256(next, _mm256_set1_epi32(p[n - 1].x)));
+}
+
+inline void store_lanes(float* p, int n, const vec::Vectorized<float>& v) {
+  _mm256_maskstore_ps(p, lane_mask_32(n), v);
+}
+inline void store_lanes(double* p, int n, const vec::Vectorized<double>& v) {
+  _mm256_maskstore_pd(p, lane_mask_64(n), v);
+}
+template <typename T>
+void store_lanes(T* p, int n, const vec::Vectorized<T>& v) {
+  _mm256_maskstore_epi32(reinterpret_cast<int*>(p), lane_mask_32(n / 2), v);
+  if (n % 2 == 0) return;
+  const __m256i last = _mm256_permutevar8x32_epi32(v, _mm256_set1_epi32(n / 2));
+  p[n - 1].x = static_cast<uint16_t>(_mm256_cvtsi256_si32(last));
+}
+
+inline vec::Vectorized<float> keep_lanes(int n, const vec::Vectorized<float>& v) {
+  return _mm256_and_ps(_mm256_castsi256_ps(lane_mask_32(n)), v);
+}
+inline vec::Vectorized<double> keep_lanes(int n, const vec::Vectorized<double>& v) {
+  return _mm256_and_pd(_mm256_castsi256_pd(lane_mask_64(n)), v);
+}
+
+inline vec::Vectorized<float> choose(uint32_t bits, vec::Vectorized<float> a, vec::Vectorized<float> b) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(set));
+}
+inline vec::Vectorized<double> choose(uint32_t bits, vec::Vectorized<double> a, vec::Vectorized<double> b) {
+  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+  const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<int>(bits)), lane), lane);
+  return _mm256_blendv_pd(b, a, _mm256_castsi256_pd(set));
+}
+
+inline double lane_sum(__m256d v) {
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+inline double lane_sum(vec::Vectorized<double> v) { return lane_sum(static_cast<__m256d>(v)); }
+inline double lane_sum(vec::Vectorized<float> v) {
+  return lane_sum(
+      _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))));
+}
+
+inline __m256 power_of_2(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+// By the powers of n's halves, which float32 has where it does not have that of n.
+inline vec::Vectorized<float> times_power_of_2(const vec::Vectorized<float>& x, const vec::Vectorized<float>& n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  return _mm256_mul_ps(_mm256_mul_ps(x, power_of_2(half)), power_of_2(_mm256_sub_epi32(whole, half)));
+}
+
+inline void stream_vector(float* p, const vec::Vectorized<float>& v) { _mm256_stream_ps(p, v); }
+inline void stream_vector(double* p, const vec::Vectorized<double>& v) { _mm256_stream_pd(p, v); }
+template <typename T>
+void stream_vector(T* p, const vec::Vectorized<T>& v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v);
+}
+inline void stream_fence() { _mm_sfence(); }
+
+}  // namespace
+}  // namespace fastnorm::cpu::CPU_CAPABILITY
