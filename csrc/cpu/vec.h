@@ -19,6 +19,9 @@ namespace {
 // On a loop over packs: everything it calls is inlined, so that coefficients stay in registers. Left to itself the
 // compiler outlines a lambda now and then, which costs three times the loop.
 #define FASTNORM_LOOP __attribute__((flatten))
+// On what packs are made of: inlined before anything else is done, so that vectors in arrays of known indices are values
+// from the beginning.
+#define FASTNORM_INLINE __attribute__((always_inline))
 
 template <typename T>
 using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -31,9 +34,10 @@ struct Partial {
 
 constexpr size_t kStreamAlignment = 64;
 
-// Calls f(0) ... f(n - 1). Not a loop: arrays that are indexed in one stay in memory until the compiler has unrolled it.
+// Calls f(0) ... f(n - 1). Not a loop: arrays that are indexed in one stay in memory until the compiler has unrolled it,
+// which with -O1 comes too late.
 template <int n, typename F>
-void for_each_index(const F& f) {
+FASTNORM_INLINE inline void for_each_index(const F& f) {
   if constexpr (n > 0) {
     for_each_index<n - 1>(f);
     f(n - 1);
@@ -54,7 +58,7 @@ struct Pack {
 
   Pack() = default;
   explicit Pack(acc_t value) {
-    for_each_index<kVecs>([&](int k) { v[k] = Vec(value); });
+    for_each_index<kVecs>([&](int k) FASTNORM_INLINE { v[k] = Vec(value); });
   }
 
   static Pack load(const T* p, Full = {}) {
@@ -81,18 +85,18 @@ struct Pack {
   // From and to arrays of the arithmetic's type that are at least a pack long.
   static Pack load_acc(const acc_t* p) {
     Pack r;
-    for_each_index<kVecs>([&](int k) { r.v[k] = Vec::loadu(p + k * Vec::size()); });
+    for_each_index<kVecs>([&](int k) FASTNORM_INLINE { r.v[k] = Vec::loadu(p + k * Vec::size()); });
     return r;
   }
   void store_acc(acc_t* p) const {
-    for_each_index<kVecs>([&](int k) { v[k].store(p + k * Vec::size()); });
+    for_each_index<kVecs>([&](int k) FASTNORM_INLINE { v[k].store(p + k * Vec::size()); });
   }
 
   // The same with the elements from the count on set to zero: for tails of sums of anything but products with x.
   Pack keep(Full) const { return *this; }
   Pack keep(Partial n) const {
     Pack r;
-    for_each_index<kVecs>([&](int k) { r.v[k] = keep_lanes(n.count - k * Vec::size(), v[k]); });
+    for_each_index<kVecs>([&](int k) FASTNORM_INLINE { r.v[k] = keep_lanes(n.count - k * Vec::size(), v[k]); });
     return r;
   }
 
@@ -100,7 +104,7 @@ struct Pack {
   template <typename F>
   static Pack load_each(const F& storage) {
     Pack r;
-    for_each_index<kStorages>([&](int k) {
+    for_each_index<kStorages>([&](int k) FASTNORM_INLINE {
       if constexpr (kConverts) {
         static_assert(Storage::size() == 2 * Vec::size());
         std::tie(r.v[2 * k], r.v[2 * k + 1]) = widen<T>(storage(k));
@@ -113,7 +117,7 @@ struct Pack {
 
   template <typename F>
   void store_each(const F& put) const {
-    for_each_index<kStorages>([&](int k) {
+    for_each_index<kStorages>([&](int k) FASTNORM_INLINE {
       if constexpr (kConverts) {
         put(k, narrow<T>(v[2 * k], v[2 * k + 1]));
       } else {
@@ -150,7 +154,7 @@ void put(const Pack<T>& pack, T* p, Count count, bool stream) {
 template <typename T, typename F, typename... P>
 Pack<T> map(const F& f, const P&... packs) {
   Pack<T> r;
-  for_each_index<Pack<T>::kVecs>([&](int k) { r.v[k] = f(packs.v[k]...); });
+  for_each_index<Pack<T>::kVecs>([&](int k) FASTNORM_INLINE { r.v[k] = f(packs.v[k]...); });
   return r;
 }
 
@@ -176,15 +180,17 @@ template <typename T>
 uint32_t positive_bits(const Pack<T>& z) {
   using Vec = typename Pack<T>::Vec;
   uint32_t bits = 0;
-  for_each_index<Pack<T>::kVecs>(
-      [&](int k) { bits |= static_cast<uint32_t>((z.v[k] <= Vec(0)).zero_mask()) << (k * Vec::size()); });
+  for_each_index<Pack<T>::kVecs>([&](int k) FASTNORM_INLINE {
+    bits |= static_cast<uint32_t>((z.v[k] <= Vec(0)).zero_mask()) << (k * Vec::size());
+  });
   return bits;
 }
 
 template <typename T>
 Pack<T> choose(uint32_t bits, const Pack<T>& a, const Pack<T>& b) {
   Pack<T> r;
-  for_each_index<Pack<T>::kVecs>([&](int k) { r.v[k] = choose(bits >> (k * Pack<T>::Vec::size()), a.v[k], b.v[k]); });
+  for_each_index<Pack<T>::kVecs>(
+      [&](int k) FASTNORM_INLINE { r.v[k] = choose(bits >> (k * Pack<T>::Vec::size()), a.v[k], b.v[k]); });
   return r;
 }
 
