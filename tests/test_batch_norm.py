@@ -231,3 +231,23 @@ def test_parametrised_weight() -> None:
     expected = reference.batch_norm(x.double(), torch.full((3,), torch.e, dtype=torch.float64))
     torch.testing.assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-5)
     assert norm.parametrizations.weight.original.grad is not None
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_16_bit_types_are_read_and_rounded_as_torchs(dtype: torch.dtype) -> None:
+    """Every number, and every float32 between two of them and next to it: ties to even, subnormal numbers, overflow."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+    def scaled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x * weight in float32, rounded to x's type."""
+        channels = weight.numel()
+        return fn.batch_norm(x.view(1, -1), torch.zeros(channels), torch.ones(channels), weight, eps=0.0)[0]
+
+    torch.testing.assert_close(scaled(every, torch.ones(2**16)), every, rtol=0, atol=0, equal_nan=True)
+    finite = every.float()[every.isfinite()].sort().values
+    middle = (finite[1:].double() + finite[:-1].double()).div(2).float()
+    beyond = torch.tensor([65519.0, 65520.0, 65521.0, 1e30, 3.4e38, math.inf, math.nan])
+    infinity = torch.tensor(math.inf)
+    weight = torch.cat([finite, middle, middle.nextafter(infinity), middle.nextafter(-infinity), beyond, -beyond])
+    rounded = scaled(torch.ones(weight.numel(), dtype=dtype), weight)
+    torch.testing.assert_close(rounded, weight.to(dtype), rtol=0, atol=0, equal_nan=True)
