@@ -37,7 +37,7 @@ if platform.machine() in ("x86_64", "AMD64") and not PLAIN:
 # Contraction is off because kernels say themselves where they fuse a multiplication and an addition: backward must
 # recompute what forward computed, bit for bit.
 CXX_FLAGS = [
-    "-O2",
+    "-O1",
     "-std=c++20",
     "-fopenmp",
     "-fvisibility=hidden",

@@ -7,6 +7,7 @@
 // of compiled autograd it is the dispatcher's op, which is differentiable and can be traced.
 //
 // torch's headers of its autograd take longer to compile than all of an op: they are included here alone.
+#define AT_PER_OPERATOR_HEADERS  // or TensorOperators.h includes all of them
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_make_dual.h>

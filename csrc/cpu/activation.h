@@ -56,9 +56,57 @@ struct Normal {
   }
 };
 
+// An activation that the compiler knows, which compiles a loop for it alone.
+template <Activation kAct>
+struct Known {};
+
+// One of the four that is chosen in the loop: what float64 has, whose speed counts less than what five loops take to
+// compile.
+struct Chosen {
+  Activation activation;
+};
+
+// Whether it needs an exponential: then its derivative is worth keeping.
+constexpr bool is_smooth(Activation activation) {
+  return activation == Activation::kSilu || activation == Activation::kGelu;
+}
+
+// The same of an activation's type, where Chosen may be all but none.
+template <typename Act>
+constexpr bool kIsNone = std::is_same_v<Act, Known<Activation::kNone>>;
+template <typename Act>
+constexpr bool kMayBeSmooth = true;
+template <Activation kAct>
+constexpr bool kMayBeSmooth<Known<kAct>> = is_smooth(kAct);
+template <typename Act>
+constexpr bool kMayBePiecewiseLinear = true;
+template <Activation kAct>
+constexpr bool kMayBePiecewiseLinear<Known<kAct>> = kAct == Activation::kRelu || kAct == Activation::kLeakyRelu;
+
+// Calls f with the activation as the loops over elements of T have it.
+template <typename F>
+auto visit_known(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kRelu: return f(Known<Activation::kRelu>{});
+    case Activation::kLeakyRelu: return f(Known<Activation::kLeakyRelu>{});
+    case Activation::kSilu: return f(Known<Activation::kSilu>{});
+    case Activation::kGelu: return f(Known<Activation::kGelu>{});
+    case Activation::kNone: break;
+  }
+  return f(Known<Activation::kNone>{});
+}
+template <typename T, typename F>
+void visit(Activation activation, const F& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    return activation == Activation::kNone ? f(Known<Activation::kNone>{}) : f(Chosen{activation});
+  } else {
+    return visit_known(activation, f);
+  }
+}
+
 // Scalar math: y = z | max(z, 0) | z > 0 ? z : slope * z | z / (1 + exp(-z)) | z * (1 + erf(z / sqrt(2))) / 2
 template <Activation kAct, typename T>
-Pack<T> activate(const Pack<T>& z) {
+Pack<T> activate(Known<kAct>, const Pack<T>& z) {
   using Vec = typename Pack<T>::Vec;
   return map<T>(
       [](Vec v) {
@@ -77,22 +125,11 @@ Pack<T> activate(const Pack<T>& z) {
       z);
 }
 
-// Whether the derivative needs exp: then it is worth keeping.
-constexpr bool is_smooth(Activation activation) {
-  return activation == Activation::kSilu || activation == Activation::kGelu;
-}
-
-// How often to unroll a loop around activate_backward: an exponential leaves no latency to hide.
-template <Activation kAct>
-constexpr int unroll_of(int unroll) {
-  return is_smooth(kAct) ? 1 : unroll;
-}
-
 // dz = dy * activation'(z).
 // Scalar math: dy | z > 0 ? dy : 0 | z > 0 ? dy : slope * dy | dy * s * (1 + z * (1 - s)), s = sigmoid(z) |
 //              dy * (Phi(z) + z * phi(z))
 template <Activation kAct, typename T>
-Pack<T> activate_backward(const Pack<T>& dy, const Pack<T>& z) {
+Pack<T> activate_backward(Known<kAct>, const Pack<T>& dy, const Pack<T>& z) {
   using Vec = typename Pack<T>::Vec;
   return map<T>(
       [](Vec d, Vec v) {
@@ -116,22 +153,24 @@ Pack<T> activate_backward(const Pack<T>& dy, const Pack<T>& z) {
 
 // The same from the bit !(z <= 0), for the piecewise linear ones.
 template <Activation kAct, typename T>
-Pack<T> activate_backward(const Pack<T>& dy, uint32_t positive) {
-  static_assert(kAct == Activation::kRelu || kAct == Activation::kLeakyRelu);
+Pack<T> activate_backward(Known<kAct>, const Pack<T>& dy, uint32_t positive) {
   const Pack<T> slope(static_cast<acc_type<T>>(kAct == Activation::kRelu ? 0.0 : kLeakySlope));
   return choose(positive, dy, kAct == Activation::kRelu ? slope : dy * slope);
 }
 
-// Calls f with activation as a compile-time constant.
-template <typename F>
-void visit(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::kNone: return f(std::integral_constant<Activation, Activation::kNone>{});
-    case Activation::kRelu: return f(std::integral_constant<Activation, Activation::kRelu>{});
-    case Activation::kLeakyRelu: return f(std::integral_constant<Activation, Activation::kLeakyRelu>{});
-    case Activation::kSilu: return f(std::integral_constant<Activation, Activation::kSilu>{});
-    case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>{});
-  }
+template <typename T>
+Pack<T> activate(Chosen act, const Pack<T>& z) {
+  return visit_known(act.activation, [&](auto known) { return activate(known, z); });
+}
+template <typename T, typename ZOrBits>
+Pack<T> activate_backward(Chosen act, const Pack<T>& dy, const ZOrBits& z) {
+  return visit_known(act.activation, [&](auto known) { return activate_backward(known, dy, z); });
+}
+
+// How often to unroll a loop around activate_backward: an exponential leaves no latency to hide.
+template <typename Act>
+constexpr int unroll_of(int unroll) {
+  return kMayBeSmooth<Act> ? 1 : unroll;
 }
 
 }  // namespace

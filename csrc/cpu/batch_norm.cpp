@@ -135,10 +135,10 @@ struct PlanesForward {
 
   // Each run of a chunk, and those of the next channels - 1 channels beside it.
   void normalize(const Runs& chunk, int64_t channels, const Coefficients& affine, int64_t to_next) const {
-    visit(a.activation, [&](auto act) { normalize<decltype(act)::value>(chunk, channels, affine, to_next); });
+    visit<T>(a.activation, [&](auto act) { normalize(act, chunk, channels, affine, to_next); });
   }
-  template <Activation kAct>
-  FASTNORM_LOOP void normalize(Runs chunk, int64_t channels, Coefficients affine, int64_t to_next) const {
+  template <typename Act>
+  FASTNORM_LOOP void normalize(Act act, Runs chunk, int64_t channels, Coefficients affine, int64_t to_next) const {
     const T *const from = x, *const from_residual = residual;  // in registers: a store to y might be one to a member
     T* const to = y;
     const int64_t plane = S;
@@ -149,8 +149,8 @@ struct PlanesForward {
       int64_t i = chunk.offset;
       uint8_t* bits_of_plane = bits;
       for (int64_t c = 0; c < channels; ++c, i += plane, bits_of_plane += plane_bytes) {
-        normalize_run<kAct>(from + i, offset_by(from_residual, i), to + i, bits_of_plane, chunk.length,
-                            uniform<T>(*affine.next), past_caches, to_next);
+        normalize_run(act, from + i, offset_by(from_residual, i), to + i, bits_of_plane, chunk.length,
+                      uniform<T>(*affine.next), past_caches, to_next);
         if (++affine.next == affine.end) affine.next = affine.begin;
       }
     }
@@ -290,11 +290,10 @@ struct PlanesBackward {
         begin, end, [&](int64_t c) { return SliceStandardize<acc_t>(a.mean[c], a.rstd[c]); });
     PerChannel<GradientSums<T>> sums(begin, end, [](int64_t) { return GradientSums<T>(); });
     const Runs runs = chunks[chunk];
-    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+    visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       const int64_t length = runs.length, to_next = ahead;
       for_runs(runs, begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
-        sums[c].template add_run<decltype(act)::value>(run, length, uniform<T>(affine[c]), uniform<T>(standardize[c]),
-                                                       to_next);
+        sums[c].add_run(act, run, length, uniform<T>(affine[c]), uniform<T>(standardize[c]), to_next);
       });
     });
     for (int64_t c = 0; c < end - begin; ++c) total[c] += Sums{sums[c].sum_dz(), sums[c].sum_dz_xhat()};
@@ -308,14 +307,13 @@ struct PlanesBackward {
       return SliceGradient<acc_t>(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
     });
     const Runs runs = chunks[chunk];
-    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+    visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       T *const to = dx, *const to_residual = dresidual;
       const int64_t length = runs.length, to_next = ahead;
       const bool constant_statistics = !a.training, past_caches = stream;
       for_runs(runs, begin, end, kept, [&](int64_t i, int64_t c, const RunGradient<T>& run) {
-        input_gradient_run<decltype(act)::value>(run, offset_by(to, i), offset_by(to_residual, i), length,
-                                                 uniform<T>(affine[c]), uniform<T>(slice[c], constant_statistics),
-                                                 past_caches, to_next);
+        input_gradient_run(act, run, offset_by(to, i), offset_by(to_residual, i), length, uniform<T>(affine[c]),
+                           uniform<T>(slice[c], constant_statistics), past_caches, to_next);
       });
     });
   }
@@ -477,11 +475,11 @@ struct ColumnsForward {
     }
     const Affine<PerColumn<T>> affine{mean, scale, shift};
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
-      visit(a.activation, [&](auto act) {
+      visit<T>(a.activation, [&](auto act) {
         parts.for_rows(part, [&](int64_t row, int64_t columns) {
           const int64_t i = row * width;
-          normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i,
-                                              offset_by(a.mask, row * parts.mask_bytes()), columns, affine, stream);
+          normalize_run(act, x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * parts.mask_bytes()), columns,
+                        affine, stream);
         });
       });
       if (stream) stream_fence();
@@ -510,12 +508,12 @@ struct ColumnsBackward {
   }
 
   // n elements from the first one of a row, long or not.
-  template <Activation kAct>
-  void elements(const Parts& of, int64_t row, int64_t n, const Affine<PerColumn<T>>& affine,
+  template <typename Act>
+  void elements(Act act, const Parts& of, int64_t row, int64_t n, const Affine<PerColumn<T>>& affine,
                 const InputGradient<PerColumn<T>>& coefficient) const {
     const int64_t i = row * of.view.width;
-    input_gradient_run<kAct>(gradient(of, row), offset_by(dx, i), offset_by(dresidual, i), n, affine, coefficient,
-                             stream);
+    input_gradient_run(act, gradient(of, row), offset_by(dx, i), offset_by(dresidual, i), n, affine, coefficient,
+                       stream);
   }
 
   // Writes the elements, too, if in one sweep.
@@ -527,16 +525,16 @@ struct ColumnsBackward {
       double *s = &dz[part * width], *sx = &dz_xhat[part * width];
       std::fill(s, s + width, 0.0);
       std::fill(sx, sx + width, 0.0);
-      visit(a.activation, [&](auto act) {
+      visit<T>(a.activation, [&](auto act) {
         parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
           for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-            add_tile_sums<decltype(act)::value, decltype(tile)::value>([&](int64_t r) { return gradient(parts, r); },
-                                                                       row, row + rows, j, count, affine, standardize,
-                                                                       s + j, sx + j);
+            add_tile_sums<decltype(tile)::value>(
+                act, [&](int64_t r) { return gradient(parts, r); }, row, row + rows, j, count, affine, standardize,
+                s + j, sx + j);
           });
           const int64_t fold = long_parts.view.width / width;
           for (int64_t r = row; one_sweep && r < row + rows; r += fold)
-            elements<decltype(act)::value>(parts, r, std::min(fold, row + rows - r) * columns, affine, coefficient);
+            elements(act, parts, r, std::min(fold, row + rows - r) * columns, affine, coefficient);
         });
       });
       if (stream) stream_fence();
@@ -579,10 +577,9 @@ struct ColumnsBackward {
       });
     }
     parallel_for_reversed(long_parts.size(), a.shape.numel(), [&](int64_t part) {
-      visit(a.activation, [&](auto act) {
-        long_parts.for_rows(part, [&](int64_t row, int64_t columns) {
-          elements<decltype(act)::value>(long_parts, row, columns, affine, coefficient);
-        });
+      visit<T>(a.activation, [&](auto act) {
+        long_parts.for_rows(
+            part, [&](int64_t row, int64_t columns) { elements(act, long_parts, row, columns, affine, coefficient); });
       });
       if (stream) stream_fence();
     });

@@ -91,8 +91,8 @@ FASTNORM_LOOP void add_tile_products(const T* x, const T* y, int64_t stride, int
 
 // Sums of dz and dz * xhat over rows begin .. end of a tile, added to dz[] and dz_xhat[]. gradient_at(row) gives the
 // row's RunGradient.
-template <Activation kAct, int kTile, typename T, typename Count, typename Rows>
-FASTNORM_LOOP void add_tile_sums(const Rows& gradient_at, int64_t begin, int64_t end, int64_t j, Count count,
+template <int kTile, typename Act, typename T, typename Count, typename Rows>
+FASTNORM_LOOP void add_tile_sums(Act act, const Rows& gradient_at, int64_t begin, int64_t end, int64_t j, Count count,
                                  const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
                                  double* dz, double* dz_xhat) {
   using P = Pack<T>;
@@ -103,7 +103,7 @@ FASTNORM_LOOP void add_tile_sums(const Rows& gradient_at, int64_t begin, int64_t
     for (int t = 0; t < kTile; ++t) {
       const int64_t i = j + t * P::kSize;
       const P x = P::load(g.x + i, count);
-      const P d = g.template dz<kAct>(i, count, x, affine);
+      const P d = g.dz(act, i, count, x, affine);
       s[t] = s[t] + d;
       sx[t] = fmadd(d, standardize(x, i), sx[t]);
     }
@@ -148,10 +148,10 @@ Rows long_rows(Rows matrix, const uint8_t* mask) {
 struct WholeGroup {
   constexpr operator int() const { return kRowGroup; }
 };
-template <Activation kAct, typename F>
-void for_row_groups(int64_t rows, const F& f) {
+template <typename Act, typename F>
+void for_row_groups(Act, int64_t rows, const F& f) {
   int64_t row = 0;
-  if constexpr (!is_smooth(kAct))
+  if constexpr (!kMayBeSmooth<Act>)
     for (; row + kRowGroup <= rows; row += kRowGroup) f(row, WholeGroup{});
   for (; row < rows; row += kRowGroup) f(row, static_cast<int>(std::min<int64_t>(kRowGroup, rows - row)));
 }
@@ -181,15 +181,16 @@ RunGradient<T> offset_by(const RunGradient<T>& g, int64_t elements, int64_t mask
 }
 
 // Scalar math: s[j] += sum_r dz[r][j];  sx[j] += sum_r dz[r][j] * xhat[r][j]
-template <Activation kAct, typename T>
-FASTNORM_LOOP void add_row_gradients(const RunGradient<T>& g, const Strides& stride, int64_t rows, int64_t columns,
-                                     const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
-                                     acc_type<T>* dz, acc_type<T>* dz_xhat) {
+template <typename Act, typename T>
+FASTNORM_LOOP void add_row_gradients(Act act, const RunGradient<T>& g, const Strides& stride, int64_t rows,
+                                     int64_t columns, const Affine<PerColumn<T>>& affine,
+                                     const Standardize<PerColumn<T>>& standardize, acc_type<T>* dz,
+                                     acc_type<T>* dz_xhat) {
   using P = Pack<T>;
   const Affine<PerColumn<T>> z = affine;
   const Standardize<PerColumn<T>> xhat = standardize;
   const Strides to_next = stride;
-  for_row_groups<kAct>(rows, [&](int64_t row, auto here) {
+  for_row_groups(act, rows, [&](int64_t row, auto here) {
     RunGradient<T> from[kRowGroup];
     for (int r = 0; r < here; ++r) from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
@@ -199,8 +200,8 @@ FASTNORM_LOOP void add_row_gradients(const RunGradient<T>& g, const Strides& str
         prefetch(from[r].x + i + kRowGroup * to_next.elements);
         prefetch(from[r].dy + i + kRowGroup * to_next.elements);
         const P x = P::load(from[r].x + i, count);
-        const P d = from[r].template dz<kAct>(i, count, x, z);
-        from[r].template keep<kAct>(i, d);
+        const P d = from[r].dz(act, i, count, x, z);
+        from[r].keep(act, i, d);
         s = s + d;
         sx = fmadd(d, fmadd(x - mean, rstd, rest), sx);
       });
@@ -211,8 +212,8 @@ FASTNORM_LOOP void add_row_gradients(const RunGradient<T>& g, const Strides& str
 }
 
 // The sums over rows of dz and dz * xhat of each column, added to dz[] and dz_xhat[]; g is at the first row.
-template <Activation kAct, typename T>
-void add_column_gradients(const RunGradient<T>& g, const Strides& stride, int64_t rows, int64_t columns,
+template <typename Act, typename T>
+void add_column_gradients(Act act, const RunGradient<T>& g, const Strides& stride, int64_t rows, int64_t columns,
                           const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize, double* dz,
                           double* dz_xhat) {
   using acc_t = acc_type<T>;
@@ -225,8 +226,8 @@ void add_column_gradients(const RunGradient<T>& g, const Strides& stride, int64_
     for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
       std::fill(s, s + n + Pack<T>::kSize, acc_t(0));
       std::fill(sx, sx + n + Pack<T>::kSize, acc_t(0));
-      add_row_gradients<kAct>(offset_by(g, row * stride.elements + first, row * stride.mask_bytes + first / 8), stride,
-                              here, n, z, xhat, s, sx);
+      add_row_gradients(act, offset_by(g, row * stride.elements + first, row * stride.mask_bytes + first / 8), stride,
+                        here, n, z, xhat, s, sx);
       for (int64_t j = 0; j < n; ++j) dz[first + j] += s[j];
       for (int64_t j = 0; j < n; ++j) dz_xhat[first + j] += sx[j];
     });

@@ -206,19 +206,19 @@ struct PlanesForward : ForwardGroups {
     }
   }
   void second(const Bundle& of, int64_t k) const {
-    visit(a.activation, [&](auto act) { normalize<decltype(act)::value>(of, chunks[k]); });
+    visit<T>(a.activation, [&](auto act) { normalize(act, of, chunks[k]); });
   }
 
  private:
-  template <Activation kAct>
-  FASTNORM_LOOP void normalize(const Bundle& of, const Runs& chunk) const {
+  template <typename Act>
+  FASTNORM_LOOP void normalize(Act act, const Bundle& of, const Runs& chunk) const {
     const int64_t first_channel = chunk.offset / S, ahead = fetches_next ? L : 0;
     for_slices(of, [&](int64_t slice, int64_t group) {
       const auto affine = affine_of<T>(slice, group * D + first_channel);
       for (int64_t run = 0; run < chunk.count; ++run) {
         const int64_t i = slice * L + chunk.offset + run * S;
-        normalize_run<kAct, true>(x + i, offset_by(residual, i), y + i, mask(i), chunk.length, uniform<T>(affine(run)),
-                                  stream, ahead);
+        normalize_run<true>(act, x + i, offset_by(residual, i), y + i, mask(i), chunk.length, uniform<T>(affine(run)),
+                            stream, ahead);
       }
     });
   }
@@ -270,8 +270,8 @@ struct FlatForward : ForwardGroups {
     }
     const int64_t i = (n * G + begin) * L;
     const Affine<PerColumn<T>> coefficients = columns;
-    visit(a.activation, [&](auto act) {
-      normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i, mask(i), width, coefficients, stream);
+    visit<T>(a.activation, [&](auto act) {
+      normalize_run(act, x + i, offset_by(residual, i), y + i, mask(i), width, coefficients, stream);
     });
   }
 };
@@ -331,11 +331,11 @@ struct ColumnsForward : ForwardGroups {
     const ColumnAffine<T> affines(columns);
     affines.set_sample(*this, n, columns);
     const Affine<PerColumn<T>> coefficients = affines;
-    visit(a.activation, [&](auto act) {
+    visit<T>(a.activation, [&](auto act) {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
         const int64_t i = n * C * S + row * width;
-        normalize_run<decltype(act)::value>(x + i, offset_by(residual, i), y + i,
-                                            offset_by(a.mask, parts.mask_byte(n, row)), columns, coefficients, stream);
+        normalize_run(act, x + i, offset_by(residual, i), y + i, offset_by(a.mask, parts.mask_byte(n, row)), columns,
+                      coefficients, stream);
       }
     });
   }
@@ -344,9 +344,9 @@ struct ColumnsForward : ForwardGroups {
 // ---- backward
 
 // Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
-template <Activation kAct, typename T, typename C>
-FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n, const Affine<C>& affine,
-                                      const C& slopes, const C& offsets, bool stream) {
+template <typename Act, typename T, typename C>
+FASTNORM_LOOP void group_gradient_run(Act act, const RunGradient<T>& g, T* dx, T* dresidual, int64_t n,
+                                      const Affine<C>& affine, const C& slopes, const C& offsets, bool stream) {
   using P = Pack<T>;
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
@@ -354,7 +354,7 @@ FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask) : 0;
   stream = stream && head >= 0;
   const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
-  from.template with_dz<kAct>([&](const auto& dz_at) {
+  from.with_dz(act, [&](const auto& dz_at) {
     for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
       const P x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
@@ -365,8 +365,8 @@ FASTNORM_LOOP void group_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
 }
 
 // Stores dz and dz * xhat of n elements, in whole packs.
-template <Activation kAct, typename T>
-FASTNORM_LOOP void keep_row_gradients(const RunGradient<T>& g, int64_t n, const Affine<PerColumn<T>>& affine,
+template <typename Act, typename T>
+FASTNORM_LOOP void keep_row_gradients(Act act, const RunGradient<T>& g, int64_t n, const Affine<PerColumn<T>>& affine,
                                       const Standardize<PerColumn<T>>& standardize, acc_type<T>* dz,
                                       acc_type<T>* dz_xhat) {
   const RunGradient<T> from = g;
@@ -374,7 +374,7 @@ FASTNORM_LOOP void keep_row_gradients(const RunGradient<T>& g, int64_t n, const 
   const Standardize<PerColumn<T>> xhat = standardize;
   for_packs<T>(n, [&](int64_t i, auto count, int) {
     const Pack<T> x = Pack<T>::load(from.x + i, count);
-    const Pack<T> d = from.template dz<kAct>(i, count, x, local);
+    const Pack<T> d = from.dz(act, i, count, x, local);
     d.store_acc(dz + i);
     (d * xhat(x, i)).store_acc(dz_xhat + i);
   });
@@ -463,13 +463,13 @@ struct PlanesBackward : BackwardGroups<T> {
     const int64_t first_channel = chunk.offset / S;
     Sums* const to = pieces_of_plane > 1 ? &partial[k] : &channel_sums[first_channel];
     const int64_t sums_of_slice = pieces_of_plane > 1 ? chunks.size() : D;
-    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+    visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       Base::for_slices(of, [&](int64_t slice, int64_t group) {
         const auto affine = this->template affine_of<T>(slice, group * D + first_channel);
         const auto standardize = uniform<T>(Base::standardize(slice));
         for_runs(of, slice, chunk, [&, to = to + slice * sums_of_slice](int64_t, int64_t run, const RunGradient<T>& g) {
           GradientSums<T> total;
-          total.template add_run<decltype(act)::value>(g, chunk.length, uniform<T>(affine(run)), standardize);
+          total.add_run(act, g, chunk.length, uniform<T>(affine(run)), standardize);
           to[run] = {tree_sum(total.dz), tree_sum(total.dz_xhat)};
         });
       });
@@ -491,15 +491,15 @@ struct PlanesBackward : BackwardGroups<T> {
     if (!Base::wants_elements) return;
     const Runs chunk = chunks[k];
     const int64_t first_channel = chunk.offset / S;
-    visit(a.activation, [&](auto act) FASTNORM_LOOP {
+    visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       Base::for_slices(of, [&](int64_t slice, int64_t group) {
         const auto affine = this->template affine_of<T>(slice, group * D + first_channel);
         const auto gradient = Base::input_gradient(slice, dx ? slice_sums[slice] : Sums{});
         const Uniform<T> slope(gradient.slope), offset(gradient.offset);
         const auto write = [&, to = dx, to_residual = dresidual, length = chunk.length, past_caches = stream](
                                int64_t i, int64_t run, const RunGradient<T>& g) {
-          group_gradient_run<decltype(act)::value>(g, offset_by(to, i), offset_by(to_residual, i), length,
-                                                   uniform<T>(affine(run)), slope, offset, past_caches);
+          group_gradient_run(act, g, offset_by(to, i), offset_by(to_residual, i), length, uniform<T>(affine(run)),
+                             slope, offset, past_caches);
         };
         for_runs(of, slice, chunk, write);
       });
@@ -584,9 +584,8 @@ struct FlatBackward : BackwardGroups<T> {
       const auto standardize = columns.standardize();
       const int64_t first = (n * G + begin) * L;
       const RunGradient<T> g = Base::gradient(first, mask(first), &dz[0]);
-      visit(a.activation, [&](auto act) {
-        keep_row_gradients<decltype(act)::value>(g, width, affine, standardize, &dz[0], &dz_xhat[0]);
-      });
+      visit<T>(a.activation,
+               [&](auto act) { keep_row_gradients(act, g, width, affine, standardize, &dz[0], &dz_xhat[0]); });
       for_packs<T>(width, [&](int64_t j, auto, int) {
         (P::load_acc(&sum_dz[j]) + P::load_acc(&dz[j])).store_acc(&sum_dz[j]);
         (P::load_acc(&sum_dz_xhat[j]) + P::load_acc(&dz_xhat[j])).store_acc(&sum_dz_xhat[j]);
@@ -607,9 +606,9 @@ struct FlatBackward : BackwardGroups<T> {
         const auto coefficients = Base::input_gradient(n * G + g0, all);
         for (int64_t j = at; j < at + L; ++j) columns.set(j, coefficients);
       }
-      visit(a.activation, [&](auto act) {
-        group_gradient_run<decltype(act)::value>(g, offset_by(dx, first), offset_by(dresidual, first), width, affine,
-                                                 slope, offset, stream);
+      visit<T>(a.activation, [&](auto act) {
+        group_gradient_run(act, g, offset_by(dx, first), offset_by(dresidual, first), width, affine, slope, offset,
+                           stream);
       });
     }
     if (stream) stream_fence();
@@ -678,9 +677,9 @@ struct ColumnsBackward : BackwardGroups<T> {
     std::fill(&dz_xhat[0], &dz_xhat[columns], 0.0);
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const auto standardize = coefficients.standardize();
-    visit(a.activation, [&](auto act) {
-      add_column_gradients<decltype(act)::value>(row_gradient(of, n, begin), parts.strides(), parts.rows(part), columns,
-                                                 affine, standardize, &dz[0], &dz_xhat[0]);
+    visit<T>(a.activation, [&](auto act) {
+      add_column_gradients(act, row_gradient(of, n, begin), parts.strides(), parts.rows(part), columns, affine,
+                           standardize, &dz[0], &dz_xhat[0]);
     });
     Sums* out = &partial[(n * parts.size() + part) * C];
     for (int64_t c = 0; c < C; ++c) {
@@ -700,11 +699,11 @@ struct ColumnsBackward : BackwardGroups<T> {
     for (const auto* array : {&coefficients.slope, &coefficients.offset}) array->repeat(C, columns);
     const Affine<PerColumn<T>> affine = coefficients.affine;
     const PerColumn<T> slope = coefficients.slope, offset = coefficients.offset;
-    visit(a.activation, [&](auto act) {
+    visit<T>(a.activation, [&](auto act) {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
         const int64_t i = n * C * S + row * parts.sample.width;
-        group_gradient_run<decltype(act)::value>(row_gradient(of, n, row), offset_by(dx, i), offset_by(dresidual, i),
-                                                 columns, affine, slope, offset, stream);
+        group_gradient_run(act, row_gradient(of, n, row), offset_by(dx, i), offset_by(dresidual, i), columns, affine,
+                           slope, offset, stream);
       }
     });
   }

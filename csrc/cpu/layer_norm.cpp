@@ -213,33 +213,33 @@ struct RowsForward {
   }
 
   // Columns first .. first + n of a row.
-  template <Activation kAct>
-  void normalize(int64_t row, int64_t first, int64_t n, const SliceStandardize<acc_t>& s,
+  template <typename Act>
+  void normalize(Act act, int64_t row, int64_t first, int64_t n, const SliceStandardize<acc_t>& s,
                  const ColumnParameters<T>& parameters) const {
     const int64_t i = row * N + first;
     const Affine<RowWise<T>> affine{uniform<T>(s), parameters};
-    normalize_run<kAct>(x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row() + first / 8),
-                        n, affine, stream);
+    normalize_run(act, x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * mask.bytes_per_row() + first / 8),
+                  n, affine, stream);
   }
 
-  template <Activation kAct, int kRows>
-  void short_rows(int64_t row, const ColumnParameters<T>& parameters) const {
+  template <int kRows, typename Act>
+  void short_rows(Act act, int64_t row, const ColumnParameters<T>& parameters) const {
     Moments m[kRows];
     row_moments<kRows, 1>(x + row * N, N, N, a.subtract_mean, m);
-    for (int r = 0; r < kRows; ++r) normalize<kAct>(row + r, 0, N, finish(row + r, m[r]), parameters);
+    for (int r = 0; r < kRows; ++r) normalize(act, row + r, 0, N, finish(row + r, m[r]), parameters);
   }
 
-  template <Activation kAct>
-  void whole_rows(int64_t begin, int64_t end, const ColumnParameters<T>& parameters) const {
+  template <typename Act>
+  void whole_rows(Act act, int64_t begin, int64_t end, const ColumnParameters<T>& parameters) const {
     int64_t row = begin;
     if (N < kShortRow) {
-      for (; row + kGroup <= end; row += kGroup) short_rows<kAct, kGroup>(row, parameters);
-      for (; row < end; ++row) short_rows<kAct, 1>(row, parameters);
+      for (; row + kGroup <= end; row += kGroup) short_rows<kGroup>(act, row, parameters);
+      for (; row < end; ++row) short_rows<1>(act, row, parameters);
     }
     for (; row < end; ++row) {
       Moments m;
       for (int64_t k = 0; k < chunks; ++k) m.merge(moments(row, k));
-      normalize<kAct>(row, 0, N, finish(row, m), parameters);
+      normalize(act, row, 0, N, finish(row, m), parameters);
     }
   }
 
@@ -248,9 +248,8 @@ struct RowsForward {
     const ParameterArrays<T> parameters(a, 0, N);
     const int64_t rows = (stream ? kFencedElements / N / kGroup + 1 : 1) * kGroup;  // a task
     parallel_for((M + rows - 1) / rows, M * N, [&](int64_t task) {
-      visit(a.activation, [&](auto act) {
-        whole_rows<decltype(act)::value>(task * rows, std::min(M, (task + 1) * rows), *parameters);
-      });
+      visit<T>(a.activation,
+               [&](auto act) { whole_rows(act, task * rows, std::min(M, (task + 1) * rows), *parameters); });
       if (stream) stream_fence();
     });
   }
@@ -267,8 +266,7 @@ struct RowsForward {
     parallel_for(M * chunks, M * N, [&](int64_t i) {
       const int64_t row = i / chunks, first = i % chunks * kChunk, n = chunk_length(i % chunks);
       const ParameterArrays<T> parameters(a, first, n);
-      visit(a.activation,
-            [&](auto act) { normalize<decltype(act)::value>(row, first, n, standardize[row], *parameters); });
+      visit<T>(a.activation, [&](auto act) { normalize(act, row, first, n, standardize[row], *parameters); });
       if (stream) stream_fence();
     });
   }
@@ -327,17 +325,17 @@ struct RowsBackward {
 
   // The sums over n <= kChunk columns of g and g * xhat; dz to `kept` if it is not null.
   // Scalar math: g = dz * weight;  sums.dz += g;  sums.dz_xhat += g * xhat
-  template <Activation kAct>
-  FASTNORM_LOOP Sums reduce(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
+  template <typename Act>
+  FASTNORM_LOOP Sums reduce(Act act, int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
                             acc_t* kept = nullptr) const {
-    constexpr int kUnroll = unroll_of<kAct>(kSumPacks<T>);
+    constexpr int kUnroll = unroll_of<Act>(kSumPacks<T>);
     const RunGradient<T> from = gradient(row, first, kept);
     const Affine<RowWise<T>> z = affine(row, parameters);
     P g_sum(0), g_xhat_sum(0);
     sum_packs<T, kUnroll>(n, g_sum, g_xhat_sum, [&](int64_t i, auto count, P& s, P& sx) {
       const P x_i = P::load(from.x + i, count);
-      const P dz = from.template dz<kAct>(i, count, x_i, z);
-      from.template keep<kAct>(i, dz);
+      const P dz = from.dz(act, i, count, x_i, z);
+      from.keep(act, i, dz);
       const P g = dz * z.parameters.weight[i];
       s = s + g;
       sx = fmadd(g, z.standardize(x_i, i).keep(count), sx);
@@ -356,8 +354,8 @@ struct RowsBackward {
 
   // Writes dx and dresidual of n columns; adds dz and dz * xhat to dbias[] and dweight[], in whole packs. dz is what
   // reduce() kept, or computed again.
-  template <Activation kAct>
-  FASTNORM_LOOP void write(int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
+  template <typename Act>
+  FASTNORM_LOOP void write(Act act, int64_t row, int64_t first, int64_t n, const ColumnParameters<T>& parameters,
                            const RowGradient& coefficients, acc_t* dweight, acc_t* dbias, acc_t* kept = nullptr) const {
     const int64_t at = row * N + first;
     const RunGradient<T> from = gradient(row, first, kept);
@@ -366,7 +364,7 @@ struct RowsBackward {
     T *const to = offset_by(dx, at), *const to_residual = offset_by(dresidual, at);
     const bool past_caches = stream && fills_lines(to, n), adds = wants_columns;
     const bool residual_past_caches = stream && fills_lines(to_residual, n);
-    from.template with_dz<kAct>([&](const auto& dz_at) {
+    from.with_dz(act, [&](const auto& dz_at) {
       for_packs<T>(n, [&](int64_t i, auto count, int) {
         const P x_i = P::load(from.x + i, count);
         const P dz = dz_at(i, count, x_i, z);
@@ -405,17 +403,17 @@ struct RowsBackward {
     }
   };
 
-  template <Activation kAct>
-  void whole_rows(int64_t begin, int64_t end, const ColumnParameters<T>& parameters, const ColumnSums& sums,
+  template <typename Act>
+  void whole_rows(Act act, int64_t begin, int64_t end, const ColumnParameters<T>& parameters, const ColumnSums& sums,
                   acc_t* kept) const {
     for (int64_t row = begin; row < end; ++row) {
       Sums total;
       for (int64_t k = 0; k < (dx ? chunks : 0); ++k) {
         const ColumnParameters<T> at{PerColumn<T>(parameters.weight.values + k * kChunk),
                                      PerColumn<T>(parameters.bias.values + k * kChunk)};
-        total += reduce<kAct>(row, k * kChunk, chunk_length(k), at, offset_by(kept, k * kChunk));
+        total += reduce(act, row, k * kChunk, chunk_length(k), at, offset_by(kept, k * kChunk));
       }
-      write<kAct>(row, 0, N, parameters, row_gradient(total), sums.dweight, sums.dbias, kept);
+      write(act, row, 0, N, parameters, row_gradient(total), sums.dweight, sums.dbias, kept);
     }
   }
 
@@ -438,7 +436,7 @@ struct RowsBackward {
       double *dweight = partial.data() + task * 2 * columns, *dbias = dweight + columns;
       for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kBlockRows) {
         const int64_t end = std::min(tasks.end(task), begin + kBlockRows);
-        visit(a.activation, [&](auto act) { whole_rows<decltype(act)::value>(begin, end, *parameters, sums, kept); });
+        visit<T>(a.activation, [&](auto act) { whole_rows(act, begin, end, *parameters, sums, kept); });
         if (!one_block) sums.flush(begin == tasks.begin(task), columns, dweight, dbias);
       }
       if (stream) stream_fence();
@@ -476,7 +474,7 @@ struct RowsBackward {
         parallel_for((end - begin) * chunks, (end - begin) * N, [&](int64_t i) {
           const int64_t row = begin + i / chunks, chunk = i % chunks, first = chunk * kChunk, n = chunk_length(chunk);
           const ParameterArrays<T> parameters(a, first, n);
-          visit(a.activation, [&](auto act) { partial[i] = reduce<decltype(act)::value>(row, first, n, *parameters); });
+          visit<T>(a.activation, [&](auto act) { partial[i] = reduce(act, row, first, n, *parameters); });
         });
       }
       for (int64_t row = begin; row < end; ++row) {
@@ -490,10 +488,9 @@ struct RowsBackward {
         const int64_t columns = wants_columns ? n : 0;
         const ScratchArray<acc_t> values(ColumnSums::size(columns));
         const ColumnSums sums(values.data(), columns);
-        visit(a.activation, [&](auto act) {
+        visit<T>(a.activation, [&](auto act) {
           for (int64_t row = begin; row < end; ++row)
-            write<decltype(act)::value>(row, first, n, *parameters, coefficients[row - begin], sums.dweight,
-                                        sums.dbias);
+            write(act, row, first, n, *parameters, coefficients[row - begin], sums.dweight, sums.dbias);
         });
         if (stream) stream_fence();
         if (!wants_columns) return;

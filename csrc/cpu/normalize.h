@@ -56,9 +56,9 @@ int64_t head_of_run(const T* to, int64_t n, const uint8_t* mask) {
 
 // Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0). Prefetches what lies `ahead`, if not 0; x, too, if it
 // was not just read.
-template <Activation kAct, bool kPrefetchX = false, typename T, typename C>
-FASTNORM_LOOP void normalize_run(const T* x, const T* residual, T* y, uint8_t* mask, int64_t n, const Affine<C>& affine,
-                                 bool stream, int64_t ahead = 0) {
+template <bool kPrefetchX = false, typename Act, typename T, typename C>
+FASTNORM_LOOP void normalize_run(Act act, const T* x, const T* residual, T* y, uint8_t* mask, int64_t n,
+                                 const Affine<C>& affine, bool stream, int64_t ahead = 0) {
   using P = Pack<T>;
   const Affine<C> local = affine;  // in registers: a store to y might be one to what is only referred to
   const int64_t head = stream ? head_of_run(y, n, mask) : 0;
@@ -72,7 +72,7 @@ FASTNORM_LOOP void normalize_run(const T* x, const T* residual, T* y, uint8_t* m
     }
     if (residual) z = z + P::load(residual + i, count);
     if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
-    put(activate<kAct>(z), y + i, count, stream);
+    put(activate(act, z), y + i, count, stream);
   });
 }
 
@@ -141,31 +141,31 @@ struct RunGradient {
   acc_type<T>* kept = nullptr;  // where dz stays from a first sweep to a second, in whole packs, or null
 
   // dz = dy * act'(z). z comes from x as forward computed it, bit for bit, or its sign from the mask.
-  template <Activation kAct, typename C, typename Count>
-  Pack<T> dz(int64_t i, Count count, const Pack<T>& x_i, const Affine<C>& affine) const {
+  template <typename Act, typename C, typename Count>
+  Pack<T> dz(Act act, int64_t i, Count count, const Pack<T>& x_i, const Affine<C>& affine) const {
     const Pack<T> dy_i = Pack<T>::load(dy + i, count);
-    if constexpr (kAct == Activation::kNone) {
+    if constexpr (kIsNone<Act>) {
       return dy_i;
     } else {
-      if constexpr (kAct == Activation::kRelu || kAct == Activation::kLeakyRelu)
-        if (mask) return activate_backward<kAct>(dy_i, load_bits<T>(mask + i / 8, count));
+      if constexpr (kMayBePiecewiseLinear<Act>)
+        if (mask) return activate_backward(act, dy_i, load_bits<T>(mask + i / 8, count));
       Pack<T> z = affine(x_i, i);
       if (residual) z = z + Pack<T>::load(residual + i, count);
-      return activate_backward<kAct>(dy_i, z);
+      return activate_backward(act, dy_i, z);
     }
   }
 
   // Calls sweep(dz) with the function that gives dz(i, count, x_i, affine): what keep() left, if it did, else the above.
   // Either has a loop of its own, for in one the exponential's constants would be loaded again for every pack.
-  template <Activation kAct, typename F>
-  void with_dz(const F& sweep) const {
-    if constexpr (is_smooth(kAct))
+  template <typename Act, typename F>
+  void with_dz(Act act, const F& sweep) const {
+    if constexpr (kMayBeSmooth<Act>)
       if (kept) return sweep([this](int64_t i, auto&&...) { return Pack<T>::load_acc(kept + i); });
-    sweep([this](auto&&... at) { return dz<kAct>(at...); });
+    sweep([this, act](auto&&... at) { return dz(act, at...); });
   }
-  template <Activation kAct>
-  void keep(int64_t i, const Pack<T>& dz_i) const {
-    if constexpr (is_smooth(kAct))
+  template <typename Act>
+  void keep(Act, int64_t i, const Pack<T>& dz_i) const {
+    if constexpr (kMayBeSmooth<Act>)
       if (kept) dz_i.store_acc(kept + i);
   }
 
@@ -205,9 +205,10 @@ InputGradient<Uniform<T>> uniform(const SliceGradient<acc_type<T>>& g, bool cons
 
 // Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = (dz - (x - mean) * slope - offset) * scale. Prefetches what
 // lies `ahead`, if not 0.
-template <Activation kAct, typename T, typename C>
-FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidual, int64_t n, const Affine<C>& affine,
-                                      const InputGradient<C>& coefficient, bool stream, int64_t ahead = 0) {
+template <typename Act, typename T, typename C>
+FASTNORM_LOOP void input_gradient_run(Act act, const RunGradient<T>& g, T* dx, T* dresidual, int64_t n,
+                                      const Affine<C>& affine, const InputGradient<C>& coefficient, bool stream,
+                                      int64_t ahead = 0) {
   using P = Pack<T>;
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
@@ -215,20 +216,20 @@ FASTNORM_LOOP void input_gradient_run(const RunGradient<T>& g, T* dx, T* dresidu
   const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask) : 0;
   stream = stream && head >= 0;
   const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
-  from.template with_dz<kAct>([&](const auto& dz_at) {
+  from.with_dz(act, [&](const auto& dz_at) {
     for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
       if (ahead) {
         from.prefetch(i + ahead);
         if (dx && !stream) prefetch_to_write(dx + i + ahead);
       }
       P x(0);
-      if constexpr (kAct != Activation::kNone) x = P::load(from.x + i, count);
+      if constexpr (!kIsNone<Act>) x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
       if (dresidual) put(dz, dresidual + i, count, stream_residual);
       if (dx == nullptr) return;
       P d = dz;
       if (!by.constant_statistics) {
-        if constexpr (kAct == Activation::kNone) x = P::load(from.x + i, count);
+        if constexpr (kIsNone<Act>) x = P::load(from.x + i, count);
         d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);
       }
       d = d * local.scale[i];
@@ -243,19 +244,19 @@ struct GradientSums {
   Pack<T> dz{0}, dz_xhat{0};
 
   // Elements past the end have dy = 0 and add nothing. Prefetches what lies `ahead`, if not 0.
-  template <Activation kAct, typename C>
-  FASTNORM_LOOP void add_run(const RunGradient<T>& g, int64_t n, const Affine<C>& affine,
+  template <typename Act, typename C>
+  FASTNORM_LOOP void add_run(Act act, const RunGradient<T>& g, int64_t n, const Affine<C>& affine,
                              const Standardize<C>& standardize, int64_t ahead = 0) {
     using P = Pack<T>;
-    constexpr int kUnroll = unroll_of<kAct>(kSumPacks<T>);
+    constexpr int kUnroll = unroll_of<Act>(kSumPacks<T>);
     const RunGradient<T> from = g;
     const Affine<C> local = affine;
     const Standardize<C> xhat = standardize;
     sum_packs<T, kUnroll>(n, dz, dz_xhat, [&](int64_t i, auto count, P& s, P& sx) {
       if (ahead) from.prefetch(i + ahead);
       const P x = P::load(from.x + i, count);
-      const P d = from.template dz<kAct>(i, count, x, local);
-      from.template keep<kAct>(i, d);
+      const P d = from.dz(act, i, count, x, local);
+      from.keep(act, i, d);
       s = s + d;
       sx = fmadd(d, xhat(x, i), sx);
     });

@@ -62,7 +62,7 @@ constexpr int64_t kShiftRows = 16 * kBlockRows, kLeastShiftRows = 16;
 template <typename T>
 FASTNORM_LOOP void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, acc_type<T>* sum) {
   using P = Pack<T>;
-  for_row_groups<Activation::kNone>(rows, [&](int64_t row, auto here) {
+  for_row_groups(Known<Activation::kNone>{}, rows, [&](int64_t row, auto here) {
     const T* const first = x + row * stride;
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       P s = P::load_acc(sum + i);
@@ -77,7 +77,7 @@ template <typename T>
 FASTNORM_LOOP void add_deviations(const T* x, int64_t stride, int64_t rows, int64_t columns, const acc_type<T>* shift,
                                   acc_type<T>* s1, acc_type<T>* s2) {
   using P = Pack<T>;
-  for_row_groups<Activation::kNone>(rows, [&](int64_t row, auto here) {
+  for_row_groups(Known<Activation::kNone>{}, rows, [&](int64_t row, auto here) {
     const T* const first = x + row * stride;
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       const P m = P::load_acc(shift + i);
