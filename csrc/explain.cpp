@@ -25,7 +25,7 @@ Decision plan_slices(int64_t N, int64_t C, int64_t S, bool channels_last, int64_
   in.backward = backward;
   in.bulk_copies = has_clusters;
   in.multiprocessors = multiprocessors;
-  in.shared = shared;
+  in.shared = cuda::most_dynamic_shared(shared);
   in.largest_cluster = has_clusters ? cuda::kMaxCluster : 1;
   const cuda::SlicePlan p = cuda::plan_slices(in);
   return {
@@ -61,7 +61,7 @@ Decision plan_windows(int64_t N, int64_t C, int64_t H, int64_t W, bool channels_
       .aligned = true,
       .backward = backward,
       .multiprocessors = multiprocessors,
-      .shared = shared,
+      .shared = cuda::most_dynamic_shared(shared),
   });
   const auto parts = [](const cuda::Axis& axis) { return axis.has_window() ? axis.tiles() : 1; };
   return {
@@ -78,7 +78,7 @@ Decision plan_weights(int64_t N, int64_t C, int64_t S, int64_t element, bool bac
       .aligned = true,
       .backward = backward,
       .multiprocessors = multiprocessors,
-      .shared = shared,
+      .shared = cuda::most_dynamic_shared(shared),
   });
   return {
       {"resident", p.resident},          {"window", p.pack},   {"blocks", p.blocks * p.parts},

@@ -1,6 +1,7 @@
 """Registers, shared memory and spills of every CUDA kernel, from the log of a build with ``-Xptxas=-v``.
 
-``python tests/cuda_check.py LOG``; the exit code is 1 if a kernel spills or keeps an array in local memory.
+``python tests/cuda_check.py LOG``; the exit code is 1 if a kernel spills, keeps an array in local memory, or has more
+static shared memory than what launches leave room for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+\w?)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+MOST_SHARED = 2 << 10  # static, bytes: kStaticShared of csrc/cuda/sizes.h
 
 
 @dataclass
@@ -83,6 +85,7 @@ def table(kernels: list[Kernel]) -> str:
             max(getattr(k, field) for k in row.values()) for field in ("shared", "stack", "spilled")
         )
         mark = " <-- spills" if spilled else " <-- a stack frame" if stack else ""
+        mark = mark or (" <-- too much shared memory" if shared > MOST_SHARED else "")
         lines.append(f"{name:{width}} {registers} {shared:7} {stack:7} {spilled:7}{mark}")
     return "\n".join(lines)
 
@@ -93,9 +96,9 @@ def main(path: str) -> int:
         print(f"cuda_check: {path} tells of no kernel: build with NVCC_APPEND_FLAGS=-Xptxas=-v")
         return 1
     print(table(kernels))
-    bad = {(k.source, k.name) for k in kernels if k.spilled or k.stack}
+    bad = {(k.source, k.name) for k in kernels if k.spilled or k.stack or k.shared > MOST_SHARED}
     count, most = len({(k.source, k.name) for k in kernels}), max(k.registers for k in kernels)
-    print(f"{count} kernels, at most {most} registers, {len(bad)} with spills or a stack frame")
+    print(f"{count} kernels, at most {most} registers, {len(bad)} with spills, a stack frame or too much memory")
     return 1 if bad else 0
 
 

@@ -27,16 +27,17 @@ def test_a_clean_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["kernel", "sm_80", "sm_90", "shared", "stack", "spills"]
     assert shown[1].split() == ["sums:", "add", "30", "40", "144", "0", "0"]
-    assert shown[-1] == "1 kernels, at most 40 registers, 0 with spills or a stack frame"
+    assert shown[-1] == "1 kernels, at most 40 registers, 0 with spills, a stack frame or too much memory"
 
 
 @pytest.mark.parametrize(
     ("what", "instead", "mark"),
     [
-        ("0 bytes spill stores, 0 bytes spill loads", "8 bytes spill stores, 8 bytes spill loads", "0 16 <-- spills"),
-        ("0 bytes stack frame", "80 bytes stack frame", "80 0 <-- a stack frame"),
+        ("0 bytes spill stores, 0 bytes spill loads", "8 bytes spill stores, 8 bytes spill loads", "144 0 16 <-- spills"),
+        ("0 bytes stack frame", "80 bytes stack frame", "144 80 0 <-- a stack frame"),
+        ("144 bytes smem", "2064 bytes smem", "2064 0 0 <-- too much shared memory"),
     ],
-    ids=["spills", "stack"],
+    ids=["spills", "stack", "shared"],
 )
 def test_a_bad_kernel_fails(
     what: str, instead: str, mark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -45,8 +46,8 @@ def test_a_bad_kernel_fails(
     log.write_text(CLEAN + SECOND.replace(what, instead, 1))
     assert main(str(log)) == 1
     shown = capsys.readouterr().out.splitlines()
-    assert " ".join(shown[1].split()) == f"sums: add 30 40 144 {mark}"
-    assert shown[-1] == "1 kernels, at most 40 registers, 1 with spills or a stack frame"
+    assert " ".join(shown[1].split()) == f"sums: add 30 40 {mark}"
+    assert shown[-1] == "1 kernels, at most 40 registers, 1 with spills, a stack frame or too much memory"
 
 
 def test_a_log_without_kernels_fails(tmp_path: Path) -> None:

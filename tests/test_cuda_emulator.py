@@ -22,6 +22,8 @@ FAULTS = {
     "source_outside_of_the_mask": "which is not in the mask",
     "reaches_too_early": "may not have started",
     "too_much_shared_memory": "too_much_shared_memory: invalid argument",
+    "no_room_for_static_shared_memory": "no_room_for_static_shared_memory: invalid argument",
+    "too_much_static_shared_memory": "static shared arrays of 2080 bytes, more than 2048",
     "cluster_does_not_divide": "invalid configuration argument",
     "cluster_too_large": "invalid configuration argument",
     "too_many_threads": "invalid configuration argument",

@@ -37,7 +37,7 @@ class Gate:
 
 MASK = 1 / 32  # a bit an element of 32
 # Too little shared memory for any slice: statistics and elements in passes of their own.
-SPLIT = {"shared_per_block": 48 << 10, "major": 8}
+SPLIT = {"shared_per_block": 50 << 10, "major": 8}
 
 GATES = (
     *(

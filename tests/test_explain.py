@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,32 @@ def test_as_it_is_launched(call: str, device: Device, last: bool) -> None:
             assert (told.path == "split") == (len(report.launches) > 1), told
         if op == "local_response_norm":
             assert (told.path == "tiles in workspace") == (report.workspace > 0), told
+
+
+# Multiprocessors, and the most shared memory of a block.
+DEVICES = (
+    Device("T4", (7, 5), 40, 64 << 10),
+    Device("A100", (8, 0), 108, 163 << 10),
+    Device("RTX 3090", (8, 6), 82, 99 << 10),
+    H100,
+    Device("RTX 5090", (12, 0), 170, 99 << 10),
+)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+def test_room_for_what_kernels_have_themselves(device: Device) -> None:
+    """CUDA counts static and dynamic shared memory together."""
+    images = [(n, c, s, s) for n in (1, 2, 4, 8, 16, 32, 64, 128) for c in (64, 320, 640) for s in (14, 28, 48, 56, 112)]
+    calls: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [("weight_norm", (8, n << 10), {}) for n in range(1, 65)]
+    for shape in images:
+        calls += [("batch_norm", shape, {}), ("group_norm", shape, {"num_groups": 32}), ("instance_norm", shape, {})]
+        calls += [("local_response_norm", shape, {"size": 5})]
+    most = 0
+    for op, shape, setting in calls:
+        for dtype, direction in product((torch.float32, torch.bfloat16), ("forward", "backward")):
+            launch = fastnorm.explain_launch(op, shape, dtype=dtype, direction=direction, device=device, **setting)
+            most = max(most, launch.shared_memory)
+    assert device.shared_memory // 2 < most + (2 << 10) <= device.shared_memory
 
 
 def test_what_decides() -> None:

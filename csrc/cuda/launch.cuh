@@ -5,13 +5,18 @@
 //   - global and shared vector accesses through pack.cuh, reductions through reduce.cuh
 //   - launches through launch(), never <<<>>>; blocks of a multiple of 32 threads
 //   - no return before a barrier; shuffle masks name live lanes only
-//   - spinning only through Ticket and Barrier below
+//   - spinning only through Barrier below
+//   - kStaticShared (sizes.h) bytes of shared memory at most beside the dynamic
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+
+#include "sizes.h"
 
 // Whether what is being compiled has clusters and bulk copies: code for sm_90 and later, and the host's.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -36,6 +41,64 @@
 
 namespace fastnorm::cuda {
 
+inline void check(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // so that the next op does not report it again
+  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+}
+
+// ---- the device that is current
+
+struct Device {
+  int multiprocessors;
+  size_t shared_per_block;  // the most shared memory that a block may ask for
+  size_t l2;                // bytes
+  int major, minor;         // compute capability
+  int compiled_for;  // that of the code which runs there, as 90: the driver may have compiled PTX of an older one
+
+  // Of shared_per_block, which counts both.
+  int64_t dynamic_shared() const { return most_dynamic_shared(static_cast<int64_t>(shared_per_block)); }
+  // And bulk copies, which came with them.
+  bool has_clusters() const { return std::min(major, compiled_for / 10) >= 9; }
+};
+
+#ifdef __CUDACC__
+// Stands for all kernels: they are compiled for the same architectures.
+template <typename = void>
+__global__ void any_kernel() {}
+#endif
+
+// Read once a device; the emulator has the one that a test set.
+inline const Device& device() {
+#ifdef __CUDACC__
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  static std::once_flag once[kDevices];
+  int index = 0;
+  check("fastnorm", cudaGetDevice(&index));
+  if (index >= kDevices) throw std::runtime_error("fastnorm: more than 64 CUDA devices");
+  std::call_once(once[index], [index] {
+    const auto read = [index](cudaDeviceAttr what) {
+      int value = 0;
+      check("fastnorm", cudaDeviceGetAttribute(&value, what, index));
+      return value;
+    };
+    cudaFuncAttributes code{};
+    check("fastnorm", cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(any_kernel<>)));
+    Device& d = known[index];
+    d.multiprocessors = read(cudaDevAttrMultiProcessorCount);
+    d.shared_per_block = static_cast<size_t>(read(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+    d.l2 = static_cast<size_t>(read(cudaDevAttrL2CacheSize));
+    d.major = read(cudaDevAttrComputeCapabilityMajor);
+    d.minor = read(cudaDevAttrComputeCapabilityMinor);
+    d.compiled_for = code.ptxVersion;
+  });
+  return known[index];
+#else
+  return emulator::device<Device>();
+#endif
+}
+
 // ---- launches
 
 // A block of `threads` threads, `cluster` blocks a cluster along x, `shared` bytes of dynamic shared memory.
@@ -46,21 +109,21 @@ struct Grid {
   size_t shared = 0;
 };
 
-inline void check(const char* op, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // so that the next op does not report it again
-  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+// Lets a kernel have all the dynamic shared memory of the device: the limit belongs to the kernel and not to a launch,
+// so that a lower one would be in the way of another thread's.
+inline cudaError_t allow_dynamic_shared(const void* function) {
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(device().dynamic_shared()));
 }
 
 // Starts kernel(args...) on `stream`. Throws std::runtime_error with the op's name where CUDA refuses.
 template <typename... Parameters, typename... Args>
 void launch(const char* op, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Args&... args) {
-  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  constexpr int64_t kSharedWithoutAsking = 48 << 10;  // static and dynamic
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
   const auto function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared > kSharedWithoutAsking)
-    check(op,
-          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)));
+  if (static_cast<int64_t>(grid.shared) > most_dynamic_shared(kSharedWithoutAsking))
+    check(op, allow_dynamic_shared(function));
   constexpr int kPortableCluster = 8;
   if (grid.cluster > kPortableCluster)
     check(op, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -83,47 +146,6 @@ inline void zero(const char* op, void* p, size_t bytes, cudaStream_t stream) {
   if (bytes > 0) check(op, cudaMemsetAsync(p, 0, bytes, stream));
 }
 
-// ---- the device that is current
-
-struct Device {
-  int multiprocessors;
-  size_t shared_per_block;  // the most dynamic shared memory that a block may ask for
-  size_t l2;                // bytes
-  int major, minor;         // compute capability
-
-  bool has_clusters() const { return major >= 9; }
-};
-
-// Read once a device. Tests replace it (set_device_for_tests in the emulator).
-inline const Device& device() {
-#ifdef __CUDACC__
-  constexpr int kDevices = 64;
-  static Device known[kDevices];
-  static bool is_known[kDevices];
-  int index = 0;
-  check("fastnorm", cudaGetDevice(&index));
-  if (index >= kDevices) throw std::runtime_error("fastnorm: more than 64 CUDA devices");
-  if (!is_known[index]) {  // several threads may write the same values here
-    const auto read = [index](cudaDeviceAttr what) {
-      int value = 0;
-      check("fastnorm", cudaDeviceGetAttribute(&value, what, index));
-      return value;
-    };
-    Device d{};
-    d.multiprocessors = read(cudaDevAttrMultiProcessorCount);
-    d.shared_per_block = static_cast<size_t>(read(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-    d.l2 = static_cast<size_t>(read(cudaDevAttrL2CacheSize));
-    d.major = read(cudaDevAttrComputeCapabilityMajor);
-    d.minor = read(cudaDevAttrComputeCapabilityMinor);
-    known[index] = d;
-    is_known[index] = true;
-  }
-  return known[index];
-#else
-  return emulator::device<Device>();
-#endif
-}
-
 // The largest cluster of up to `wanted` blocks (a power of two) that the device can hold at least once.
 template <typename... Parameters>
 int largest_cluster(void (*kernel)(Parameters...), int wanted, int threads, size_t shared) {
@@ -131,7 +153,7 @@ int largest_cluster(void (*kernel)(Parameters...), int wanted, int threads, size
   for (; wanted > 1; wanted /= 2) {
 #ifdef __CUDACC__
     const auto function = reinterpret_cast<const void*>(kernel);
-    if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)) ||
+    if (allow_dynamic_shared(function) ||
         cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
       (void)cudaGetLastError();
       continue;
@@ -250,23 +272,5 @@ __device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, Bar
 __device__ inline void fence_before_bulk_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #endif
-
-// ---- the last block
-
-// Whether this block is the last of `blocks` to come here; what the others wrote to global memory before is then seen
-// by all of its threads. By all threads of the block; `ticket` is a zeroed number in global memory, zero again
-// afterwards. `shared`: one int of shared memory.
-__device__ inline bool is_last_block(unsigned* ticket, unsigned blocks, int* shared) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const unsigned before = atomicAdd(ticket, 1u);
-    *shared = before == blocks - 1;
-    if (*shared) *ticket = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return *shared != 0;
-}
 
 }  // namespace fastnorm::cuda

@@ -384,7 +384,7 @@ WindowPlan plan(const Args& a, bool aligned) {
       .aligned = aligned,
       .backward = kBackward,
       .multiprocessors = d.multiprocessors,
-      .shared = static_cast<int64_t>(d.shared_per_block),
+      .shared = d.dynamic_shared(),
   });
 }
 

@@ -30,7 +30,7 @@ struct PlanInput {
   bool one_sweep;    // statistics are all that is wanted
   bool bulk_copies;  // the device has them
   int multiprocessors;
-  int64_t shared;  // bytes a block may have
+  int64_t shared;  // dynamic, bytes a block may have
   int largest_cluster;
 };
 

@@ -1144,9 +1144,9 @@ SlicePlan plan_for_device(PlanInput in, Dtype dtype, const Kernel& kernel) {
   const Device& d = device();
   in.element = size_of(dtype);
   in.multiprocessors = d.multiprocessors;
-  in.shared = static_cast<int64_t>(d.shared_per_block);
+  in.shared = d.dynamic_shared();
   in.largest_cluster = d.has_clusters() ? kMaxCluster : 1;
-  in.bulk_copies = d.has_clusters();  // both came with compute capability 9.0
+  in.bulk_copies = d.has_clusters();
   SlicePlan p = plan_slices(in);
   if (!p.resident || p.cluster <= kPortable) return p;
   visit_kernel(dtype, p, [&](auto type, auto window, auto columns) {

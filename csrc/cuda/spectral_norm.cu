@@ -3,7 +3,7 @@
 //
 //   multiply         t = W v: a block a row
 //   normalize_rows   u = t / |t|: one block
-//   multiply_turned  partial sums of W^T u: a thread a column, kPartRows rows a block
+//   multiply_turned  partial sums of W^T u: a thread a column, kPartRows rows a part
 //   merge_columns    s = W^T u from them, and each block's part of |s|^2
 //   normalize_columns  v = s / |s|, sigma; every block adds up |s|^2 for itself, all in the same order
 //
@@ -23,7 +23,8 @@ namespace {
 constexpr const char* kOp = "spectral_norm";
 constexpr int kThreads = 256;
 constexpr int kPartRows = 64;
-constexpr int kMaxParts = 512;  // of a sum over the whole weight
+constexpr int64_t kMostPartBlocks = 1 << 10;  // of a column; CUDA has 65535 at most
+constexpr int kMaxParts = 512;                // of a sum over the whole weight
 
 Grid grid_for(int64_t threads, int64_t y = 1) {
   return {dim3(static_cast<unsigned>(ceil_divide(threads, kThreads)), static_cast<unsigned>(y)), kThreads};
@@ -83,23 +84,25 @@ __global__ void __launch_bounds__(kThreads) dot_rows(const double* t, const acc_
   if (threadIdx.x == 0) *sigma = total[0];
 }
 
-// Scalar math: partial[y][j] = sum over the rows of part y of W[i][j] * u[i]
+// Scalar math: partial[part][j] = sum over the rows of the part of W[i][j] * u[i]
 template <typename T, int kPack>
 __global__ void __launch_bounds__(kThreads)
     multiply_turned(const T* matrix, const acc_type<T>* u, acc_type<T>* partial, int64_t h, int64_t w) {
   using acc_t = acc_type<T>;
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPack;
   if (j >= w) return;
-  const int64_t begin = static_cast<int64_t>(blockIdx.y) * kPartRows, end = min(h, begin + kPartRows);
-  acc_t sum[kPack] = {};
-  for (int64_t i = begin; i < end; ++i) {
-    acc_t x[kPack];
-    Pack<T, kPack>::load(matrix + i * w + j).unpack(x);
-    const acc_t by = u[i];
+  for (int64_t part = blockIdx.y; part * kPartRows < h; part += gridDim.y) {
+    const int64_t begin = part * kPartRows, end = min(h, begin + kPartRows);
+    acc_t sum[kPack] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      acc_t x[kPack];
+      Pack<T, kPack>::load(matrix + i * w + j).unpack(x);
+      const acc_t by = u[i];
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) sum[e] = multiply_add(x[e], by, sum[e]);
+      for (int e = 0; e < kPack; ++e) sum[e] = multiply_add(x[e], by, sum[e]);
+    }
+    store_numbers(partial + part * w + j, sum);
   }
-  store_numbers(partial + blockIdx.y * w + j, sum);
 }
 
 template <typename acc_t>
@@ -253,7 +256,8 @@ void power_method(const SpectralNormForward& a, const Queue& queue) {
   for (int64_t i = 0; i < a.iterations; ++i) {
     launch(kOp, multiply<T, kPack>, rows, stream, matrix, kept_v, t, w);
     launch(kOp, normalize_rows<T>, one, stream, t, u, kept_u, h, a.eps);
-    launch(kOp, multiply_turned<T, kPack>, grid_for(w / kPack, parts), stream, matrix, kept_u, partial, h, w);
+    launch(kOp, multiply_turned<T, kPack>, grid_for(w / kPack, std::min(parts, kMostPartBlocks)), stream, matrix,
+           kept_u, partial, h, w);
     launch(kOp, merge_columns<acc_t>, grid_for(w), stream, partial, s, squares, parts, w);
     launch(kOp, normalize_columns<T>, grid_for(w), stream, s, squares, v, kept_v, a.sigma, w, a.eps);
   }

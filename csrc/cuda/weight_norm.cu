@@ -199,7 +199,7 @@ WeightPlan plan(const Shape& shape, Dtype dtype, bool backward, bool aligned = t
       .aligned = aligned,
       .backward = backward,
       .multiprocessors = d.multiprocessors,
-      .shared = static_cast<int64_t>(d.shared_per_block),
+      .shared = d.dynamic_shared(),
   });
 }
 

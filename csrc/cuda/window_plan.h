@@ -20,7 +20,7 @@ struct WindowPlanInput {
   bool aligned;           // all tensors start at a multiple of 16 bytes
   bool backward;
   int multiprocessors;
-  int64_t shared;  // bytes a block may have
+  int64_t shared;  // dynamic, bytes a block may have
 };
 
 struct Axis {

@@ -56,8 +56,12 @@ struct Launched {
   const void* function;
 };
 
+// Static and dynamic shared memory share a block's limits. Here only those static arrays are known that a kernel came
+// to, so any kernel counts as if it had the most that launch.cuh allows.
+constexpr size_t kMostStatic = 2 << 10;
+
 struct FunctionLimits {
-  int shared = 48 << 10;
+  int shared = (48 << 10) - static_cast<int>(kMostStatic);
   bool large_clusters = false;
 };
 
@@ -358,6 +362,8 @@ void run_group(const Grid& grid, unsigned first) {
     for (const Fiber& f : g.fibers) __asan_unpoison_memory_region(f.stack + kPage, kStack - kPage);
 }
 
+size_t dynamic_bytes;
+
 // The array behind `key`, made at the first call in each block.
 void* shared_memory(const void* key, size_t bytes, size_t alignment) {
   Block& block = the_group.blocks[current->rank];
@@ -373,7 +379,9 @@ void* shared_memory(const void* key, size_t bytes, size_t alignment) {
   observer->shared_made(block, block.shared.back());
   size_t fixed = 0;
   for (const SharedArray& a : block.shared) fixed += a.key == &settings ? 0 : a.bytes;
-  if (fixed > 48 << 10) fail("static shared arrays of " + std::to_string(fixed) + " bytes, more than 48 KiB");
+  const size_t most = dynamic_bytes > 0 ? kMostStatic : 48 << 10;
+  if (fixed > most)
+    fail("static shared arrays of " + std::to_string(fixed) + " bytes, more than " + std::to_string(most));
   return p;
 }
 
@@ -383,8 +391,6 @@ const Buffer* buffer_of(const void* p, size_t bytes) {
     if (c >= b.p && c + bytes <= b.p + b.bytes) return &b;
   return nullptr;
 }
-
-size_t dynamic_bytes;
 
 }  // namespace
 
@@ -421,7 +427,7 @@ const char* describe(Error error) {
 }
 
 Error set_max_shared(const void* function, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > properties().shared_per_block) return Error::kInvalidValue;
+  if (bytes < 0 || bytes + kMostStatic > properties().shared_per_block) return Error::kInvalidValue;
   limits[function].shared = bytes;
   return Error::kNone;
 }
@@ -433,7 +439,8 @@ Error allow_large_clusters(const void* function) {
 }
 
 bool cluster_fits(int blocks, int threads, size_t shared) {
-  return blocks <= properties().largest_cluster && threads <= 1024 && shared <= properties().shared_per_block;
+  return blocks <= properties().largest_cluster && threads <= 1024 &&
+         shared + kMostStatic <= properties().shared_per_block;
 }
 
 Error memset(void* p, int value, size_t bytes) {
@@ -460,8 +467,7 @@ Error launch(const Grid& grid, const void* function, const std::function<void()>
     return Error::kInvalidConfiguration;
   }
   const FunctionLimits& limit = limits[function];
-  if (grid.shared > static_cast<size_t>(limit.shared) || grid.shared > properties().shared_per_block)
-    return Error::kInvalidValue;
+  if (grid.shared > static_cast<size_t>(limit.shared)) return Error::kInvalidValue;
   const unsigned largest = limit.large_clusters ? static_cast<unsigned>(properties().largest_cluster)
                                                 : std::min(8, properties().largest_cluster);
   if (grid.cluster != 1 && (properties().major < 9 || grid.cluster > largest || grid.blocks[0] % grid.cluster != 0))

@@ -55,6 +55,11 @@ const Device& device() {
   d.l2 = p.l2;
   d.major = p.major;
   d.minor = p.minor;
+#ifdef __CUDA_ARCH__
+  d.compiled_for = __CUDA_ARCH__ / 10;
+#else
+  d.compiled_for = 90;
+#endif
   return d;
 }
 

@@ -17,6 +17,22 @@ __device__ float sum_of_warp(float v) {
   return v;
 }
 
+// Whether this block is the last of `blocks` to come here; what the others wrote to global memory before is then seen
+// by all of its threads. By all threads of the block; `ticket` is a zeroed number in global memory, zero again
+// afterwards. `shared`: one int of shared memory.
+__device__ inline bool is_last_block(unsigned* ticket, unsigned blocks, int* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned before = atomicAdd(ticket, 1u);
+    *shared = before == blocks - 1;
+    if (*shared) *ticket = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return *shared != 0;
+}
+
 // y[i] = the sum of x over the cluster's part of it; the last block writes the number of blocks to y[n]. Each block
 // gets its x by a bulk copy.
 __global__ void correct(const float* x, float* y, int n, unsigned* ticket) {
@@ -220,6 +236,12 @@ __global__ void bank_conflicts(const float* x, float* y, int, unsigned*) {  // a
 
 __global__ void nothing(const float*, float*, int, unsigned*) {}
 
+__global__ void too_much_static_shared_memory(const float*, float* y, int, unsigned*) {
+  SMEM_ARRAY(float, s, 520);
+  s[threadIdx.x] = 0;
+  y[threadIdx.x] = s[threadIdx.x];
+}
+
 using Kernel = void (*)(const float*, float*, int, unsigned*);
 
 struct Toy {
@@ -259,6 +281,8 @@ const std::map<std::string, Toy> kToys = {
     TOY(copy_without_fence, 1, 1, 4096),
     TOY(bank_conflicts, 1, 1, 0),
     {"too_much_shared_memory", {nothing, {dim3(1), kThreads, 1, 228 << 10}}},
+    {"no_room_for_static_shared_memory", {nothing, {dim3(1), kThreads, 1, 226 << 10}}},
+    TOY(too_much_static_shared_memory, 1, 1, 4096),
     {"cluster_does_not_divide", {nothing, {dim3(6), kThreads, 4, 0}}},
     {"cluster_too_large", {nothing, {dim3(32), kThreads, 32, 0}}},
     {"too_many_threads", {nothing, {dim3(1), 2048, 1, 0}}},
