@@ -28,15 +28,17 @@ using Setting = c10::ArrayRef<c10::IValue>;  // of an op, as its schema has them
 bool requires_grad(const Tensor& t) { return t.requires_grad(); }
 bool requires_grad(const OptionalTensor& t) { return is_given(t) && t->requires_grad(); }
 
+// Whether a call makes a node of the graph. Not of an input without memory, which kernels refuse: a node would ask for
+// its sizes, which a nested tensor has not.
 template <typename... Tensors>
-bool is_differentiated(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
+bool makes_node(const Tensor& input, const Tensors&... others) {
+  return at::GradMode::is_enabled() && (requires_grad(input) || ... || requires_grad(others)) && has_memory(input);
 }
 
 // Whether a backward is that of plain tensors, which is not differentiated again: is_for_kernels of
 // fastnorm/transforms.py. A tensor of vmap has no storage.
 bool is_for_kernels(const Tensor& dy) {
-  return !at::GradMode::is_enabled() && dy.has_storage() && !dy.unsafeGetTensorImpl()->is_python_dispatch() &&
+  return !at::GradMode::is_enabled() && has_memory(dy) &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
@@ -216,7 +218,7 @@ template <typename Forward, typename MakeSetting>
 Tensor norm(Op op, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
             const OptionalTensor& residual, std::optional<std::string_view> activation, const Forward& forward,
             const MakeSetting& setting) {
-  if (!is_differentiated(input, weight, bias, residual)) return std::get<0>(forward(false));
+  if (!makes_node(input, weight, bias, residual)) return std::get<0>(forward(false));
   const auto or_undefined = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
   const auto run = [&]() -> Result {
     const auto [y, statistics, mask] = forward(true);
@@ -284,7 +286,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const Op
 
 Tensor differentiable_dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool alpha) {
   const auto y = [&] { return (alpha ? alpha_dropout : dropout)(input, p, state, channel_dims, false); };
-  if (!is_differentiated(input)) return y();
+  if (!makes_node(input)) return y();
   const auto run = [&]() -> Result { return {y(), {state}, {p, channel_dims, alpha}}; };
   return OpFunction::apply(input, OptionalTensor(), OptionalTensor(), OptionalTensor(), kDropout,
                            c10::function_ref<Result()>(run));
@@ -292,7 +294,7 @@ Tensor differentiable_dropout(const Tensor& input, double p, const Tensor& state
 
 Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim) {
   check_weight_norm(v, g, dim);
-  if (!is_differentiated(v, g)) return std::get<0>(weight_norm_forward(v, g));
+  if (!makes_node(v, g)) return std::get<0>(weight_norm_forward(v, g));
   const auto run = [&]() -> Result {
     const auto [w, norm] = weight_norm_forward(v, g);
     return {w, {v, g, norm}, {}};

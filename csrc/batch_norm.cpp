@@ -31,7 +31,7 @@ static void check_channels(const char* op, const Tensor& input) {
 }
 
 static OptionalTensor dense(const OptionalTensor& t) {
-  return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
+  return is_given(t) ? OptionalTensor(in_layout(*t, Layout::kContiguous)) : OptionalTensor();
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(

@@ -12,6 +12,8 @@ namespace fastnorm {
 inline void check_supported(const char* op, const Tensor& input, const char* name = "input") {
   TORCH_CHECK_NOT_IMPLEMENTED(input.layout() == at::kStrided, op, ": no kernel for ", name, " of layout ",
                               input.layout(), ", wanted Strided");
+  TORCH_CHECK_NOT_IMPLEMENTED(has_memory(input), op, ": no kernel for ", name,
+                              " without memory of its own, as a wrapping subclass or a nested tensor is");
   check_device(op, input, name);
   const auto type = input.scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
@@ -26,6 +28,8 @@ inline void check_place(const char* op, const char* name, const Tensor& t, const
   TORCH_CHECK(t.device() == input.device(), op, ": ", name, " must be on ", input.device(), " like input, got ",
               t.device());
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a strided tensor, got ", t.layout());
+  TORCH_CHECK_NOT_IMPLEMENTED(has_memory(t), op, ": no kernel for ", name,
+                              " without memory of its own, as a wrapping subclass or a nested tensor is");
 }
 
 // A parameter or statistic: one number a channel, in the input's type or float32.

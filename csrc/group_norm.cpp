@@ -15,7 +15,7 @@ static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, cons
 }
 
 static OptionalTensor dense(const OptionalTensor& t) {
-  return is_given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
+  return is_given(t) ? OptionalTensor(in_layout(*t, Layout::kContiguous)) : OptionalTensor();
 }
 
 static OptionalTensor dense_in(const OptionalTensor& t, Layout layout) {

@@ -30,7 +30,7 @@ static at::ScalarType arithmetic_type(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-static Tensor dense(const Tensor& t) { return is_dense(t) ? t : t.contiguous(); }
+static Tensor dense(const Tensor& t) { return is_dense(t) ? t : in_layout(t, Layout::kContiguous); }
 
 // A channels_last weight whose rows are its dimension 0: it is a matrix as it lies, but for the order of the columns.
 // The vector v is then permuted, not the weight.
@@ -109,7 +109,8 @@ Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight_, 
   const Tensor weight = permuted ? as_given : as_given.contiguous();
   const Tensor dweight = new_empty_like(weight);
   if (weight.numel() == 0) return dweight;
-  const Tensor dy = grad_output.strides() == weight.strides() ? grad_output : new_empty_like(weight).copy_(grad_output);
+  const bool as_weight = grad_output.strides() == weight.strides() && !grad_output._is_zerotensor();
+  const Tensor dy = as_weight ? grad_output : new_empty_like(weight).copy_(grad_output);
   const Tensor v_row = permuted ? to_memory_order(v, weight) : v;
 
   SpectralNormBackward args{};

@@ -21,7 +21,12 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
+bool has_memory(const Tensor& t) {
+  return t.has_storage() && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested();
+}
+
 bool is_dense(const Tensor& t, Layout layout) {
+  if (t._is_zerotensor()) return false;
   if (layout == Layout::kContiguous) return t.is_contiguous();
   // Dimensions from the innermost outwards: C, then the spatial ones from the last, then N.
   int64_t expected = 1;
@@ -36,7 +41,9 @@ bool is_dense(const Tensor& t, Layout layout) {
   return matches(0);
 }
 
-bool is_dense(const Tensor& t) { return t.is_contiguous() || (t.dim() > 2 && is_dense(t, Layout::kChannelsLast)); }
+bool is_dense(const Tensor& t) {
+  return is_dense(t, Layout::kContiguous) || (t.dim() > 2 && is_dense(t, Layout::kChannelsLast));
+}
 
 Shape shape_of(const Tensor& t) {
   int64_t S = 1;

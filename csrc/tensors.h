@@ -21,6 +21,10 @@ Dtype dtype_of(const Tensor& t);
 // dense.
 Shape shape_of(const Tensor& t);
 
+// Whether `t` lies in memory as kernels read it: not one of a subclass that says itself what an op does, nor a nested
+// one. Torch's tensors of zeros, which forward mode makes of what has no tangent, have none either, but can be copied.
+bool has_memory(const Tensor& t);
+
 // `t` itself if it lies densely in `layout`, else one copy that does.
 Tensor in_layout(const Tensor& t, Layout layout);
 

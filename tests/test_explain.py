@@ -100,7 +100,8 @@ DEVICES = (
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
 def test_room_for_what_kernels_have_themselves(device: Device) -> None:
     """CUDA counts static and dynamic shared memory together."""
-    images = [(n, c, s, s) for n in (1, 2, 4, 8, 16, 32, 64, 128) for c in (64, 320, 640) for s in (14, 28, 48, 56, 112)]
+    sizes = product((1, 2, 4, 8, 16, 32, 64, 128), (64, 320, 640), (14, 28, 48, 56, 112))
+    images = [(n, c, s, s) for n, c, s in sizes]
     calls: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [("weight_norm", (8, n << 10), {}) for n in range(1, 65)]
     for shape in images:
         calls += [("batch_norm", shape, {}), ("group_norm", shape, {"num_groups": 32}), ("instance_norm", shape, {})]

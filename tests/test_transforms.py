@@ -90,6 +90,36 @@ def test_backward_through_the_tangent(case: Case) -> None:
         close(got, wanted)
 
 
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_backward_through_the_tangent_alone(case: Case) -> None:
+    """Where only x moves and the output itself is not used, autograd hands over tensors of zeros that have no memory."""
+    x, dx = tensors_and_tangents(case)
+
+    def loss(function: Callable[..., Tensor], x0: Tensor) -> Tensor:
+        return jvp(lambda t: function(t, *x[1:]), (x0,), (dx[0],))[1].square().sum()
+
+    wanted = grad(lambda t: loss(case.reference, t))(x[0])
+    close(grad(lambda t: loss(case.fastnorm, t))(x[0]), wanted)
+    leaf = x[0].clone().requires_grad_()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(case.fastnorm(forward_ad.make_dual(leaf, dx[0]), *x[1:])).tangent
+        close(torch.autograd.grad(tangent.square().sum(), leaf)[0], wanted)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_zeros_without_memory(case: Case) -> None:
+    """torch's ZeroTensor, as a gradient and as a residual's or parameter's value."""
+    tensors = [t.requires_grad_() for t in case.inputs(case.small, torch.float64)]
+    y = case.fastnorm(*tensors)
+    y.backward(torch._efficientzerotensor(y.shape, dtype=y.dtype))
+    for t in tensors:
+        assert t.grad is not None and not t.grad.any()
+    if "norm" in case.name and not case.name.startswith(OTHERS):
+        zeros = [torch._efficientzerotensor(t.shape, dtype=t.dtype) for t in tensors[1:]]
+        wanted = case.fastnorm(tensors[0].detach(), *(torch.zeros_like(t) for t in tensors[1:]))
+        assert torch.equal(case.fastnorm(tensors[0].detach(), *zeros), wanted)
+
+
 def test_a_tangent_of_the_gradient() -> None:
     """Of a forward without dual tensors, the backward with them: never dropped unseen."""
     x, dy, tangent = torch.randn(3, 2, 6, 4, 5, dtype=torch.float64).unbind(0)
