@@ -25,14 +25,14 @@ def saved_bytes(
     Inputs count: in a network nothing but the layer that keeps them makes them stay. ``context`` is what the forward
     pass is to run in; of an output that it computes again, the residual counts if that is kept.
     """
+    if context is not None:  # so fastnorm is there: scripts say where it lies after they have imported this file
+        from fastnorm.recomputation import held
     kept: dict[int, tuple[Tensor, int]] = {}
     left_out = {p.untyped_storage().data_ptr() for p in parameters}
 
     def pack(t: Any) -> Any:
         if context is not None:
-            t = context.pack_hook(t)
-            while not isinstance(t, Tensor | None):
-                t = t.node.packed_residual
+            t = held(context.pack_hook(t))
         if t is None:
             return t
         storage = t.untyped_storage()

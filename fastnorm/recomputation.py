@@ -67,6 +67,13 @@ class recompute(torch.autograd.graph.saved_tensors_hooks):
         super().__exit__(*exception)
 
 
+class Unchanged(NamedTuple):
+    """A tensor that is kept itself. Of what hooks keep, torch does not see that it was written to."""
+
+    tensor: Tensor
+    version: int
+
+
 class Output(NamedTuple):
     """An output of a normalisation, as what computes it."""
 
@@ -79,29 +86,38 @@ def note(node: Any, residual: Tensor | None) -> None:
     depth = getattr(_local, "depth", 0)
     if depth:
         node.packed_residual = None if residual is None else packed(residual, depth)
-        if isinstance(node.packed_residual, Tensor):
-            node.residual_version = node.packed_residual._version
         node.is_recomputable = True
 
 
-def packed(t: Tensor, depth: int) -> Tensor | Output:
+def packed(t: Tensor, depth: int) -> Unchanged | Output:
     """What is kept of ``t``."""
     node = t.grad_fn  # of a view, another one
     if not getattr(node, "is_recomputable", False):
-        return t
+        return Unchanged(t, t._version)
     residual = node.packed_residual  # type: ignore[union-attr]
     needed = 1 + (residual.depth if isinstance(residual, Output) else 0)
-    return Output(node, needed) if needed <= depth else t
+    return Output(node, needed) if needed <= depth else Unchanged(t, t._version)
 
 
-def unpacked(kept: Tensor | Output) -> Tensor:
+def held(kept: Unchanged | Output | None) -> Tensor | None:
+    """Of what is kept of a tensor, what takes memory beside what the normalisations keep: the tensor, or the first
+    residual that is not computed again, if there is one."""
+    while isinstance(kept, Output):
+        kept = kept.node.packed_residual
+    return None if kept is None else kept.tensor
+
+
+def unpacked(kept: Unchanged | Output) -> Tensor:
     """The tensor that :func:`packed` was given."""
-    if isinstance(kept, Tensor):
-        return kept
+    if isinstance(kept, Unchanged):
+        if kept.tensor._version != kept.version:
+            raise RuntimeError(
+                "recompute: one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: shape {list(kept.tensor.shape)}, version {kept.tensor._version} instead of {kept.version}"
+            )
+        return kept.tensor
     node = kept.node
     input, weight, bias, _, _, statistics = node.saved_tensors
     residual = None if node.packed_residual is None else unpacked(node.packed_residual)
-    if isinstance(node.packed_residual, Tensor) and residual._version != node.residual_version:  # type: ignore[union-attr]
-        raise RuntimeError("recompute: a residual was modified by an inplace operation before backward")
     with torch.no_grad():
         return type(node)._forward_cls.again(input, weight, bias, residual, statistics, node.setting)

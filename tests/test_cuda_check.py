@@ -33,7 +33,7 @@ def test_a_clean_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("what", "instead", "mark"),
     [
-        ("0 bytes spill stores, 0 bytes spill loads", "8 bytes spill stores, 0 bytes spill loads", "144 0 8 <-- spills"),
+        ("0 bytes spill stores, 0", "8 bytes spill stores, 8", "144 0 16 <-- spills"),
         ("0 bytes stack frame", "80 bytes stack frame", "144 80 0 <-- a stack frame"),
         ("144 bytes smem", "2064 bytes smem", "2064 0 0 <-- too much shared memory"),
     ],

@@ -354,8 +354,9 @@ def test_on_every_device(mode: str, case: Case, device: str, shape: tuple[int, .
 @thinned(
     "case", "plan", "last", "device", modes=OLDER_MODES, fold=7,
     of=[(case, plan, last, device) for case in CASES for plan in ("whole", "split", "scalar") for last in (False, True)
-        for device in ("sm_80", "h200") if case.name in ("batch_norm-train", "batch_norm-train-residual-relu", "group_norm-one", "instance_norm-input",
-                         "group_norm-some-residual-leaky_relu", "layer_norm-residual-relu")],
+        for device in ("sm_80", "h200") if case.name in (
+            "batch_norm-train", "batch_norm-train-residual-relu", "group_norm-one", "instance_norm-input",
+            "group_norm-some-residual-leaky_relu", "layer_norm-residual-relu")],
 )  # fmt: skip
 def test_compiled_for_sm_80(mode: str, case: Case, plan: str, last: bool, device: str) -> None:
     """Without clusters and bulk copies in what is compiled: for such a device, or by a newer one's driver from PTX."""

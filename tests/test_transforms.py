@@ -92,7 +92,7 @@ def test_backward_through_the_tangent(case: Case) -> None:
 
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_backward_through_the_tangent_alone(case: Case) -> None:
-    """Where only x moves and the output itself is not used, autograd hands over tensors of zeros that have no memory."""
+    """Where only x moves and the output is not used, autograd hands over tensors of zeros that have no memory."""
     x, dx = tensors_and_tangents(case)
 
     def loss(function: Callable[..., Tensor], x0: Tensor) -> Tensor:
