@@ -48,7 +48,8 @@ bool is_dense(const Tensor& t) {
 Shape shape_of(const Tensor& t) {
   int64_t S = 1;
   for (int64_t d = 2; d < t.dim(); ++d) S *= t.size(d);
-  const bool last = !t.is_contiguous() && is_dense(t, Layout::kChannelsLast);
+  const bool last = !t.is_contiguous() &&
+                    (is_dense(t, Layout::kChannelsLast) || t.suggest_memory_format() != at::MemoryFormat::Contiguous);
   return {t.size(0), t.size(1), S, last ? Layout::kChannelsLast : Layout::kContiguous};
 }
 

@@ -18,7 +18,7 @@ using OptionalTensor = std::optional<Tensor>;
 Dtype dtype_of(const Tensor& t);
 
 // (N, C, S) of a tensor (N, C, *spatial) with at least two dimensions; the layout is channels_last where only that is
-// dense.
+// dense, and where torch says so of a part of such a tensor: half of its channels, a crop.
 Shape shape_of(const Tensor& t);
 
 // Whether `t` lies in memory as kernels read it: not one of a subclass that says itself what an op does, nor a nested

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._prims_common import suggest_memory_format
 
 from fastnorm import _C
 
@@ -123,9 +124,12 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 
 
 def is_channels_last(t: Tensor) -> bool:
-    """Whether a tensor (N, C, *) is dense as (N, *, C), and not as it is."""
+    """Whether kernels read a tensor (N, C, *) as (N, *, C): it is dense as that, and not as it is, or a part of such a
+    tensor."""
     if t.dim() < 3 or t.is_contiguous():
         return False
+    if suggest_memory_format(t) != torch.contiguous_format:
+        return True
     expected = 1
     for d in (1, *range(t.dim() - 1, 1, -1), 0):
         if t.size(d) != 1 and t.stride(d) != expected:

@@ -103,6 +103,22 @@ def test_output_has_the_layout_of_the_input(case: Case, device: str) -> None:
             assert y.stride() == x.stride() if case.keeps_layout else y.is_contiguous()
 
 
+@pytest.mark.parametrize("dim", (0, 1, 2))
+@pytest.mark.parametrize("case", [c for c in CASES if not c.name.startswith(("weight", "spectral"))], ids=str)
+@every_device
+def test_a_part_of_a_channels_last_tensor(case: Case, dim: int, device: str) -> None:
+    """Half of the samples or channels, a crop: what comes next is to find channels_last, as after torch's layers."""
+    for shape in case.shapes[1:4]:
+        if len(shape) != 4:
+            continue
+        tensors = case.inputs(shape, torch.float32, device)
+        whole = channels_last(tensors[0])
+        part = channels_last(torch.cat([whole, whole], dim)).narrow(dim, 0, shape[dim])
+        y, wanted = case.fastnorm(part, *tensors[1:]), case.fastnorm(whole, *tensors[1:])
+        assert torch.equal(y, wanted)
+        assert y.stride() == wanted.stride()
+
+
 STRIDES = {
     "every other column": lambda t: torch.stack([t, t], dim=-1).flatten(-2)[..., ::2],
     "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from cuda_on_cpu import driver
 from cuda_on_cpu.driver import DTYPES
@@ -39,7 +40,8 @@ def _is_channels_last(t: Tensor) -> bool:
 
 
 def shape_of(t: Tensor) -> Shape:
-    last = not t.is_contiguous() and _is_channels_last(t)
+    part = suggest_memory_format(t) != torch.contiguous_format
+    last = not t.is_contiguous() and (_is_channels_last(t) or part)
     return t.shape[0], t.shape[1], math.prod(t.shape[2:]), CHANNELS_LAST if last else CONTIGUOUS
 
 
