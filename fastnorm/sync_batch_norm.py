@@ -74,12 +74,14 @@ def _gather(input: Tensor, group: Any) -> tuple[float, Tensor]:
     local = torch.cat([mean.new_tensor([n]), mean, var * n])
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, local, group=group)
+    sizes = torch.stack(gathered)[:, 0].tolist()  # at once: on a GPU it is here that the host waits
+    total = sum(sizes)
     # an empty batch has no mean, and its zero must not be taken for one
-    counts, means, M2 = torch.stack([g for g in gathered if g[0] > 0] or gathered[:1]).split([1, C, C], dim=1)
-    total = counts.sum()
+    rows = [g for g, size in zip(gathered, sizes, strict=True) if size > 0] or gathered[:1]
+    counts, means, M2 = torch.stack(rows).split([1, C, C], dim=1)
     mean = means[0] + ((means - means[0]) * counts).sum(0) / total
     var = (M2.sum(0) + (counts * (means - mean).square()).sum(0)) / total
-    return float(total), torch.stack([mean, var])
+    return total, torch.stack([mean, var])
 
 
 class SyncBatchNorm(_BatchNorm):

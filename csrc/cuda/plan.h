@@ -244,7 +244,10 @@ inline bool plan_resident(SlicePlan& p, const PlanInput& in) {
   const auto allowed = [&](int cluster) {
     return cluster <= in.largest_cluster && (forced.cluster == 0 || forced.cluster == cluster);
   };
-  const auto each = [&] { return std::min<int64_t>(kBlocks, in.shared / p.shared.all); };  // a multiprocessor
+  constexpr int64_t kBeside = kStaticShared + (1 << 10);  // of a block: CUDA takes 1 KiB for itself
+  const auto each = [&] {                                 // blocks that a multiprocessor holds
+    return std::min<int64_t>(kBlocks, (in.shared + kBeside) / (p.shared.all + kBeside));
+  };
   for (const int64_t strip_bytes : {128, 64, 32}) {
     SlicePlan best = p;
     bool found = false;
