@@ -152,6 +152,8 @@ MUTATIONS = (
              "ceil_divide(n / p.cluster, kWarp * most)", "layer_norm or rms_norm"),
     # compiled for sm_80
     Mutation("launch.cuh", "cluster_rank() { return 0; }", "cluster_rank() { return 1; }", "compiled_for"),
+    Mutation("launch.cuh", "std::min(major, compiled_for / 10) >= 9", "major >= 9", "compiled_for"),
+    Mutation("launch.cuh", "> most_dynamic_shared(kSharedWithoutAsking)", "> kSharedWithoutAsking", "every_path"),
     Mutation("slice_norm.cuh", "in.bulk_copies = d.has_clusters();", "in.bulk_copies = true;", "compiled_for"),
     # ---- layer and RMS normalisation
     Mutation("layer_norm.cu", "slot = turn % 2 * kMostSums", "slot = 0", "layer_norm", by="trace"),
@@ -180,6 +182,7 @@ MUTATIONS = (
     Mutation("weight_plan.h", "in.aligned && S % window == 0", "in.aligned", "weight_norm", by="asan"),
     Mutation("weight_norm.cu", "min(lane / S * S + k, kWarp - 1)", "min(lane / S * S, kWarp - 1)", "weight_norm"),
     Mutation("spectral_norm.cu", "const acc_t by = u[i];", "const acc_t by = u[i - begin];", "power"),
+    Mutation("spectral_norm.cu", "part * kPartRows < h; part += gridDim.y", "part * kPartRows < h; part = h", "every_path"),
     Mutation("spectral_norm.cu", "if (++c == a.C) {", "if (++c > a.C) {", "spectral_norm"),
     Mutation("spectral_norm.cu", "part < parts; ++part) value", "part < parts - 1; ++part) value", "power"),
 )
