@@ -23,8 +23,7 @@ namespace {
 constexpr const char* kOp = "spectral_norm";
 constexpr int kThreads = 256;
 constexpr int kPartRows = 64;
-constexpr int64_t kMostPartBlocks = 1 << 10;  // of a column; CUDA has 65535 at most
-constexpr int kMaxParts = 512;                // of a sum over the whole weight
+constexpr int kMaxParts = 512;  // of a sum over the whole weight
 
 Grid grid_for(int64_t threads, int64_t y = 1) {
   return {dim3(static_cast<unsigned>(ceil_divide(threads, kThreads)), static_cast<unsigned>(y)), kThreads};
@@ -251,13 +250,14 @@ void power_method(const SpectralNormForward& a, const Queue& queue) {
   T *const u = static_cast<T*>(a.u), *const v = static_cast<T*>(a.v);
   acc_t *const kept_u = static_cast<acc_t*>(a.kept_u), *const kept_v = static_cast<acc_t*>(a.kept_v);
   const Grid rows{dim3(static_cast<unsigned>(h)), kThreads}, one{dim3(1), kThreads};
+  // Enough blocks to fill the device; one a part would be more than CUDA starts along y for millions of rows.
+  const Grid columns = grid_for(w / kPack, std::min<int64_t>(parts, 8 * device().multiprocessors));
 
   launch(kOp, start<T>, grid_for(std::max(h, w)), stream, u, v, kept_u, kept_v, h, w);
   for (int64_t i = 0; i < a.iterations; ++i) {
     launch(kOp, multiply<T, kPack>, rows, stream, matrix, kept_v, t, w);
     launch(kOp, normalize_rows<T>, one, stream, t, u, kept_u, h, a.eps);
-    launch(kOp, multiply_turned<T, kPack>, grid_for(w / kPack, std::min(parts, kMostPartBlocks)), stream, matrix,
-           kept_u, partial, h, w);
+    launch(kOp, multiply_turned<T, kPack>, columns, stream, matrix, kept_u, partial, h, w);
     launch(kOp, merge_columns<acc_t>, grid_for(w), stream, partial, s, squares, parts, w);
     launch(kOp, normalize_columns<T>, grid_for(w), stream, s, squares, v, kept_v, a.sigma, w, a.eps);
   }

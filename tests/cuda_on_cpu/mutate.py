@@ -182,7 +182,7 @@ MUTATIONS = (
     Mutation("weight_plan.h", "in.aligned && S % window == 0", "in.aligned", "weight_norm", by="asan"),
     Mutation("weight_norm.cu", "min(lane / S * S + k, kWarp - 1)", "min(lane / S * S, kWarp - 1)", "weight_norm"),
     Mutation("spectral_norm.cu", "const acc_t by = u[i];", "const acc_t by = u[i - begin];", "power"),
-    Mutation("spectral_norm.cu", "part * kPartRows < h; part += gridDim.y", "part * kPartRows < h; part = h", "every_path"),
+    Mutation("spectral_norm.cu", "part * kPartRows < h; part += gridDim.y", "part * kPartRows < h; part = h", "power"),
     Mutation("spectral_norm.cu", "if (++c == a.C) {", "if (++c > a.C) {", "spectral_norm"),
     Mutation("spectral_norm.cu", "part < parts; ++part) value", "part < parts - 1; ++part) value", "power"),
 )
