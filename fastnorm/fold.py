@@ -92,8 +92,12 @@ def fold_batch_norm(model: Model, *, skip: Skip = ()) -> Model:
     Which layer follows which is found by torch.fx, in the model or, where that cannot be traced, in its parts. Left as
     they are: a layer whose output also goes elsewhere, or that is called at several places where not each leads to this
     normalisation; layers with hooks, of subclasses with a forward of their own, or parametrised; normalisations without
-    running statistics. If a forward that cannot be traced uses single layers of a Sequential inside, those are not
-    seen.
+    running statistics.
+
+    Other methods keep their numbers too. Those that forward calls are traced like it; a layer that any other method
+    uses, by name as in self.conv(x), is left as it is. What is not seen: a method that gets a layer in another way
+    (getattr, hooks, code outside the model's classes), and single layers of a Sequential that a forward which cannot be
+    traced, or such a method, takes out.
 
     Args:
         model: in eval mode, or at least all its batch normalisations. It is not changed.
@@ -164,7 +168,9 @@ class _Folding:
         self.layer_of: dict[fx.Node, nn.Module] = {}
         self.untouchable = untouchable
         self.read_directly: set[int] = set()  # ids of tensors that some forward takes out of a layer
-        for module, graph, failure, _ in trace_everything(model, _leaf):
+        forwards, used = trace_everything(model, _leaf)
+        self.untouchable |= used
+        for module, _, graph, failure, *_ in forwards:
             for node in list(graph.nodes):
                 if node.op == "get_attr":
                     self._read(module, node)

@@ -390,6 +390,58 @@ def test_a_layer_that_an_untraceable_forward_holds_too() -> None:
     check(ready(model), images(2), left=1)
 
 
+class Methods(nn.Module):
+    """features(x) is the convolution's output; called by forward, or not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+        self.after, self.kind = nn.BatchNorm2d(3), kind
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def embedding(self, x: Tensor) -> Tensor:
+        return self.stem(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "called":
+            return self.norm(self.features(x)) + self.after(self.embedding(x))
+        return self.norm(self.conv(x)) + self.after(self.stem(x))
+
+
+@pytest.mark.parametrize("kind", ("called", "not called"))
+def test_other_methods(kind: str) -> None:
+    """They give the numbers that they have always given, also to a forward that cannot be traced."""
+    model = ready(Methods(kind))
+    folded = check(model, x := images(2), left=2)  # norm and after; the pair inside stem folds
+    for name in ("features", "embedding"):
+        assert difference(getattr(folded, name)(x), getattr(model, name)(x)) < TOLERANCE
+
+    def decides(m: nn.Module, x: Tensor) -> Tensor:
+        return m.net.features(x) + m.net.stem(x) + m.net(x) if x.sum() < 1e9 else x
+
+    check(ready(Graph(decides, net=model)), x, left=2)
+
+
+def test_a_method_with_both() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def both(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.both(x).relu()
+
+    model = ready(Both())
+    folded = check(model, images(2))
+    assert difference(folded.both(images(2)), model.both(images(2))) < TOLERANCE
+
+
 def test_a_module_with_hooks_is_entered_on_its_own() -> None:
     block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     block.register_forward_hook(lambda module, args, y: -y)
