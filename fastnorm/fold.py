@@ -15,7 +15,7 @@ from fastnorm import batch_norm
 from fastnorm.activation import add_and_activate, norm_with_residual
 from fastnorm.convert import Skip, skipped_modules
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import has_hooks, trace_everything
+from fastnorm.trace import attribute, has_hooks, trace_everything
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -185,12 +185,10 @@ class _Folding:
 
     def _read(self, module: nn.Module, node: fx.Node) -> None:
         """Of a tensor remembers it; a layer can also be taken out, as the first argument of norm_with_residual."""
-        value: Any = module
-        for name in node.target.split("."):
-            value = getattr(value, name)
+        value = attribute(module, node.target)
         if isinstance(value, Tensor):
             self.read_directly.add(id(value))
-        elif any(user.target is not norm_with_residual for user in node.users):
+        elif isinstance(value, nn.Module) and any(user.target is not norm_with_residual for user in node.users):
             self.untouchable.add(value)
 
     def _called(self, layer: nn.Module, node: fx.Node) -> None:

@@ -19,7 +19,7 @@ from fastnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fastnorm.activation import norm_with_residual
 from fastnorm.convert import becomes_norm, to_fastnorm
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import Traced, has_hooks, in_place, is_run, layers_used, methods, shows, trace
+from fastnorm.trace import Traced, attribute, has_hooks, in_place, is_run, layers_used, methods, shows, trace
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,7 +72,9 @@ def fuse(model: Model) -> Model:
 
     torch.fx finds them in the forward of each module by itself. Left as they are: a forward that cannot be traced, that
     has arguments which can be left out, that depends on the mode, on random numbers or on a context such as
-    torch.no_grad; normalisations and activations with hooks; normalisations that are called at more than one place.
+    torch.no_grad; normalisations and activations with hooks; normalisations that are called at more than one place. A
+    forward with tensors that are not the module's (global ones, torch.arange) is not generated: only activations that
+    are layers are fused there.
 
     Other methods keep their numbers too. Where forward calls a method such as forward_features, that is traced by
     itself, and what follows a normalisation is fused only if it follows in there as well. What any other method uses by
@@ -213,9 +215,7 @@ def _layer(module: nn.Module, node: fx.Node) -> nn.Module | None:
     """The layer that a node calls or takes out."""
     if node.op not in ("call_module", "get_attr"):
         return None
-    value: Any = module
-    for name in node.target.split("."):
-        value = getattr(value, name)
+    value = attribute(module, node.target)
     return value if isinstance(value, nn.Module) else None
 
 
@@ -316,11 +316,13 @@ def _can_be_generated(module: nn.Module, name: str, graph: fx.Graph) -> bool:
     """Whether a subclass with a method from this graph can stand in for the module's class.
 
     Not for Sequential, of which slices have that class too, nor where the class has its own way of being pickled, nor
-    where the graph has constants that cannot be written down.
+    where the graph has constants that cannot be written down, or would not move with the module.
     """
     base = getattr(type(module), "_fused_from", type(module))
     own_pickling = base.__reduce__ is not object.__reduce__ or base.__reduce_ex__ is not object.__reduce_ex__
     if isinstance(module, nn.Sequential) or own_pickling:
+        return False
+    if any(node.op == "get_attr" and attribute(module, node.target) is None for node in graph.nodes):
         return False
     try:
         _fused_class(base, _source(name, graph))

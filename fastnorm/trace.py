@@ -143,6 +143,9 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
             tracer.trace(module, None if given else defaults)
     except Exception as error:  # forward may raise anything when it meets a proxy
         failure = f"{type(error).__name__}: {error}"
+    for key in vars(module).keys() - attributes[0][1].keys():
+        if key.startswith("_tensor_constant"):
+            del vars(module)[key]  # torch.fx sets these, see attribute()
     if _restore(attributes):
         failure = failure or "forward sets attributes"
     if _rewind(generators):
@@ -194,6 +197,17 @@ def _restore(attributes: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
             dictionary.clear()
             dictionary.update(before)
     return changed
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """What a node takes out; None of a tensor that is no attribute, which torch.fx made one for as long as it traced.
+
+    Such a constant may have been made by forward (torch.arange), or be global: it does not move with the module.
+    """
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def has_hooks(module: nn.Module) -> bool:

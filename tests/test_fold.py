@@ -390,6 +390,23 @@ def test_a_layer_that_an_untraceable_forward_holds_too() -> None:
     check(ready(model), images(2), left=1)
 
 
+MEAN = torch.randn(1, 3, 1, 1)
+
+
+def test_tensors_that_are_not_the_modules() -> None:
+    """torch.fx makes attributes of them while it traces."""
+    for forward in (
+        lambda m, x: m.norm(m.conv(x - MEAN)),
+        lambda m, x: m.norm(m.conv(x)) * torch.tensor(2.0),
+        lambda m, x: m.norm(m.conv(x)) + torch.arange(32),
+    ):
+        model = ready(Graph(forward, conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3)))
+        folded = check(model, images(2))
+        assert vars(folded).keys() == vars(model).keys()
+        check(nn.Sequential(model, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval(), images(2))
+    check(ready(Graph(lambda m, x: m.norm(m.conv(x) + MEAN), conv=model.conv, norm=model.norm)), images(2), left=1)
+
+
 class Methods(nn.Module):
     """features(x) is the convolution's output; called by forward, or not."""
 

@@ -181,6 +181,41 @@ def test_a_write_between() -> None:
         assert torch.equal(fastnorm.fuse(model)(X), wanted) and not activations(model)
 
 
+MEAN = torch.randn(1, 4, 1, 1)
+
+
+class Scaled(nn.Module):
+    """Has a tensor of the class."""
+
+    scale = torch.full((1,), 2.0)
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.norm, self.relu, self.function = nn.BatchNorm2d(4), nn.ReLU(), forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    (
+        lambda m, x: m.relu(m.norm(x - MEAN)),
+        lambda m, x: m.relu(m.norm(x)) * torch.tensor(2.0),
+        lambda m, x: m.relu(m.norm(x)) + torch.arange(6),
+        lambda m, x: m.relu(m.norm(x)) * m.scale,
+    ),
+)
+def test_tensors_that_are_not_the_modules(forward: Callable[..., Tensor]) -> None:
+    """Layers can be exchanged; in a forward that was generated they would be burnt in, on the device they were on."""
+    check(Scaled(forward), X, norm="relu")
+    check(nn.Sequential(Scaled(forward), nn.BatchNorm2d(4), nn.ReLU()), X, **{"0.norm": "relu", "1": "relu"})
+    model = check(Scaled(lambda m, x: F.relu(forward(m, x) + m.norm(x))), X)
+    assert type(model) is Scaled
+    model = check(Scaled(lambda m, x: F.relu(m.norm(x)) * forward(m, x)), X)
+    assert type(model) is Scaled and vars(model).keys() == vars(Scaled(forward)).keys()
+
+
 def test_writes_in_a_forward_that_is_generated() -> None:
     """torch.fx takes ``+=`` for ``+``: whoever holds the same tensor, here the caller and z, would not see it."""
 
