@@ -152,7 +152,7 @@ class _Call:
 
 
 def _leaf(module: nn.Module) -> bool:
-    if isinstance(module, (*_CONVOLUTIONS, nn.Linear, _BATCH_NORM, FoldedBatchNorm)):
+    if isinstance(module, (*_CONVOLUTIONS, nn.Linear, _BATCH_NORM, FoldedBatchNorm, torch.jit.ScriptModule)):
         return True
     if isinstance(module, nn.Sequential) or parametrize.is_parametrized(module):
         return False

@@ -154,6 +154,8 @@ def fuse(model: Model) -> Model:
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether there is nothing inside to fuse."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return not isinstance(module, nn.Sequential) and type(module).__module__.startswith(("torch.nn.", "fastnorm."))
 
 
@@ -241,7 +243,7 @@ def _sites(module: nn.Module, graph: fx.Graph, once: set[nn.Module]) -> list[_Si
 
 
 def _is_fusible(norm: nn.Module | None, once: set[nn.Module]) -> bool:
-    if norm not in once or has_hooks(norm) or "forward" in vars(norm):
+    if norm not in once or has_hooks(norm) or "forward" in vars(norm) or isinstance(norm, torch.jit.ScriptModule):
         return False
     return becomes_norm(norm) or (type(norm).forward in _NORM_FORWARDS and norm.activation is None)
 

@@ -183,6 +183,8 @@ def _attributes(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]
     """The dictionaries that attributes of modules live in, each with a copy."""
     found = []
     for m in module.modules():
+        if isinstance(m, torch.jit.ScriptModule):  # of which no forward in Python sets any
+            continue
         for dictionary in (vars(m), m._parameters, m._buffers, m._modules):
             found.append((dictionary, dict(dictionary)))
     return found

@@ -407,6 +407,17 @@ def test_tensors_that_are_not_the_modules() -> None:
     check(ready(Graph(lambda m, x: m.norm(m.conv(x) + MEAN), conv=model.conv, norm=model.norm)), images(2), left=1)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_and_traced_parts() -> None:
+    """They are left alone, and what is around them folds."""
+    inner = ready(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    for scripted in (torch.jit.script(inner), torch.jit.trace(inner, images(2))):
+        check(scripted, images(2))
+        check(
+            ready(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), scripted, nn.BatchNorm2d(3))), images(2), left=1
+        )
+
+
 class Methods(nn.Module):
     """features(x) is the convolution's output; called by forward, or not."""
 

@@ -551,6 +551,22 @@ def test_an_activation_that_another_method_uses() -> None:
     assert type(model.relu) is nn.ReLU and torch.equal(model.forward_fuse(X), model.conv(X).relu())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_and_traced_parts() -> None:
+    """They are left alone, and what is around them is fused."""
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    for scripted in (torch.jit.script(inner), torch.jit.trace(inner, X)):
+        assert fastnorm.fuse(scripted) is scripted
+        around = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), scripted, nn.ReLU())
+        inside = Graph(lambda m, x: F.relu(m.norm(m.script(x))), script=scripted)
+        for model, fused in ((around, {"0": "relu"}), (inside, {"norm": "relu"})):
+            with torch.no_grad():
+                wanted = model.eval()(X)
+                assert difference(fastnorm.fuse(model)(X), wanted) < 1e-6
+            assert activations(model) == fused
+        assert around[2] is inside.script is scripted
+
+
 def test_parts_of_what_cannot_be_traced() -> None:
     """In a ViT whose blocks unpack a shape, the stem, a Sequential, is fused; in one that decides, so is each arm."""
     vit = check(ViT(), images(4), **{"stem.1": "relu"})
