@@ -9,6 +9,7 @@ import operator
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Container, Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -124,8 +125,9 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
 
     ``given=False`` leaves out the arguments that can be left out.
 
-    A forward that sets attributes or draws random numbers fails: what it does the next time need not be what it did
-    now. Both are undone, as far as attributes of modules and the generators of the CPU go.
+    A forward that sets attributes, changes what is in lists, dictionaries and sets that are attributes, or draws random
+    numbers fails: what it does the next time need not be what it did now. All are undone, as far as attributes of
+    modules and the generators of the CPU go.
     """
     if name in vars(module):
         return _untraced(module, name, f"{name} is set on the instance")
@@ -179,26 +181,54 @@ def _rewind(generators: tuple[Any, ...]) -> bool:
     return moved
 
 
-def _attributes(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The dictionaries that attributes of modules live in, each with a copy."""
-    found = []
+_CONTAINERS = (list, dict, set, deque)
+
+
+def _attributes(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The dictionaries that attributes of modules live in, and containers in them two levels down, each with a copy."""
+    found: list[tuple[Any, Any]] = []
     for m in module.modules():
         if isinstance(m, torch.jit.ScriptModule):  # of which no forward in Python sets any
             continue
-        for dictionary in (vars(m), m._parameters, m._buffers, m._modules):
-            found.append((dictionary, dict(dictionary)))
+        found += [(dictionary, dict(dictionary)) for dictionary in (vars(m), m._parameters, m._buffers, m._modules)]
+        own = {key: value for key, value in vars(m).items() if key not in _OF_EVERY_MODULE}
+        level: list[Any] = [own]
+        for _ in range(2):
+            level = [value for container in level for value in _values(container) if isinstance(value, _CONTAINERS)]
+            found += [(container, _plain(container)) for container in level]
     return found
 
 
-def _restore(attributes: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _plain(container: Any) -> Any:
+    """A copy, of whatever subclass the container is."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _values(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _restore(attributes: list[tuple[Any, Any]]) -> bool:
     """Undoes what has changed since; True if anything had."""
     changed = False
-    for dictionary, before in attributes:
-        if dictionary.keys() != before.keys() or any(dictionary[key] is not value for key, value in before.items()):
+    for container, before in attributes:
+        if _identities(container) != _identities(before):
             changed = True
-            dictionary.clear()
-            dictionary.update(before)
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(before)
     return changed
+
+
+def _identities(container: Any) -> Any:
+    """Of what is in it; asked whether they are equal, proxies and tensors do not say yes or no."""
+    if isinstance(container, dict):
+        return [*map(id, container), *map(id, container.values())]
+    return set(map(id, container)) if isinstance(container, set) else list(map(id, container))
 
 
 def attribute(module: nn.Module, path: str) -> Any:

@@ -501,14 +501,23 @@ def test_looking_leaves_no_trace() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.conv(x)) if torch.rand(()) > 2 else self.norm(x) + self.norm(self.conv(x))
 
-    for kind in (Remembers, Counts, Draws):
+    class Keeps(Remembers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = {"outputs": []}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept["outputs"].append(self.conv(x))
+            return self.norm(self.kept["outputs"][-1])
+
+    for kind in (Remembers, Counts, Draws, Keeps):
         model = ready(kind())
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         folded = fastnorm.fold_batch_norm(model)
         assert (torch.get_rng_state() == states[0]).all() and random.getstate() == states[1]
         assert np.random.get_state()[1].tolist() == states[2]
         assert folded.last is None and not hasattr(folded, "new") and folded.count == model.count == 0
-        assert norms(folded) == 1
+        assert norms(folded) == 1 and getattr(folded, "kept", {"outputs": []}) == {"outputs": []}
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=lambda d: str(d)[6:])

@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable
 
 import networks
@@ -375,6 +376,45 @@ def test_forwards_that_a_graph_does_not_tell(kind: str) -> None:
     state = torch.get_rng_state()
     assert fastnorm.fuse(model) is model and type(model) is Flagged and type(model.norm) is nn.BatchNorm2d
     assert torch.equal(torch.get_rng_state(), state) and model.last is None
+
+
+class Keeps(nn.Module):
+    """A forward that keeps something in a container."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm, self.conv, self.kind = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False), kind
+        containers = {"list": [], "dict": {}, "nested": {"outputs": [1]}, "set": set()}
+        self.kept = {**containers, "deque": deque([1], 1), "counter": Counter()}[kind.split()[0]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.kind == "list":
+            self.kept.append(y)
+        elif self.kind == "dict":
+            self.kept["last"] = y
+        elif self.kind == "nested":
+            self.kept["outputs"][0] = y
+        elif self.kind == "set":
+            self.kept.add(y)
+        elif self.kind == "deque":
+            self.kept.append(y)
+        elif self.kind == "counter":
+            self.kept["calls"] += 1
+        return F.relu(self.norm(y))
+
+
+@pytest.mark.parametrize("kind", ("list", "dict", "nested", "set", "deque", "counter", "list unchanged"))
+def test_forwards_that_keep_something_in_a_container(kind: str) -> None:
+    """They go on to, and the container has nothing of fuse in it."""
+    model, plain = nn.Sequential(Keeps(kind)), Keeps(kind)
+    kept = model[0].kept
+    check(model, X, **{"0.norm": "relu"} if "unchanged" in kind else {})
+    fused = fastnorm.fuse(model := nn.Sequential(Keeps(kind)))[0]
+    assert fused.kept == plain.kept and type(fused.kept) is type(kept)
+    pickle.dumps(fused)
+    fused(X)
+    assert ("unchanged" in kind) == (str(fused.kept) == str(plain.kept))
 
 
 def test_arguments_that_can_be_left_out() -> None:
