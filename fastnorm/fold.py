@@ -15,12 +15,13 @@ from fastnorm import batch_norm
 from fastnorm.activation import add_and_activate, norm_with_residual
 from fastnorm.convert import Skip, skipped_modules
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import attribute, has_hooks, trace_everything
+from fastnorm.trace import PARALLEL, attribute, has_hooks, trace_everything
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _TRANSPOSED = _CONVOLUTIONS[3:]
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *PARALLEL)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 # A subclass is folded if its forward is still one of these: then it is known what it computes.
@@ -154,7 +155,7 @@ class _Call:
 def _leaf(module: nn.Module) -> bool:
     if isinstance(module, (*_CONVOLUTIONS, nn.Linear, _BATCH_NORM, FoldedBatchNorm, torch.jit.ScriptModule)):
         return True
-    if isinstance(module, nn.Sequential) or parametrize.is_parametrized(module):
+    if isinstance(module, _CONTAINERS) or parametrize.is_parametrized(module):
         return False
     return type(module).__module__.startswith(("torch.nn.", "fastnorm."))
 

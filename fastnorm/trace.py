@@ -22,6 +22,9 @@ from fastnorm.activation import norm_with_residual
 
 Leaf = Callable[[nn.Module], bool]
 
+# Their forward is not to be run with a proxy, but the module inside can be entered on its own.
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 class Traced(NamedTuple):
     """A module's forward, or another method, as a graph; where it could not be traced to its end, the beginning and the
@@ -344,7 +347,7 @@ def trace_everything(model: nn.Module, leaf: Leaf) -> tuple[list[Traced], set[nn
     traced: dict[tuple[nn.Module, str], list[Traced]] = {}
 
     def is_leaf(m: nn.Module) -> bool:
-        return leaf(m) or m in opaque or has_hooks(m) or "forward" in vars(m)
+        return leaf(m) or m in opaque or has_hooks(m) or "forward" in vars(m) or isinstance(m, PARALLEL)
 
     def attempt(m: nn.Module, name: str = "forward") -> bool:
         arguments = inspect.signature(getattr(type(m), name)).parameters.values()

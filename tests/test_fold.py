@@ -339,6 +339,30 @@ def test_parts_of_what_cannot_be_traced() -> None:
         check(model, images(2), left=1)
 
 
+@pytest.mark.parametrize("kind", (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel))
+def test_containers(kind: type[nn.Module]) -> None:
+    """Of blocks, as a model, in one that can be traced and in one that cannot; of layers that are used one by one."""
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def contain(m: nn.Module) -> nn.Module:
+        return kind({"a": m}) if kind is nn.ModuleDict else kind([m]) if kind is nn.ModuleList else kind(m)
+
+    def inside(m: nn.Module) -> nn.Module:
+        return {nn.ModuleList: lambda: m[0], nn.ModuleDict: lambda: m["a"]}.get(kind, lambda: m)()
+
+    assert norms(fastnorm.fold_batch_norm(contain(block).eval())) == 0
+    for forward in (
+        lambda m, x: inside(m.container)(x),
+        lambda m, x: inside(m.container)(x) if x.sum() < 1e9 else x,
+    ):
+        check(ready(Graph(forward, container=contain(block))), images(2))
+    if kind is nn.ModuleList:
+        layers = nn.ModuleList(block)
+        check(ready(Graph(lambda m, x: m.layers[1](m.layers[0](x)), layers=layers)), images(2))
+        uses = Graph(lambda m, x: m.layers[1](y := m.layers[0](x)) + y if x.sum() < 1e9 else x, layers=layers)
+        check(ready(uses), images(2), left=1)
+
+
 def test_arguments_that_can_be_left_out() -> None:
     """With and without them, the convolution must only lead to the normalisation."""
 
