@@ -286,6 +286,8 @@ def _adds_residual(module: nn.Module, norm: fx.Node, addition: fx.Node) -> bool:
         return False
     node = norm.next
     while node is not addition and not _writes(module, node):
+        if node.op == "get_attr" and node.target.startswith(f"{norm.target}."):
+            return False  # a running statistic, which is read after the update
         node = node.next
     return node is addition
 

@@ -217,6 +217,17 @@ def test_tensors_that_are_not_the_modules(forward: Callable[..., Tensor]) -> Non
     assert type(model) is Scaled and vars(model).keys() == vars(Scaled(forward)).keys()
 
 
+def test_statistics_that_are_read_between() -> None:
+    """The norm must not move to the addition, after which they would be read too late."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.norm(m.conv(x))
+        mean = m.norm.running_mean.sum() * 1.0
+        return m.relu(y + x) + mean
+
+    check(Graph(forward), X)
+
+
 def test_writes_in_a_forward_that_is_generated() -> None:
     """torch.fx takes ``+=`` for ``+``: whoever holds the same tensor, here the caller and z, would not see it."""
 
