@@ -87,6 +87,10 @@ def fuse(model: Model) -> Model:
     methods that forward calls: the module, its parameters, methods, hooks and ``isinstance`` stay, copy and pickle
     work, but attributes that forward decides by have no effect from then on.
 
+    torch's own tools know nothing of the activation in a normalisation and lose it: instead of
+    nn.SyncBatchNorm.convert_sync_batchnorm take fastnorm.SyncBatchNorm's, and :func:`fold_batch_norm` instead of
+    nn.utils.fuse_conv_bn_eval, or call them before this.
+
     Args:
         model: any module.
 
