@@ -15,12 +15,13 @@ from fastnorm import batch_norm
 from fastnorm.activation import add_and_activate, norm_with_residual
 from fastnorm.convert import Skip, skipped_modules
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import has_hooks, trace_everything
+from fastnorm.trace import PARALLEL, attribute, has_hooks, trace_everything
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _TRANSPOSED = _CONVOLUTIONS[3:]
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *PARALLEL)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 # A subclass is folded if its forward is still one of these: then it is known what it computes.
@@ -92,8 +93,12 @@ def fold_batch_norm(model: Model, *, skip: Skip = ()) -> Model:
     Which layer follows which is found by torch.fx, in the model or, where that cannot be traced, in its parts. Left as
     they are: a layer whose output also goes elsewhere, or that is called at several places where not each leads to this
     normalisation; layers with hooks, of subclasses with a forward of their own, or parametrised; normalisations without
-    running statistics. If a forward that cannot be traced uses single layers of a Sequential inside, those are not
-    seen.
+    running statistics.
+
+    Other methods keep their numbers too. Those that forward calls are traced like it; a layer that any other method
+    uses, by name as in self.conv(x), is left as it is. What is not seen: a method that gets a layer in another way
+    (getattr, hooks, code outside the model's classes), and single layers of a Sequential that a forward which cannot be
+    traced, or such a method, takes out.
 
     Args:
         model: in eval mode, or at least all its batch normalisations. It is not changed.
@@ -148,9 +153,9 @@ class _Call:
 
 
 def _leaf(module: nn.Module) -> bool:
-    if isinstance(module, (*_CONVOLUTIONS, nn.Linear, _BATCH_NORM, FoldedBatchNorm)):
+    if isinstance(module, (*_CONVOLUTIONS, nn.Linear, _BATCH_NORM, FoldedBatchNorm, torch.jit.ScriptModule)):
         return True
-    if isinstance(module, nn.Sequential) or parametrize.is_parametrized(module):
+    if isinstance(module, _CONTAINERS) or parametrize.is_parametrized(module):
         return False
     return type(module).__module__.startswith(("torch.nn.", "fastnorm."))
 
@@ -164,7 +169,9 @@ class _Folding:
         self.layer_of: dict[fx.Node, nn.Module] = {}
         self.untouchable = untouchable
         self.read_directly: set[int] = set()  # ids of tensors that some forward takes out of a layer
-        for module, graph, failure, _ in trace_everything(model, _leaf):
+        forwards, used = trace_everything(model, _leaf)
+        self.untouchable |= used
+        for module, _, graph, failure, *_ in forwards:
             for node in list(graph.nodes):
                 if node.op == "get_attr":
                     self._read(module, node)
@@ -179,12 +186,10 @@ class _Folding:
 
     def _read(self, module: nn.Module, node: fx.Node) -> None:
         """Of a tensor remembers it; a layer can also be taken out, as the first argument of norm_with_residual."""
-        value: Any = module
-        for name in node.target.split("."):
-            value = getattr(value, name)
+        value = attribute(module, node.target)
         if isinstance(value, Tensor):
             self.read_directly.add(id(value))
-        elif any(user.target is not norm_with_residual for user in node.users):
+        elif isinstance(value, nn.Module) and any(user.target is not norm_with_residual for user in node.users):
             self.untouchable.add(value)
 
     def _called(self, layer: nn.Module, node: fx.Node) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import operator
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Container, Iterator
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,19 +22,26 @@ from fastnorm.activation import norm_with_residual
 
 Leaf = Callable[[nn.Module], bool]
 
+# Their forward is not to be run with a proxy, but the module inside can be entered on its own.
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 class Traced(NamedTuple):
-    """A module's forward as a graph; where it could not be traced to its end, the beginning and the reason.
+    """A module's forward, or another method, as a graph; where it could not be traced to its end, the beginning and the
+    reason.
 
     Attributes:
         complete: the graph is all that forward does: parts do not run without gradients, under autocast, checkpointed,
             and there are no arguments that can be left out, by which it may decide.
+        codes: what ran while the graph was made, forward and whatever it called.
     """
 
     module: nn.Module
+    name: str
     graph: fx.Graph
     failure: str | None
     complete: bool
+    codes: frozenset[CodeType]
 
 
 def in_place(operation: str, a: Any, b: Any) -> Any:
@@ -85,12 +96,17 @@ class _Tracer(fx.Tracer):
         self._leaf = leaf
         self._mode = _mode()
         self.changes_mode = False
+        self.codes: set[CodeType] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.changes_mode |= _mode() != self._mode
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not trace.__code__:
+            self.codes.add(frame.f_code)
+            frame = frame.f_back
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -107,22 +123,23 @@ def _mode() -> tuple[Any, ...]:
     )
 
 
-def trace(module: nn.Module, leaf: Leaf, given: bool = True) -> Traced:
-    """Traces a module's forward down to the modules that ``leaf`` says not to enter.
+def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forward") -> Traced:
+    """Traces a module's forward, or another method, down to the modules that ``leaf`` says not to enter.
 
     ``given=False`` leaves out the arguments that can be left out.
 
-    A forward that sets attributes or draws random numbers fails: what it does the next time need not be what it did
-    now. Both are undone, as far as attributes of modules and the generators of the CPU go.
+    A forward that sets attributes, changes what is in lists, dictionaries and sets that are attributes, or draws random
+    numbers fails: what it does the next time need not be what it did now. All are undone, as far as attributes of
+    modules and the generators of the CPU go.
     """
-    if "forward" in vars(module):
-        return Traced(module, fx.Graph(), "forward is set on the instance", False)
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if name in vars(module):
+        return _untraced(module, name, f"{name} is set on the instance")
+    parameters = list(inspect.signature(getattr(type(module), name)).parameters.values())[1:]
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return Traced(module, fx.Graph(), "forward takes any number of arguments", False)
+        return _untraced(module, name, f"{name} takes any number of arguments")
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     tracer = _Tracer(leaf)
-    tracer.graph = fx.Graph()
+    tracer.graph, tracer.traced_func_name = fx.Graph(), name
     attributes, generators = _attributes(module), _generators()
     failure = None
     try:
@@ -131,11 +148,19 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True) -> Traced:
             tracer.trace(module, None if given else defaults)
     except Exception as error:  # forward may raise anything when it meets a proxy
         failure = f"{type(error).__name__}: {error}"
+    for key in vars(module).keys() - attributes[0][1].keys():
+        if key.startswith("_tensor_constant"):
+            del vars(module)[key]  # torch.fx sets these, see attribute()
     if _restore(attributes):
         failure = failure or "forward sets attributes"
     if _rewind(generators):
         failure = failure or "forward draws random numbers"
-    return Traced(module, tracer.graph, failure, failure is None and not tracer.changes_mode and not defaults)
+    complete = failure is None and not tracer.changes_mode and not defaults
+    return Traced(module, name, tracer.graph, failure, complete, frozenset(tracer.codes))
+
+
+def _untraced(module: nn.Module, name: str, reason: str) -> Traced:
+    return Traced(module, name, fx.Graph(), reason, False, frozenset())
 
 
 def _generators() -> tuple[Any, ...]:
@@ -159,24 +184,65 @@ def _rewind(generators: tuple[Any, ...]) -> bool:
     return moved
 
 
-def _attributes(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The dictionaries that attributes of modules live in, each with a copy."""
-    found = []
+_CONTAINERS = (list, dict, set, deque)
+
+
+def _attributes(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The dictionaries that attributes of modules live in, and containers in them two levels down, each with a copy."""
+    found: list[tuple[Any, Any]] = []
     for m in module.modules():
-        for dictionary in (vars(m), m._parameters, m._buffers, m._modules):
-            found.append((dictionary, dict(dictionary)))
+        if isinstance(m, torch.jit.ScriptModule):  # of which no forward in Python sets any
+            continue
+        found += [(dictionary, dict(dictionary)) for dictionary in (vars(m), m._parameters, m._buffers, m._modules)]
+        own = {key: value for key, value in vars(m).items() if key not in _OF_EVERY_MODULE}
+        level: list[Any] = [own]
+        for _ in range(2):
+            level = [value for container in level for value in _values(container) if isinstance(value, _CONTAINERS)]
+            found += [(container, _plain(container)) for container in level]
     return found
 
 
-def _restore(attributes: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _plain(container: Any) -> Any:
+    """A copy, of whatever subclass the container is."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _values(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _restore(attributes: list[tuple[Any, Any]]) -> bool:
     """Undoes what has changed since; True if anything had."""
     changed = False
-    for dictionary, before in attributes:
-        if dictionary.keys() != before.keys() or any(dictionary[key] is not value for key, value in before.items()):
+    for container, before in attributes:
+        if _identities(container) != _identities(before):
             changed = True
-            dictionary.clear()
-            dictionary.update(before)
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(before)
     return changed
+
+
+def _identities(container: Any) -> Any:
+    """Of what is in it; asked whether they are equal, proxies and tensors do not say yes or no."""
+    if isinstance(container, dict):
+        return [*map(id, container), *map(id, container.values())]
+    return set(map(id, container)) if isinstance(container, set) else list(map(id, container))
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """What a node takes out; None of a tensor that is no attribute, which torch.fx made one for as long as it traced.
+
+    Such a constant may have been made by forward (torch.arange), or be global: it does not move with the module.
+    """
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -186,27 +252,111 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def trace_everything(model: nn.Module, leaf: Leaf) -> list[Traced]:
+def methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Names and functions of the methods of a module's class, forward among them, that are not torch's or fastnorm's.
+
+    What was overridden is there too, super() reaches it; properties are, by the function that gets their value.
+    """
+    replaced: set[str] = {"__init__"}  # that has run, and will not run again
+    for kind in type(module).__mro__:
+        if kind is object or kind.__module__.startswith(("torch.", "fastnorm.")):
+            continue
+        for name, value in vars(kind).items():
+            if isinstance(value, (property, functools.cached_property)):
+                value = getattr(value, "func", None) or getattr(value, "fget", None)
+            elif isinstance(value, (staticmethod, classmethod)):
+                value = value.__func__
+            if name not in replaced and isinstance(value, FunctionType):
+                yield name, inspect.unwrap(value)
+        if "_fused_source" in vars(kind):  # its methods are those of its base, generated
+            replaced.update(vars(kind))
+
+
+def layers_used(module: nn.Module, function: Callable[..., Any]) -> set[nn.Module]:
+    """The modules that a method of ``module`` calls, or hands on, by its code alone.
+
+    Of self.a.b it is known which one it is. Of x.b, where x is any other value, each module inside that is called b may
+    be meant. Who only takes an attribute out, as in self.norm.weight, does not use the layer.
+    """
+    used: set[nn.Module] = set()
+    for of_self, names in _attribute_chains(function.__code__):
+        starts = [module]
+        if not of_self or names[0] not in module._modules:
+            starts, names = list(module.modules()), names[of_self:]
+        used.update(found for start in starts if names and (found := _follow(start, names)) is not None)
+    inside = list(used)
+    for container in inside:
+        if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+            inside += container.children()
+    return set(inside)
+
+
+def _follow(start: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The module that start.a.b.c is or calls."""
+    module = start
+    for name in names:
+        if name not in module._modules or module._modules[name] is None:
+            return module if module is not start and name in ("forward", "__call__") else None
+        module = module._modules[name]
+    return module
+
+
+@functools.lru_cache(4096)
+def _attribute_chains(code: CodeType, self_name: str | None = None) -> tuple[tuple[bool, tuple[str, ...]], ...]:
+    """Each a.b.c that a function reads, without its beginning; True where that is the function's first argument.
+
+    Those of global names, such as torch.relu, are left out.
+    """
+    if self_name is None:
+        self_name = (*code.co_varnames, "")[0]
+    found = []
+    beginning, names = "", []
+    for instruction in dis.get_instructions(code):
+        operation, value = instruction.opname, instruction.argval
+        if operation in ("LOAD_ATTR", "LOAD_METHOD"):
+            names.append(value)
+        elif operation not in ("EXTENDED_ARG", "CACHE", "NOP"):
+            found.append((beginning, tuple(names)))
+            # Python 3.13 loads two variables at once.
+            value = value[-1] if isinstance(value, tuple) and value else value
+            local = "LOAD_FAST" in operation or operation == "LOAD_DEREF"
+            beginning = "self" if local and value == self_name else "global" if "LOAD_GLOBAL" in operation else "other"
+            names = []
+    chains = {(beginning == "self", names) for beginning, names in found if names and beginning != "global"}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            chains.update(_attribute_chains(constant, self_name))
+    return tuple(chains)
+
+
+def trace_everything(model: nn.Module, leaf: Leaf) -> tuple[list[Traced], set[nn.Module]]:
     """Graphs that together show a model: of the model itself or, where it cannot be traced, of its largest parts that
     can; a Sequential always can. A forward with arguments that can be left out is traced with and without them. Modules
     with hooks, and those that cannot be traced, are entered on their own.
 
+    So are the methods that these forwards call. Others may do anything: they are not run, but what they use is looked
+    up, for each module by itself.
+
     Args:
         leaf: says which modules have nothing inside to look for.
+
+    Returns:
+        The graphs; and the leaves that are used by methods and forwards of which there is no graph.
     """
     opaque: set[nn.Module] = set()
-    traced: dict[nn.Module, list[Traced]] = {}
+    traced: dict[tuple[nn.Module, str], list[Traced]] = {}
 
     def is_leaf(m: nn.Module) -> bool:
-        return leaf(m) or m in opaque or has_hooks(m) or "forward" in vars(m)
+        return leaf(m) or m in opaque or has_hooks(m) or "forward" in vars(m) or isinstance(m, PARALLEL)
 
-    def attempt(m: nn.Module) -> bool:
-        optional = any(p.default is not p.empty for p in inspect.signature(type(m).forward).parameters.values())
-        traced[m] = [trace(m, is_leaf, given) for given in ((True, False) if optional else (True,))]
-        return _failure(traced[m]) is None
+    def attempt(m: nn.Module, name: str = "forward") -> bool:
+        arguments = inspect.signature(getattr(type(m), name)).parameters.values()
+        optional = any(p.default is not p.empty for p in arguments)
+        traced[m, name] = [trace(m, is_leaf, given, name) for given in ((True, False) if optional else (True,))]
+        return _failure(traced[m, name]) is None
 
     def prepare(m: nn.Module) -> None:
-        if m in traced or leaf(m) or attempt(m):
+        if (m, "forward") in traced or leaf(m) or attempt(m):
             return
         found = len(opaque)
         for child in m.children():
@@ -221,15 +371,43 @@ def trace_everything(model: nn.Module, leaf: Leaf) -> list[Traced]:
             return
         seen.add(m)
         prepare(m)
-        failure = _failure(traced[m])
-        yield from (t._replace(failure=failure) for t in traced[m])
+        variants = traced[m, "forward"]
+        failure = _failure(variants)
+        yield from (t._replace(failure=failure) for t in variants)
         inside = [] if failure is None else list(m.children())
-        for t in traced[m]:
+        for t in variants:
             inside += [m.get_submodule(node.target) for node in t.graph.nodes if node.op == "call_module"]
         for other in inside:
             yield from collect(other)
 
-    return list(collect(model))
+    found = list(collect(model))
+    ran = {code for variants in traced.values() for t in variants for code in t.codes}
+    used: set[nn.Module] = set()
+    for m in model.modules():
+        for name, function in () if leaf(m) else methods(m):
+            layers = layers_used(m, function)
+            if name == "forward":
+                known = _failure(traced.get((m, name), [])) is None
+            elif known := function.__code__ in ran and is_run(m, name, ran):
+                if (m, name) not in traced and attempt(m, name):
+                    found += traced[m, name]
+                known = shows(traced[m, name], function)
+            if not known:
+                used |= layers
+                for layer in layers:
+                    found += collect(layer)
+    return found, used
+
+
+def is_run(module: nn.Module, name: str, ran: Container[CodeType]) -> bool:
+    """Whether the method of this name is one that has been run already, with nothing but a module before its inputs."""
+    method = inspect.getattr_static(type(module), name)
+    return isinstance(method, FunctionType) and inspect.unwrap(method).__code__ in ran
+
+
+def shows(variants: list[Traced], function: Callable[..., Any]) -> bool:
+    """Whether all that a method's function does is in the graphs, be it only called by super()."""
+    return _failure(variants) is None and any(function.__code__ in t.codes for t in variants)
 
 
 def _failure(variants: list[Traced]) -> str | None:

@@ -339,6 +339,30 @@ def test_parts_of_what_cannot_be_traced() -> None:
         check(model, images(2), left=1)
 
 
+@pytest.mark.parametrize("kind", (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.DataParallel))
+def test_containers(kind: type[nn.Module]) -> None:
+    """Of blocks, as a model, in one that can be traced and in one that cannot; of layers that are used one by one."""
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def contain(m: nn.Module) -> nn.Module:
+        return kind({"a": m}) if kind is nn.ModuleDict else kind([m]) if kind is nn.ModuleList else kind(m)
+
+    def inside(m: nn.Module) -> nn.Module:
+        return {nn.ModuleList: lambda: m[0], nn.ModuleDict: lambda: m["a"]}.get(kind, lambda: m)()
+
+    assert norms(fastnorm.fold_batch_norm(contain(block).eval())) == 0
+    for forward in (
+        lambda m, x: inside(m.container)(x),
+        lambda m, x: inside(m.container)(x) if x.sum() < 1e9 else x,
+    ):
+        check(ready(Graph(forward, container=contain(block))), images(2))
+    if kind is nn.ModuleList:
+        layers = nn.ModuleList(block)
+        check(ready(Graph(lambda m, x: m.layers[1](m.layers[0](x)), layers=layers)), images(2))
+        uses = Graph(lambda m, x: m.layers[1](y := m.layers[0](x)) + y if x.sum() < 1e9 else x, layers=layers)
+        check(ready(uses), images(2), left=1)
+
+
 def test_arguments_that_can_be_left_out() -> None:
     """With and without them, the convolution must only lead to the normalisation."""
 
@@ -390,6 +414,86 @@ def test_a_layer_that_an_untraceable_forward_holds_too() -> None:
     check(ready(model), images(2), left=1)
 
 
+MEAN = torch.randn(1, 3, 1, 1)
+
+
+def test_tensors_that_are_not_the_modules() -> None:
+    """torch.fx makes attributes of them while it traces."""
+    for forward in (
+        lambda m, x: m.norm(m.conv(x - MEAN)),
+        lambda m, x: m.norm(m.conv(x)) * torch.tensor(2.0),
+        lambda m, x: m.norm(m.conv(x)) + torch.arange(32),
+    ):
+        model = ready(Graph(forward, conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3)))
+        folded = check(model, images(2))
+        assert vars(folded).keys() == vars(model).keys()
+        check(nn.Sequential(model, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval(), images(2))
+    check(ready(Graph(lambda m, x: m.norm(m.conv(x) + MEAN), conv=model.conv, norm=model.norm)), images(2), left=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_and_traced_parts() -> None:
+    """They are left alone, and what is around them folds."""
+    inner = ready(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    for scripted in (torch.jit.script(inner), torch.jit.trace(inner, images(2))):
+        check(scripted, images(2))
+        check(
+            ready(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), scripted, nn.BatchNorm2d(3))), images(2), left=1
+        )
+
+
+class Methods(nn.Module):
+    """features(x) is the convolution's output; called by forward, or not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+        self.after, self.kind = nn.BatchNorm2d(3), kind
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def embedding(self, x: Tensor) -> Tensor:
+        return self.stem(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "called":
+            return self.norm(self.features(x)) + self.after(self.embedding(x))
+        return self.norm(self.conv(x)) + self.after(self.stem(x))
+
+
+@pytest.mark.parametrize("kind", ("called", "not called"))
+def test_other_methods(kind: str) -> None:
+    """They give the numbers that they have always given, also to a forward that cannot be traced."""
+    model = ready(Methods(kind))
+    folded = check(model, x := images(2), left=2)  # norm and after; the pair inside stem folds
+    for name in ("features", "embedding"):
+        assert difference(getattr(folded, name)(x), getattr(model, name)(x)) < TOLERANCE
+
+    def decides(m: nn.Module, x: Tensor) -> Tensor:
+        return m.net.features(x) + m.net.stem(x) + m.net(x) if x.sum() < 1e9 else x
+
+    check(ready(Graph(decides, net=model)), x, left=2)
+
+
+def test_a_method_with_both() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def both(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.both(x).relu()
+
+    model = ready(Both())
+    folded = check(model, images(2))
+    assert difference(folded.both(images(2)), model.both(images(2))) < TOLERANCE
+
+
 def test_a_module_with_hooks_is_entered_on_its_own() -> None:
     block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     block.register_forward_hook(lambda module, args, y: -y)
@@ -421,14 +525,23 @@ def test_looking_leaves_no_trace() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.conv(x)) if torch.rand(()) > 2 else self.norm(x) + self.norm(self.conv(x))
 
-    for kind in (Remembers, Counts, Draws):
+    class Keeps(Remembers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = {"outputs": []}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept["outputs"].append(self.conv(x))
+            return self.norm(self.kept["outputs"][-1])
+
+    for kind in (Remembers, Counts, Draws, Keeps):
         model = ready(kind())
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         folded = fastnorm.fold_batch_norm(model)
         assert (torch.get_rng_state() == states[0]).all() and random.getstate() == states[1]
         assert np.random.get_state()[1].tolist() == states[2]
         assert folded.last is None and not hasattr(folded, "new") and folded.count == model.count == 0
-        assert norms(folded) == 1
+        assert norms(folded) == 1 and getattr(folded, "kept", {"outputs": []}) == {"outputs": []}
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=lambda d: str(d)[6:])

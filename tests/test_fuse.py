@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable
 
 import networks
@@ -181,6 +182,52 @@ def test_a_write_between() -> None:
         assert torch.equal(fastnorm.fuse(model)(X), wanted) and not activations(model)
 
 
+MEAN = torch.randn(1, 4, 1, 1)
+
+
+class Scaled(nn.Module):
+    """Has a tensor of the class."""
+
+    scale = torch.full((1,), 2.0)
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.norm, self.relu, self.function = nn.BatchNorm2d(4), nn.ReLU(), forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    (
+        lambda m, x: m.relu(m.norm(x - MEAN)),
+        lambda m, x: m.relu(m.norm(x)) * torch.tensor(2.0),
+        lambda m, x: m.relu(m.norm(x)) + torch.arange(6),
+        lambda m, x: m.relu(m.norm(x)) * m.scale,
+    ),
+)
+def test_tensors_that_are_not_the_modules(forward: Callable[..., Tensor]) -> None:
+    """Layers can be exchanged; in a forward that was generated they would be burnt in, on the device they were on."""
+    check(Scaled(forward), X, norm="relu")
+    check(nn.Sequential(Scaled(forward), nn.BatchNorm2d(4), nn.ReLU()), X, **{"0.norm": "relu", "1": "relu"})
+    model = check(Scaled(lambda m, x: F.relu(forward(m, x) + m.norm(x))), X)
+    assert type(model) is Scaled
+    model = check(Scaled(lambda m, x: F.relu(m.norm(x)) * forward(m, x)), X)
+    assert type(model) is Scaled and vars(model).keys() == vars(Scaled(forward)).keys()
+
+
+def test_statistics_that_are_read_between() -> None:
+    """The norm must not move to the addition, after which they would be read too late."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.norm(m.conv(x))
+        mean = m.norm.running_mean.sum() * 1.0
+        return m.relu(y + x) + mean
+
+    check(Graph(forward), X)
+
+
 def test_writes_in_a_forward_that_is_generated() -> None:
     """torch.fx takes ``+=`` for ``+``: whoever holds the same tensor, here the caller and z, would not see it."""
 
@@ -342,6 +389,45 @@ def test_forwards_that_a_graph_does_not_tell(kind: str) -> None:
     assert torch.equal(torch.get_rng_state(), state) and model.last is None
 
 
+class Keeps(nn.Module):
+    """A forward that keeps something in a container."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm, self.conv, self.kind = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False), kind
+        containers = {"list": [], "dict": {}, "nested": {"outputs": [1]}, "set": set()}
+        self.kept = {**containers, "deque": deque([1], 1), "counter": Counter()}[kind.split()[0]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.kind == "list":
+            self.kept.append(y)
+        elif self.kind == "dict":
+            self.kept["last"] = y
+        elif self.kind == "nested":
+            self.kept["outputs"][0] = y
+        elif self.kind == "set":
+            self.kept.add(y)
+        elif self.kind == "deque":
+            self.kept.append(y)
+        elif self.kind == "counter":
+            self.kept["calls"] += 1
+        return F.relu(self.norm(y))
+
+
+@pytest.mark.parametrize("kind", ("list", "dict", "nested", "set", "deque", "counter", "list unchanged"))
+def test_forwards_that_keep_something_in_a_container(kind: str) -> None:
+    """They go on to, and the container has nothing of fuse in it."""
+    model, plain = nn.Sequential(Keeps(kind)), Keeps(kind)
+    kept = model[0].kept
+    check(model, X, **{"0.norm": "relu"} if "unchanged" in kind else {})
+    fused = fastnorm.fuse(model := nn.Sequential(Keeps(kind)))[0]
+    assert fused.kept == plain.kept and type(fused.kept) is type(kept)
+    pickle.dumps(fused)
+    fused(X)
+    assert ("unchanged" in kind) == (str(fused.kept) == str(plain.kept))
+
+
 def test_arguments_that_can_be_left_out() -> None:
     """torch.fx would take them for given, and a list for a tensor."""
 
@@ -363,6 +449,173 @@ def test_arguments_that_can_be_left_out() -> None:
 
     for kind in (Optional, Listed, Anything):
         check(kind(F.relu), X)
+
+
+class Features(nn.Module):
+    """A forward in two halves, of which the first is called from outside as well."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.gelu = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.GELU()
+        self.kind = kind
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        if self.kind == "outside":
+            return y
+        return self.gelu(y) if self.kind == "layer" else F.gelu(y + x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.forward_features(x)
+        return F.gelu(y) if self.kind == "outside" else y.sin()
+
+
+class CallsFeatures(nn.Module):
+    """By one that cannot be traced."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.forward_features(x) + self.net(x) if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("activation", ("outside", "layer", "generated"))
+def test_methods_that_forward_calls(activation: str) -> None:
+    """They give the numbers that they have always given, and are fused where the activation follows in them too."""
+    fused = {} if activation == "outside" else {"norm": "gelu"}
+    plain = Features(activation)
+    randomize(plain)
+    model = check(copy.deepcopy(plain), X, **fused).eval()
+    check(CallsFeatures(copy.deepcopy(plain)), X, **{f"net.{name}": value for name, value in fused.items()})
+    plain.load_state_dict(model.state_dict())
+    assert difference(model.forward_features(X), plain.eval().forward_features(X)) < 1e-6
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(other.forward_features(X), model.forward_features(X)) and torch.equal(other(X), model(X))
+    assert isinstance(model.gelu, nn.Identity) == (activation == "layer")
+
+    class Inherits(Features):
+        def forward_features(self, x: Tensor) -> Tensor:
+            return super().forward_features(x) * 2
+
+    model = check(Inherits(activation), X, **fused)
+    plain = Inherits(activation)
+    plain.load_state_dict(model.state_dict())
+    assert difference(model.eval().forward_features(X), plain.eval().forward_features(X)) < 1e-6
+
+
+def test_fused_in_two_turns() -> None:
+    """The second class has all that was generated for the first."""
+
+    class Net(Features):
+        def __init__(self) -> None:
+            super().__init__("generated")
+            self.last = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.last(self.forward_features(x)))
+
+    model = Net()
+    hook = model.last.register_forward_hook(lambda module, args, y: None)
+    check(model, X, norm="gelu")
+    hook.remove()
+    plain = Net()
+    plain.load_state_dict(model.state_dict())
+    assert activations(fastnorm.fuse(model.eval())) == {"norm": "gelu", "last": "relu"}
+    assert difference(model(X), plain.eval()(X)) < 1e-6
+    assert difference(model.forward_features(X), plain.forward_features(X)) < 1e-6
+
+
+OTHERS: dict[str, Callable[..., Tensor]] = {
+    "call": lambda self, x: self.norm(x),
+    "forward": lambda self, x: self.norm.forward(x),
+    "pair": lambda self, x: F.relu(self.norm(x)),
+    "loop": lambda self, x: [layer(x) for layer in (self.conv, self.norm)][1],
+    "nested": lambda self, x: (lambda: self.norm(x))(),
+    "optional": lambda self, x, y=None: self.norm(x),
+    "variable": lambda self, x: next(m.norm(x) for m in (self,)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_methods_that_forward_does_not_call(other: str) -> None:
+    """They are not run, and what they use stays."""
+
+    class Net(Graph):
+        method = OTHERS[other]
+
+    model = check(Net(lambda m, x: F.relu(m.norm(x))), X)
+    assert type(model.norm) is nn.BatchNorm2d
+    check(nn.Sequential(Net(lambda m, x: F.relu(m.norm(x)))), X)
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Graph(lambda m, x: F.relu(m.norm(x)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    check(Owner(), X, **{"net.norm": "relu"})
+    check(type("Reaches", (Owner,), {"method": lambda self, x: self.net.norm(x)})(), X)
+    decides = {"forward": lambda self, x: self.net(x) + self.net.norm(x) if x.sum() < 1e9 else x}
+    check(type("Decides", (Owner,), decides)(), X)
+
+
+def test_methods_that_do_no_harm() -> None:
+    """Tensors of a layer, torch's functions, layers of the same name elsewhere."""
+
+    class Net(Graph):
+        def initialise(self) -> None:
+            nn.init.zeros_(self.norm.weight)
+            self.norm.reset_parameters()
+            assert self.norm is None, "not to be run"
+
+        def method(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x)) + torch.norm(x)
+
+    check(nn.Sequential(Net(lambda m, x: m.relu(m.other(x)))), X, **{"0.other": "relu"})
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = Graph(lambda m, x: F.relu(m.norm(x))), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.inner(x))
+
+        def method(self, x: Tensor) -> Tensor:
+            return self.norm(x)
+
+    check(Outer(), X, **{"inner.norm": "relu"})
+
+
+def test_an_activation_that_another_method_uses() -> None:
+    """It stays for that; forward, which has to be without, is generated."""
+
+    class Net(Graph):
+        def forward_fuse(self, x: Tensor) -> Tensor:
+            return self.relu(self.conv(x))
+
+    model = check(Net(lambda m, x: m.relu(m.norm(m.conv(x)))), X, norm="relu")
+    assert type(model.relu) is nn.ReLU and torch.equal(model.forward_fuse(X), model.conv(X).relu())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_and_traced_parts() -> None:
+    """They are left alone, and what is around them is fused."""
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    for scripted in (torch.jit.script(inner), torch.jit.trace(inner, X)):
+        assert fastnorm.fuse(scripted) is scripted
+        around = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), scripted, nn.ReLU())
+        inside = Graph(lambda m, x: F.relu(m.norm(m.script(x))), script=scripted)
+        for model, fused in ((around, {"0": "relu"}), (inside, {"norm": "relu"})):
+            with torch.no_grad():
+                wanted = model.eval()(X)
+                assert difference(fastnorm.fuse(model)(X), wanted) < 1e-6
+            assert activations(model) == fused
+        assert around[2] is inside.script is scripted
 
 
 def test_parts_of_what_cannot_be_traced() -> None:
