@@ -237,11 +237,13 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         training = self.training
         running_mean = running_var = num_batches_tracked = None
-        buffers = self._buffers
         if self.track_running_stats or not training:
-            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            buffers = self._buffers  # see NormModule
+            running_mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
+            running_var = buffers["running_var"] if "running_var" in buffers else self.running_var
             if training:
-                num_batches_tracked = buffers["num_batches_tracked"]
+                tracked = "num_batches_tracked" in buffers
+                num_batches_tracked = buffers["num_batches_tracked"] if tracked else self.num_batches_tracked
         weight, bias = self._parameters_of_forward()
         by_batch = training or (running_mean is None and running_var is None)
         setting = (

@@ -164,8 +164,9 @@ class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
         weight, bias = self._parameters_of_forward()
-        buffers = self._buffers
-        mean, var = buffers["running_mean"], buffers["running_var"]
+        buffers = self._buffers  # see NormModule
+        mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
+        var = buffers["running_var"] if "running_var" in buffers else self.running_var
         if self.training or not self.track_running_stats:
             momentum = 0.0 if self.momentum is None else self.momentum
             y = _instance_norm(input, weight, bias, residual, (mean, var, momentum, self.eps, self.activation))

@@ -11,7 +11,9 @@ class NormModule(nn.Module):
     activation: str | None
 
     def _parameters_of_forward(self) -> tuple[Tensor | None, Tensor | None]:
-        """weight and bias. Module.__getattr__ takes 0.3 us a tensor; a parametrised one is not in the dictionary."""
+        """weight and bias. Module.__getattr__ takes 0.3 us a tensor; not in the dictionary is a parametrised one, one of
+        DataParallel's replicas, and one that was deleted and set anew. Running statistics are read likewise, see there.
+        """
         parameters = self._parameters
         weight = parameters["weight"] if "weight" in parameters else self.weight
         return weight, parameters["bias"] if "bias" in parameters else self.bias
