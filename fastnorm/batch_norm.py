@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from fastnorm import _C, compile
 from fastnorm.activation import check_activation
@@ -19,6 +22,7 @@ from fastnorm.norm import (
     scale_and_shift,
 )
 from fastnorm.norm_module import RankedNormModule
+from fastnorm.overrides import overridden
 
 
 class BatchNormFunction(NormFunction):
@@ -199,6 +203,9 @@ def batch_norm(
         >>> y.shape
         torch.Size([8, 4, 5, 5])
     """
+    overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+    if overrides and not is_dynamo_compiling():
+        return overridden(batch_norm, locals())
     setting = (
         running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, None,
@@ -210,6 +217,7 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
     """What the three modules add to torch's."""
 
     _op = staticmethod(_batch_norm)
+    _functional: Callable[..., Tensor] = staticmethod(batch_norm)
     _renorm: tuple[float, float] | None = None
 
     def __init__(
@@ -234,7 +242,6 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
         self.skip_nonfinite_stats = skip_nonfinite_stats
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
         training = self.training
         running_mean = running_var = num_batches_tracked = None
         if self.track_running_stats or not training:
@@ -246,6 +253,16 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
                 num_batches_tracked = buffers["num_batches_tracked"] if tracked else self.num_batches_tracked
         weight, bias = self._parameters_of_forward()
         by_batch = training or (running_mean is None and running_var is None)
+        overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        if overrides and not is_dynamo_compiling():
+            if not isinstance(input, fx.Proxy):  # of which no number is known
+                self._check_input_dim(input)
+            return self._overridden(
+                self._functional, input, residual, running_mean, running_var, weight, bias,
+                by_batch, self.momentum, self.eps, *(self._renorm or ()),
+                num_batches_tracked=num_batches_tracked, skip_nonfinite_stats=self.skip_nonfinite_stats,
+            )  # fmt: skip
+        self._check_input_dim(input)
         setting = (
             running_mean, running_var, num_batches_tracked,
             by_batch, self.momentum, self.eps, self.activation, self.skip_nonfinite_stats, self._renorm,

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from fastnorm.batch_norm import BatchNormFunction, _BatchNorm
 from fastnorm.norm import norm_op
+from fastnorm.overrides import overridden
 
 _batch_renorm = norm_op("batch_renorm", BatchNormFunction)
 Limit = float | Callable[[int], float]
@@ -66,6 +69,9 @@ def batch_renorm(
         >>> torch.allclose(trained, evaluated, atol=1e-5)
         True
     """
+    overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+    if overrides and not is_dynamo_compiling():
+        return overridden(batch_renorm, locals())
     setting = (
         running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, (r_max, d_max),
@@ -77,6 +83,7 @@ class _BatchRenorm(_BatchNorm):
     """What the three modules share."""
 
     _op = staticmethod(_batch_renorm)
+    _functional = staticmethod(batch_renorm)
     # num_batches_tracked, and the version and the value that it has after the forward that was last prepared
     _expected: tuple[Tensor, int, int] | None = None
 

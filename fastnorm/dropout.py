@@ -10,9 +10,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_unary
 
 from fastnorm import _C, compile
 from fastnorm.op import apply_of, carry
+from fastnorm.overrides import overridden, recorded_call
 from fastnorm.transforms import (
     inside_vmap,
     is_batch_of_gradients,
@@ -261,6 +264,8 @@ def dropout(
         >>> sorted(y.unique().tolist())
         [0.0, 1.3333333730697632]
     """
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(dropout, locals())
     if training and 0.0 < p <= 1.0:
         return _dropout(input, p, 0, inplace, generator)
     return _whole("dropout", input, p)
@@ -289,6 +294,8 @@ def dropout1d(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(dropout1d, locals())
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: input must have shape (N, C, L) or (C, L), got {list(input.shape)}")
     if training and 0.0 < p <= 1.0:
@@ -304,6 +311,8 @@ def dropout2d(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(dropout2d, locals())
     _check_channels("dropout2d", "(N, C, H, W)", input, (4,))
     if training and 0.0 < p <= 1.0:
         return _dropout2d(input, p, 2, inplace, generator)
@@ -318,6 +327,8 @@ def dropout3d(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(dropout3d, locals())
     _check_channels("dropout3d", "(N, C, D, H, W) or (C, D, H, W)", input, (4, 5))
     if training and 0.0 < p <= 1.0:
         return _dropout3d(input, p, 1 if input.dim() == 4 else 2, inplace, generator)
@@ -383,6 +394,8 @@ def alpha_dropout(
         >>> [round(value, 4) for value in sorted(y.unique().tolist())]
         [-0.7792, 1.6656]
     """
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(alpha_dropout, locals())
     if training and 0.0 < p <= 1.0:
         return _alpha_dropout(input, p, 0, inplace, generator)
     return _whole("alpha_dropout", input, p)
@@ -413,6 +426,8 @@ def feature_alpha_dropout(
         >>> y.shape
         torch.Size([4, 10, 7, 7])
     """
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(feature_alpha_dropout, locals())
     if input.dim() < 2 and training and p != 0.0:
         raise RuntimeError(f"feature_alpha_dropout: input must have shape (N, C, *), got {list(input.shape)}")
     if training and 0.0 < p <= 1.0:
@@ -449,6 +464,8 @@ def drop_path(
         >>> x, branch = torch.randn(8, 4, 5, 5), torch.nn.Conv2d(4, 4, 3, padding=1)
         >>> y = x + fastnorm.functional.drop_path(branch(x), 0.1, training=True)
     """
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(drop_path, locals())
     if input.dim() < 1 and training and p != 0.0:
         raise RuntimeError(f"drop_path: input must have shape (N, *), got {list(input.shape)}")
     if training and 0.0 < p <= 1.0:
@@ -479,6 +496,8 @@ class _Dropout(nn.modules.dropout._DropoutNd):
         super().__init__(p, inplace)
 
     def forward(self, input: Tensor) -> Tensor:
+        if has_torch_function_unary(input) and (call := recorded_call(self, input)) is not None:
+            return call
         return self._function(input, self.p, self.training, self.inplace)
 
 
