@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +72,7 @@ def carry(
             return torch_op(*args)
         else:
             try:
-                return transformed(*args) if inside else eager(*args)  # type: ignore[misc]
+                return _untraced(transformed, *args) if inside else eager(*args)
             except NotImplementedError as uncovered:
                 reason = str(uncovered).partition(": ")[2]
             except TypeError:
@@ -80,6 +82,19 @@ def carry(
         return call_torch(name, reason, torch_op, *args)
 
     return op
+
+
+def _untraced(function: Any, *args: Any) -> Tensor:
+    """A call into which Dynamo does not look: where a graph broke inside of torch.func's transforms, which then run
+    eagerly, it would compile the rules of autograd functions, and cannot."""
+    if "torch._dynamo" in sys.modules:  # which takes two seconds to import
+        function = _disabled(function)
+    return function(*args)
+
+
+@functools.cache
+def _disabled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compiler.disable(function)
 
 
 def _has_autocast_rule(device: str, ops: tuple[str, ...]) -> bool:
