@@ -489,6 +489,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     """The functional that a module is of. p that is NaN passes torch's own check; not here."""
 
     _function: Callable[[Tensor, float, bool, bool], Tensor]
+    __prepare_scriptable__ = compile.refuse_scripting
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         if not 0.0 <= p <= 1.0:

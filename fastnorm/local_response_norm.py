@@ -287,6 +287,8 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         torch.Size([8, 16, 4, 4])
     """
 
+    __prepare_scriptable__ = compile.refuse_scripting
+
     def __init__(
         self,
         size: int,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastnorm.compile import refuse_scripting
 from fastnorm.overrides import recorded_call
 
 
@@ -14,6 +15,7 @@ class NormModule(nn.Module):
     """A norm with an activation."""
 
     activation: str | None
+    __prepare_scriptable__ = refuse_scripting
 
     def _parameters_of_forward(self) -> tuple[Tensor | None, Tensor | None]:
         """weight and bias. Module.__getattr__ takes 0.3 us a tensor; not in the dictionary is a parametrised one, one

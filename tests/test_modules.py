@@ -281,6 +281,18 @@ def test_other_types(name: str) -> None:
         assert run(other, x.to(dtype))[0].dtype == dtype
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@every_module
+def test_torch_jit_script_is_told_what_to_use(name: str) -> None:
+    module, _ = module_and_input(name)
+    model = nn.Sequential(nn.Identity(), module)
+    with pytest.raises(
+        NotImplementedError, match=rf"^{type(module).__name__}: torch.jit.script cannot .* torch.compile"
+    ):
+        torch.jit.script(model)
+    assert model[1] is module
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @pytest.mark.parametrize(
     "module",
