@@ -246,11 +246,12 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
         running_mean = running_var = num_batches_tracked = None
         if self.track_running_stats or not training:
             buffers = self._buffers  # see NormModule
-            running_mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
-            running_var = buffers["running_var"] if "running_var" in buffers else self.running_var
-            if training:
-                tracked = "num_batches_tracked" in buffers
-                num_batches_tracked = buffers["num_batches_tracked"] if tracked else self.num_batches_tracked
+            try:
+                running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+                num_batches_tracked = buffers["num_batches_tracked"] if training else None
+            except KeyError:  # one is no buffer
+                running_mean, running_var = self.running_mean, self.running_var
+                num_batches_tracked = self.num_batches_tracked if training else None
         weight, bias = self._parameters_of_forward()
         by_batch = training or (running_mean is None and running_var is None)
         overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)

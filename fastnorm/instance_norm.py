@@ -157,8 +157,10 @@ class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self._parameters_of_forward()
         buffers = self._buffers  # see NormModule
-        mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
-        var = buffers["running_var"] if "running_var" in buffers else self.running_var
+        try:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+        except KeyError:  # one is no buffer
+            mean, var = self.running_mean, self.running_var
         overrides = has_torch_function_variadic(input, mean, var, weight, bias, residual) and not is_dynamo_compiling()
         if overrides and (call := recorded_call(self, input, residual)) is not None:
             return call

@@ -22,8 +22,10 @@ class NormModule(nn.Module):
         of DataParallel's replicas, and one that was deleted and set anew. Running statistics are read likewise.
         """
         parameters = self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        return weight, parameters["bias"] if "bias" in parameters else self.bias
+        try:
+            return parameters["weight"], parameters["bias"]
+        except KeyError:
+            return self.weight, self.bias
 
     def _overridden(
         self, function: Callable[..., Tensor], input: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any
