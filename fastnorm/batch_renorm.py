@@ -79,6 +79,10 @@ def batch_renorm(
     return _batch_renorm(input, weight, bias, residual, setting)
 
 
+def _is_at_hand(tensor: Tensor) -> bool:
+    return tensor.is_cpu
+
+
 class _BatchRenorm(_BatchNorm):
     """What the three modules share."""
 
@@ -120,12 +124,13 @@ class _BatchRenorm(_BatchNorm):
     def _tracked(self) -> int:
         """num_batches_tracked as a number.
 
-        It is read back from the device only if something else than this module's forward has written it: waiting for
-        the device at each step would cost more than the op.
+        From a GPU it is read back only if something else than this module's forward has written it, not through .data:
+        waiting for the device at each step would cost more than the op.
         """
         tensor = self.num_batches_tracked
-        if self.skip_nonfinite_stats or tensor.is_inference():
-            return int(tensor)  # whether the last batch counted, only the device knows
+        # with skip_nonfinite_stats only the device knows whether the last batch counted
+        if _is_at_hand(tensor) or self.skip_nonfinite_stats or tensor.is_inference():
+            return int(tensor)
         known, version, value = self._expected or (None, 0, 0)
         if known is not tensor or version != tensor._version:
             value = int(tensor)
