@@ -155,6 +155,12 @@ complete_norm(
 _batch_norm = norm_op("batch_norm", BatchNormFunction)
 
 
+def check_eps(op: str, training: bool, eps: float) -> None:
+    """What torch asks of eps in batch normalisation alone, of the other normalisations' nothing."""
+    if eps < 0.0 or (training and eps == 0.0):
+        raise ValueError(f"{op}: eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -194,7 +200,7 @@ def batch_norm(
         num_batches_tracked: one int64, counted up in training.
 
     Raises:
-        ValueError: one value per channel in training; an unknown activation.
+        ValueError: one value per channel in training; eps < 0, or eps = 0 in training; an unknown activation.
         RuntimeError: a shape, type or device that does not fit; nothing has been written then.
 
     Example:
@@ -206,6 +212,8 @@ def batch_norm(
     overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
     if overrides and not is_dynamo_compiling():
         return overridden(batch_norm, locals())
+    if eps <= 0.0:
+        check_eps("batch_norm", training, eps)
     setting = (
         running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, None,
@@ -264,9 +272,12 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
                 num_batches_tracked=num_batches_tracked, skip_nonfinite_stats=self.skip_nonfinite_stats,
             )  # fmt: skip
         self._check_input_dim(input)
+        eps = self.eps
+        if eps <= 0.0:
+            check_eps(self._functional.__name__, by_batch, eps)
         setting = (
             running_mean, running_var, num_batches_tracked,
-            by_batch, self.momentum, self.eps, self.activation, self.skip_nonfinite_stats, self._renorm,
+            by_batch, self.momentum, eps, self.activation, self.skip_nonfinite_stats, self._renorm,
         )  # fmt: skip
         return self._op(input, weight, bias, residual, setting)
 

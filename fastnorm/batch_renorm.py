@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
-from fastnorm.batch_norm import BatchNormFunction, _BatchNorm
+from fastnorm.batch_norm import BatchNormFunction, _BatchNorm, check_eps
 from fastnorm.norm import norm_op
 from fastnorm.overrides import overridden
 
@@ -58,7 +58,8 @@ def batch_renorm(
         d_max: at least 0, in units of sigma_running; inf does not clip.
 
     Raises:
-        ValueError: one value per channel in training; r_max < 1 or d_max < 0; an unknown activation.
+        ValueError: one value per channel in training; r_max < 1 or d_max < 0; eps < 0, or eps = 0 in training; an
+            unknown activation.
         RuntimeError: no running statistics; a shape, type or device that does not fit; nothing has been written then.
 
     Example:
@@ -72,6 +73,8 @@ def batch_renorm(
     overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
     if overrides and not is_dynamo_compiling():
         return overridden(batch_renorm, locals())
+    if eps <= 0.0:
+        check_eps("batch_renorm", training, eps)
     setting = (
         running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, (r_max, d_max),

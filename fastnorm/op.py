@@ -75,13 +75,20 @@ def carry(
                 return _untraced(transformed, *args) if inside else eager(*args)
             except NotImplementedError as uncovered:
                 reason = str(uncovered).partition(": ")[2]
-            except TypeError:
-                if isinstance(args[0], Tensor):
+            except (AttributeError, TypeError) as error:
+                check_tensor(name, args[0])
+                _, incompatible, rest = str(error).partition("(): incompatible function arguments")
+                if not incompatible:
                     raise
-                raise TypeError(f"{name}: input must be a Tensor, got {type(args[0]).__name__}") from None
+                raise TypeError(f"{name}{incompatible}{rest}") from None  # by the name of the op, not of its kernel
         return call_torch(name, reason, torch_op, *args)
 
     return op
+
+
+def check_tensor(op: str, input: Any) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}")
 
 
 def _untraced(function: Any, *args: Any) -> Tensor:

@@ -60,7 +60,8 @@ def rms_norm(
 
 def _eps_of(input: Tensor, eps: float | None) -> float:
     if eps is None:
-        return _EPS_FLOAT64 if input.dtype == torch.float64 else _EPS_FLOAT32
+        # an input without a type is none, which the op says
+        return _EPS_FLOAT64 if getattr(input, "dtype", None) is torch.float64 else _EPS_FLOAT32
     return eps
 
 
