@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 # torch's own op for each name, with the parameters that the kernels have.
 TORCH_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -37,6 +39,8 @@ def norm_with_residual(norm: nn.Module, input: torch.Tensor, residual: Any) -> t
 
     A residual of another shape or type, which torch would broadcast or promote, is added in torch.
     """
+    if has_torch_function_variadic(input, residual) and not is_dynamo_compiling():  # see overrides.py
+        return handle_torch_function(norm_with_residual, (input, residual), norm, input, residual)
     if isinstance(residual, torch.Tensor) and residual.shape == input.shape and residual.dtype == input.dtype:
         return norm(input, residual=residual)
     plain = nn.Module.__new__(type(norm))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from fastnorm import _C, compile
 from fastnorm.activation import check_activation
@@ -19,6 +22,7 @@ from fastnorm.norm import (
     scale_and_shift,
 )
 from fastnorm.norm_module import RankedNormModule
+from fastnorm.overrides import overridden
 
 
 class BatchNormFunction(NormFunction):
@@ -151,6 +155,12 @@ complete_norm(
 _batch_norm = norm_op("batch_norm", BatchNormFunction)
 
 
+def check_eps(op: str, training: bool, eps: float) -> None:
+    """What torch asks of eps in batch normalisation alone, of the other normalisations' nothing."""
+    if eps < 0.0 or (training and eps == 0.0):
+        raise ValueError(f"{op}: eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -190,7 +200,7 @@ def batch_norm(
         num_batches_tracked: one int64, counted up in training.
 
     Raises:
-        ValueError: one value per channel in training; an unknown activation.
+        ValueError: one value per channel in training; eps < 0, or eps = 0 in training; an unknown activation.
         RuntimeError: a shape, type or device that does not fit; nothing has been written then.
 
     Example:
@@ -199,6 +209,11 @@ def batch_norm(
         >>> y.shape
         torch.Size([8, 4, 5, 5])
     """
+    overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+    if overrides and not is_dynamo_compiling():
+        return overridden(batch_norm, locals())
+    if eps <= 0.0:
+        check_eps("batch_norm", training, eps)
     setting = (
         running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, None,
@@ -210,6 +225,7 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
     """What the three modules add to torch's."""
 
     _op = staticmethod(_batch_norm)
+    _functional: Callable[..., Tensor] = staticmethod(batch_norm)
     _renorm: tuple[float, float] | None = None
 
     def __init__(
@@ -234,19 +250,34 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
         self.skip_nonfinite_stats = skip_nonfinite_stats
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
         training = self.training
         running_mean = running_var = num_batches_tracked = None
-        buffers = self._buffers
         if self.track_running_stats or not training:
-            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-            if training:
-                num_batches_tracked = buffers["num_batches_tracked"]
+            buffers = self._buffers  # see NormModule
+            try:
+                running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+                num_batches_tracked = buffers["num_batches_tracked"] if training else None
+            except KeyError:  # one is no buffer
+                running_mean, running_var = self.running_mean, self.running_var
+                num_batches_tracked = self.num_batches_tracked if training else None
         weight, bias = self._parameters_of_forward()
         by_batch = training or (running_mean is None and running_var is None)
+        overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        if overrides and not is_dynamo_compiling():
+            if not isinstance(input, fx.Proxy):  # of which no number is known
+                self._check_input_dim(input)
+            return self._overridden(
+                self._functional, input, residual, running_mean, running_var, weight, bias,
+                by_batch, self.momentum, self.eps, *(self._renorm or ()),
+                num_batches_tracked=num_batches_tracked, skip_nonfinite_stats=self.skip_nonfinite_stats,
+            )  # fmt: skip
+        self._check_input_dim(input)
+        eps = self.eps
+        if eps <= 0.0:
+            check_eps(self._functional.__name__, by_batch, eps)
         setting = (
             running_mean, running_var, num_batches_tracked,
-            by_batch, self.momentum, self.eps, self.activation, self.skip_nonfinite_stats, self._renorm,
+            by_batch, self.momentum, eps, self.activation, self.skip_nonfinite_stats, self._renorm,
         )  # fmt: skip
         return self._op(input, weight, bias, residual, setting)
 

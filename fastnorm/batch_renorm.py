@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
-from fastnorm.batch_norm import BatchNormFunction, _BatchNorm
+from fastnorm.batch_norm import BatchNormFunction, _BatchNorm, check_eps
 from fastnorm.norm import norm_op
+from fastnorm.overrides import overridden
 
 _batch_renorm = norm_op("batch_renorm", BatchNormFunction)
 Limit = float | Callable[[int], float]
@@ -55,7 +58,8 @@ def batch_renorm(
         d_max: at least 0, in units of sigma_running; inf does not clip.
 
     Raises:
-        ValueError: one value per channel in training; r_max < 1 or d_max < 0; an unknown activation.
+        ValueError: one value per channel in training; r_max < 1 or d_max < 0; eps < 0, or eps = 0 in training; an
+            unknown activation.
         RuntimeError: no running statistics; a shape, type or device that does not fit; nothing has been written then.
 
     Example:
@@ -66,6 +70,11 @@ def batch_renorm(
         >>> torch.allclose(trained, evaluated, atol=1e-5)
         True
     """
+    overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+    if overrides and not is_dynamo_compiling():
+        return overridden(batch_renorm, locals())
+    if eps <= 0.0:
+        check_eps("batch_renorm", training, eps)
     setting = (
         running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, skip_nonfinite_stats, (r_max, d_max),
@@ -73,10 +82,15 @@ def batch_renorm(
     return _batch_renorm(input, weight, bias, residual, setting)
 
 
+def _is_at_hand(tensor: Tensor) -> bool:
+    return tensor.is_cpu
+
+
 class _BatchRenorm(_BatchNorm):
     """What the three modules share."""
 
     _op = staticmethod(_batch_renorm)
+    _functional = staticmethod(batch_renorm)
     # num_batches_tracked, and the version and the value that it has after the forward that was last prepared
     _expected: tuple[Tensor, int, int] | None = None
 
@@ -113,12 +127,13 @@ class _BatchRenorm(_BatchNorm):
     def _tracked(self) -> int:
         """num_batches_tracked as a number.
 
-        It is read back from the device only if something else than this module's forward has written it: waiting for
-        the device at each step would cost more than the op.
+        From a GPU it is read back only if something else than this module's forward has written it, not through .data:
+        waiting for the device at each step would cost more than the op.
         """
         tensor = self.num_batches_tracked
-        if self.skip_nonfinite_stats or tensor.is_inference():
-            return int(tensor)  # whether the last batch counted, only the device knows
+        # with skip_nonfinite_stats only the device knows whether the last batch counted
+        if _is_at_hand(tensor) or self.skip_nonfinite_stats or tensor.is_inference():
+            return int(tensor)
         known, version, value = self._expected or (None, 0, 0)
         if known is not tensor or version != tensor._version:
             value = int(tensor)

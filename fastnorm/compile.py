@@ -99,6 +99,14 @@ def _refuse(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
+def refuse_scripting(module: torch.nn.Module) -> None:
+    """What torch.jit.script calls first: it could compile neither the kernels nor what chooses among them."""
+    raise NotImplementedError(
+        f"{type(module).__name__}: torch.jit.script cannot compile fastnorm's modules; use torch.compile, torch.export "
+        "or torch.jit.trace, or make them torch.nn's by fastnorm.revert"
+    )
+
+
 def defined(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """What a native function returned, with empty tensors for what it did not make: a schema has no optional result."""
     return tuple(like.new_empty(0) if t is None else t for t in results)

@@ -248,7 +248,8 @@ def _reason(module: nn.Module) -> str | None:
         return None
     if isinstance(module, torch.jit.ScriptModule):
         name = module.original_name
-        return f"{name} is scripted, convert before scripting" if name in {k.__name__ for k in _OF_TORCH} else None
+        reason = f"{name} is scripted, which fastnorm's layers cannot be"
+        return reason if name in {k.__name__ for k in _OF_TORCH} else None
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0:
         return f"{kind.__name__} has its dropout (p={module.dropout}) inside"
     if not isinstance(module, _TORCH_KINDS):

@@ -10,9 +10,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_unary
 
 from fastnorm import _C, compile
-from fastnorm.op import apply_of, carry
+from fastnorm.op import apply_of, carry, check_tensor
+from fastnorm.overrides import overridden, recorded_call
 from fastnorm.transforms import (
     inside_vmap,
     is_batch_of_gradients,
@@ -129,10 +132,14 @@ def _dropping(
     return carry(name, eager=eager, transformed=transformed, traced=traced, torch_op=torch_dropout)
 
 
-def _whole(op: str, input: Tensor, p: float) -> Tensor:
+def _whole(op: str, input: Tensor, p: float, training: bool) -> Tensor:
     """What comes of a call that drops nothing: the input, or an error."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: p must be in [0, 1], got {p}")
+    if training is not False and training is not True:
+        raise TypeError(f"{op}: training must be a bool, got {type(training).__name__}")
+    if not isinstance(input, Tensor):
+        check_tensor(op, input)
     return input
 
 
@@ -261,9 +268,11 @@ def dropout(
         >>> sorted(y.unique().tolist())
         [0.0, 1.3333333730697632]
     """
-    if training and 0.0 < p <= 1.0:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(dropout, locals())
+    if training is True and 0.0 < p <= 1.0:
         return _dropout(input, p, 0, inplace, generator)
-    return _whole("dropout", input, p)
+    return _whole("dropout", input, p, training)
 
 
 _CHANNELS_DOC = """Zeroes whole channels with probability p and scales the others (Tompson et al. 2015,
@@ -289,11 +298,13 @@ def dropout1d(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(dropout1d, locals())
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: input must have shape (N, C, L) or (C, L), got {list(input.shape)}")
-    if training and 0.0 < p <= 1.0:
+    if training is True and 0.0 < p <= 1.0:
         return _dropout1d(input, p, input.dim() - 1, inplace, generator)
-    return _whole("dropout1d", input, p)
+    return _whole("dropout1d", input, p, training)
 
 
 def dropout2d(
@@ -304,10 +315,12 @@ def dropout2d(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(dropout2d, locals())
     _check_channels("dropout2d", "(N, C, H, W)", input, (4,))
-    if training and 0.0 < p <= 1.0:
+    if training is True and 0.0 < p <= 1.0:
         return _dropout2d(input, p, 2, inplace, generator)
-    return _whole("dropout2d", input, p)
+    return _whole("dropout2d", input, p, training)
 
 
 def dropout3d(
@@ -318,10 +331,12 @@ def dropout3d(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(dropout3d, locals())
     _check_channels("dropout3d", "(N, C, D, H, W) or (C, D, H, W)", input, (4, 5))
-    if training and 0.0 < p <= 1.0:
+    if training is True and 0.0 < p <= 1.0:
         return _dropout3d(input, p, 1 if input.dim() == 4 else 2, inplace, generator)
-    return _whole("dropout3d", input, p)
+    return _whole("dropout3d", input, p, training)
 
 
 def _check_channels(op: str, wanted: str, input: Tensor, ranks: tuple[int, ...]) -> None:
@@ -383,9 +398,11 @@ def alpha_dropout(
         >>> [round(value, 4) for value in sorted(y.unique().tolist())]
         [-0.7792, 1.6656]
     """
-    if training and 0.0 < p <= 1.0:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(alpha_dropout, locals())
+    if training is True and 0.0 < p <= 1.0:
         return _alpha_dropout(input, p, 0, inplace, generator)
-    return _whole("alpha_dropout", input, p)
+    return _whole("alpha_dropout", input, p, training)
 
 
 def feature_alpha_dropout(
@@ -413,11 +430,13 @@ def feature_alpha_dropout(
         >>> y.shape
         torch.Size([4, 10, 7, 7])
     """
-    if input.dim() < 2 and training and p != 0.0:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(feature_alpha_dropout, locals())
+    if training and p != 0.0 and input.dim() < 2:
         raise RuntimeError(f"feature_alpha_dropout: input must have shape (N, C, *), got {list(input.shape)}")
-    if training and 0.0 < p <= 1.0:
+    if training is True and 0.0 < p <= 1.0:
         return _feature_alpha_dropout(input, p, 2, inplace, generator)
-    return _whole("feature_alpha_dropout", input, p)
+    return _whole("feature_alpha_dropout", input, p, training)
 
 
 def drop_path(
@@ -449,11 +468,13 @@ def drop_path(
         >>> x, branch = torch.randn(8, 4, 5, 5), torch.nn.Conv2d(4, 4, 3, padding=1)
         >>> y = x + fastnorm.functional.drop_path(branch(x), 0.1, training=True)
     """
-    if input.dim() < 1 and training and p != 0.0:
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(drop_path, locals())
+    if training and p != 0.0 and input.dim() < 1:
         raise RuntimeError(f"drop_path: input must have shape (N, *), got {list(input.shape)}")
-    if training and 0.0 < p <= 1.0:
+    if training is True and 0.0 < p <= 1.0:
         return _drop_path(input, p, 1, inplace, generator)
-    return _whole("drop_path", input, p)
+    return _whole("drop_path", input, p, training)
 
 
 _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels, see :func:`fastnorm.functional.{function}`.
@@ -472,6 +493,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     """The functional that a module is of. p that is NaN passes torch's own check; not here."""
 
     _function: Callable[[Tensor, float, bool, bool], Tensor]
+    __prepare_scriptable__ = compile.refuse_scripting
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         if not 0.0 <= p <= 1.0:
@@ -479,6 +501,8 @@ class _Dropout(nn.modules.dropout._DropoutNd):
         super().__init__(p, inplace)
 
     def forward(self, input: Tensor) -> Tensor:
+        if has_torch_function_unary(input) and (call := recorded_call(self, input)) is not None:
+            return call
         return self._function(input, self.p, self.training, self.inplace)
 
 

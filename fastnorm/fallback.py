@@ -42,7 +42,18 @@ def call_torch(op: str, reason: str, torch_op: Callable[..., Any], *args: Any) -
     """Calls torch_op in place of a kernel, as :func:`set_fallback` says."""
     if _mode == "error":
         raise NotImplementedError(f"{op}: {reason}")
-    if _mode == "warn" and (op, reason) not in _warned:
-        _warned.add((op, reason))
-        warnings.warn(f"{op}: {reason}; using torch's own op", FallbackWarning, stacklevel=4)
+    if _mode == "warn":
+        _warn(op, reason)
     return torch_op(*args)
+
+
+def _warn(op: str, reason: str) -> None:
+    """Once for each op and reason; of a compiled call when it is compiled."""
+    if (op, reason) not in _warned:
+        _warned.add((op, reason))
+        warnings.warn(f"{op}: {reason}; using torch's own op", FallbackWarning, stacklevel=5)
+
+
+# Dynamo calls it while it traces, and leaves it out of the graph, which would break at a warning. A break inside of
+# torch.func's transforms is more than Dynamo can mend.
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]

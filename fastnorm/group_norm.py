@@ -7,11 +7,14 @@ from operator import itemgetter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from fastnorm import compile
 from fastnorm.activation import check_activation
 from fastnorm.norm import NormFunction, Setting, complete_norm, norm_op, scale_and_shift
 from fastnorm.norm_module import ChannelNormModule
+from fastnorm.overrides import overridden
 
 
 class GroupNormFunction(NormFunction):
@@ -109,6 +112,8 @@ def group_norm(
         >>> y.shape, y.is_contiguous(memory_format=torch.channels_last)
         (torch.Size([8, 4, 5, 5]), True)
     """
+    if has_torch_function_variadic(input, weight, bias, residual) and not is_dynamo_compiling():
+        return overridden(group_norm, locals())
     return _group_norm(input, weight, bias, residual, (num_groups, eps, activation))
 
 
@@ -152,4 +157,6 @@ class GroupNorm(ChannelNormModule, nn.GroupNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self._parameters_of_forward()
+        if has_torch_function_variadic(input, weight, bias, residual) and not is_dynamo_compiling():
+            return self._overridden(group_norm, input, residual, self.num_groups, weight, bias, self.eps)
         return _group_norm(input, weight, bias, residual, (self.num_groups, self.eps, self.activation))

@@ -8,12 +8,15 @@ from operator import itemgetter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from fastnorm.activation import check_activation
 from fastnorm.batch_norm import batch_norm
 from fastnorm.group_norm import GroupNormFunction, normalize_groups
 from fastnorm.norm import NormFunction, Setting, complete_norm, norm_op
 from fastnorm.norm_module import RankedNormModule
+from fastnorm.overrides import overridden, recorded_call
 
 
 class InstanceNormFunction(NormFunction):
@@ -95,6 +98,9 @@ def instance_norm(
         >>> torch.allclose(y.mean((2, 3)), torch.zeros(8, 4), atol=1e-6)
         True
     """
+    overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+    if overrides and not is_dynamo_compiling():
+        return overridden(instance_norm, locals())
     if not use_input_stats:
         return _with_running_statistics(input, running_mean, running_var, weight, bias, eps, residual, activation)
     setting = (running_mean, running_var, momentum, eps, activation)
@@ -149,6 +155,15 @@ class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight, bias = self._parameters_of_forward()
+        buffers = self._buffers  # see NormModule
+        try:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+        except KeyError:  # one is no buffer
+            mean, var = self.running_mean, self.running_var
+        overrides = has_torch_function_variadic(input, mean, var, weight, bias, residual) and not is_dynamo_compiling()
+        if overrides and (call := recorded_call(self, input, residual)) is not None:
+            return call
         self._check_input_dim(input)
         without_batch = input.dim() == self._input_dims[0]
         channels = input.size(0 if without_batch else 1)
@@ -163,11 +178,14 @@ class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
         if without_batch:
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
-        weight, bias = self._parameters_of_forward()
-        buffers = self._buffers
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        if self.training or not self.track_running_stats:
-            momentum = 0.0 if self.momentum is None else self.momentum
+        by_input = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if overrides:
+            y = instance_norm(
+                input, mean, var, weight, bias, by_input, momentum, self.eps,
+                residual=residual, activation=self.activation,
+            )  # fmt: skip
+        elif by_input:
             y = _instance_norm(input, weight, bias, residual, (mean, var, momentum, self.eps, self.activation))
         else:
             y = _with_running_statistics(input, mean, var, weight, bias, self.eps, residual, self.activation)

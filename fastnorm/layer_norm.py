@@ -8,11 +8,14 @@ from operator import itemgetter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from fastnorm import compile
 from fastnorm.activation import check_activation
 from fastnorm.norm import NormFunction, Setting, complete_norm, norm_op
 from fastnorm.norm_module import NormModule
+from fastnorm.overrides import overridden
 
 
 class LayerNormFunction(NormFunction):
@@ -121,6 +124,8 @@ def layer_norm(
         >>> y.shape
         torch.Size([4, 10, 16])
     """
+    if has_torch_function_variadic(input, weight, bias, residual) and not is_dynamo_compiling():
+        return overridden(layer_norm, locals())
     return _layer_norm(input, weight, bias, residual, (normalized_shape, eps, activation, True))
 
 
@@ -157,4 +162,6 @@ class LayerNorm(NormModule, nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self._parameters_of_forward()
+        if has_torch_function_variadic(input, weight, bias, residual) and not is_dynamo_compiling():
+            return self._overridden(layer_norm, input, residual, self.normalized_shape, weight, bias, self.eps)
         return _layer_norm(input, weight, bias, residual, (self.normalized_shape, self.eps, self.activation, True))

@@ -7,10 +7,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_unary
 
 from fastnorm import _C, compile
 from fastnorm.double_backward import double_backward
 from fastnorm.op import apply_of, carry
+from fastnorm.overrides import overridden, recorded_call
 from fastnorm.transforms import (
     fold_samples,
     is_for_kernels,
@@ -164,6 +167,8 @@ def local_response_norm(
         >>> y[0, 1, 0]  # 1 / (4 + 1 + 4)
         tensor(0.1111)
     """
+    if has_torch_function_unary(input) and not is_dynamo_compiling():
+        return overridden(local_response_norm, locals())
     op = _local_response_norm if input.dim() > 3 else _local_response_norm_of_sequences
     return op(input, size, alpha, beta, k, region, convention)
 
@@ -282,6 +287,8 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         torch.Size([8, 16, 4, 4])
     """
 
+    __prepare_scriptable__ = compile.refuse_scripting
+
     def __init__(
         self,
         size: int,
@@ -298,6 +305,8 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         self.convention = convention
 
     def forward(self, input: Tensor) -> Tensor:
+        if has_torch_function_unary(input) and (call := recorded_call(self, input)) is not None:
+            return call
         return local_response_norm(
             input, self.size, self.alpha, self.beta, self.k, region=self.region, convention=self.convention
         )

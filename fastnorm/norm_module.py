@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
+
+from fastnorm.compile import refuse_scripting
+from fastnorm.overrides import recorded_call
 
 
 class NormModule(nn.Module):
     """A norm with an activation."""
 
     activation: str | None
+    __prepare_scriptable__ = refuse_scripting
 
     def _parameters_of_forward(self) -> tuple[Tensor | None, Tensor | None]:
-        """weight and bias. Module.__getattr__ takes 0.3 us a tensor; a parametrised one is not in the dictionary."""
+        """weight and bias. Module.__getattr__ takes 0.3 us a tensor; not in the dictionary is a parametrised one, one
+        of DataParallel's replicas, and one that was deleted and set anew. Running statistics are read likewise.
+        """
         parameters = self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        return weight, parameters["bias"] if "bias" in parameters else self.bias
+        try:
+            return parameters["weight"], parameters["bias"]
+        except KeyError:
+            return self.weight, self.bias
+
+    def _overridden(
+        self, function: Callable[..., Tensor], input: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """forward by the functional, where an argument or a mode has a __torch_function__, see overrides.py."""
+        call = recorded_call(self, input, residual)
+        return function(input, *args, residual=residual, activation=self.activation, **kwargs) if call is None else call
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -70,16 +72,36 @@ def carry(
             return torch_op(*args)
         else:
             try:
-                return transformed(*args) if inside else eager(*args)  # type: ignore[misc]
+                return _untraced(transformed, *args) if inside else eager(*args)
             except NotImplementedError as uncovered:
                 reason = str(uncovered).partition(": ")[2]
-            except TypeError:
-                if isinstance(args[0], Tensor):
+            except (AttributeError, TypeError) as error:
+                check_tensor(name, args[0])
+                _, incompatible, rest = str(error).partition("(): incompatible function arguments")
+                if not incompatible:
                     raise
-                raise TypeError(f"{name}: input must be a Tensor, got {type(args[0]).__name__}") from None
+                raise TypeError(f"{name}{incompatible}{rest}") from None  # by the name of the op, not of its kernel
         return call_torch(name, reason, torch_op, *args)
 
     return op
+
+
+def check_tensor(op: str, input: Any) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}")
+
+
+def _untraced(function: Any, *args: Any) -> Tensor:
+    """A call into which Dynamo does not look: where a graph broke inside of torch.func's transforms, which then run
+    eagerly, it would compile the rules of autograd functions, and cannot."""
+    if "torch._dynamo" in sys.modules:  # which takes two seconds to import
+        function = _disabled(function)
+    return function(*args)
+
+
+@functools.cache
+def _disabled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compiler.disable(function)
 
 
 def _has_autocast_rule(device: str, ops: tuple[str, ...]) -> bool:

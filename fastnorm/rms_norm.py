@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from fastnorm.activation import check_activation
 from fastnorm.layer_norm import LayerNormFunction
 from fastnorm.norm import norm_op
 from fastnorm.norm_module import NormModule
+from fastnorm.overrides import overridden
 
 _rms_norm = norm_op("rms_norm", LayerNormFunction, autocast_as=("rms_norm",))
 _EPS_FLOAT64 = torch.finfo(torch.float64).eps
@@ -50,12 +53,15 @@ def rms_norm(
         >>> y.shape
         torch.Size([4, 10, 16])
     """
+    if has_torch_function_variadic(input, weight, residual) and not is_dynamo_compiling():
+        return overridden(rms_norm, locals())
     return _rms_norm(input, weight, None, residual, (normalized_shape, _eps_of(input, eps), activation, False))
 
 
 def _eps_of(input: Tensor, eps: float | None) -> float:
     if eps is None:
-        return _EPS_FLOAT64 if input.dtype == torch.float64 else _EPS_FLOAT32
+        # an input without a type is none, which the op says
+        return _EPS_FLOAT64 if getattr(input, "dtype", None) is torch.float64 else _EPS_FLOAT32
     return eps
 
 
@@ -92,5 +98,7 @@ class RMSNorm(NormModule, nn.RMSNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         parameters = self._parameters  # see NormModule
         weight = parameters["weight"] if "weight" in parameters else self.weight
+        if has_torch_function_variadic(input, weight, residual) and not is_dynamo_compiling():
+            return self._overridden(rms_norm, input, residual, self.normalized_shape, weight, self.eps)
         setting = (self.normalized_shape, _eps_of(input, self.eps), self.activation, False)
         return _rms_norm(input, weight, None, residual, setting)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
 from fastnorm import _C
 from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from fastnorm.overrides import recorded_call
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -134,6 +136,8 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = process_group
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if has_torch_function_unary(input) and (call := recorded_call(self, input, residual)) is not None:
+            return call
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         together = by_batch and self.training and dist.is_available() and dist.is_initialized()
         if not together or dist.get_world_size(self.process_group) == 1:

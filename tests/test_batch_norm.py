@@ -115,12 +115,25 @@ def test_constant_channel_gives_exactly_beta() -> None:
 
 @pytest.mark.parametrize("scale", (1e-30, 1e-18, 1e18, 1e30))
 def test_scales_whose_squares_leave_float32(scale: float) -> None:
-    """eps=0 where the scale is small, so that the variance alone decides."""
+    """eps next to 0 where the scale is small, so that the variance alone decides."""
     for shape in ((4, 3, 9, 9), (8, 70, 2, 2)):
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale).float()
-        eps = 0.0 if scale < 1 else 1e-5
+        eps = 1e-300 if scale < 1 else 1e-5
         y = fn.batch_norm(x, None, None, training=True, eps=eps)
         torch.testing.assert_close(y.double(), reference.batch_norm(x.double(), eps=eps), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", (0, 0.0, -1e-5, float("nan")))
+@pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
+def test_eps_is_refused_where_torch_refuses_it(eps: float, training: bool) -> None:
+    x, refused = torch.randn(4, 3), []
+    for kind in (nn.BatchNorm1d, fastnorm.BatchNorm1d):
+        try:
+            kind(3, eps=eps).train(training)(x)
+            refused.append(False)
+        except ValueError as error:
+            refused.append("eps" in str(error))
+    assert refused[0] == refused[1] == (eps < 0 or (eps == 0 and training))
 
 
 def test_nan_and_inf_are_placed_as_by_torch() -> None:

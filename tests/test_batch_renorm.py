@@ -154,8 +154,9 @@ def test_fallback_keeps_every_keyword() -> None:
         assert module.num_batches_tracked == 1
 
 
-def test_the_schedule_reads_the_count_only_where_something_else_wrote_it() -> None:
-    """On a CUDA device reading it waits for all work before."""
+def test_the_schedule_reads_the_count_only_where_something_else_wrote_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device, where reading it waits for all work before."""
+    monkeypatch.setattr(fastnorm.batch_renorm, "_is_at_hand", lambda tensor: False)
     seen: list[int] = []
 
     def r_max(batches: int) -> float:
@@ -180,6 +181,18 @@ def test_the_schedule_reads_the_count_only_where_something_else_wrote_it() -> No
     for batch in (x, x * float("inf"), x):
         careful(batch)
     assert seen[8:] == [0, 1, 1]
+
+
+def test_the_schedule_sees_every_count_on_a_cpu() -> None:
+    seen: list[int] = []
+    norm = fastnorm.BatchRenorm1d(3, r_max=lambda batches: seen.append(batches) or 2.0)
+    x = torch.randn(8, 3)
+    norm(x)
+    norm.num_batches_tracked.data.fill_(100)
+    norm(x)
+    norm.num_batches_tracked.data = torch.tensor(7)
+    norm(x)
+    assert seen == [0, 100, 7] and norm.num_batches_tracked == 8
 
 
 X = torch.ones(4, 3, 5, 5)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -590,6 +591,52 @@ def test_a_torch_func_transform_inside_goes_to_torch() -> None:
     x = tensor(4, 5, 7)
     y = torch.compile(rows, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(y, fn.layer_norm(x, (7,)))
+
+
+TRANSFORMED = {
+    "LayerNorm": lambda: fastnorm.LayerNorm(5),
+    "RMSNorm": lambda: fastnorm.RMSNorm(5),
+    "GroupNorm": lambda: fastnorm.GroupNorm(3, 6),
+    "BatchNorm1d": lambda: fastnorm.BatchNorm1d(6).eval(),
+    "InstanceNorm1d": lambda: fastnorm.InstanceNorm1d(6),
+    "LocalResponseNorm": lambda: fastnorm.LocalResponseNorm(3),
+}
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_fallback_warning_inside_a_transform(name: str, backend: str) -> None:
+    """Without a break of the graph, which Dynamo could not mend there."""
+    norm, x = TRANSFORMED[name](), tensor(3, 2, 6, 5)
+
+    def per_sample(x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda sample: norm(sample).exp().sum()))(x)
+
+    wanted = per_sample(x)
+    fastnorm.set_fallback("warn")
+    compiled = torch.compile(per_sample, backend=backend, fullgraph=True)
+    with pytest.warns(fastnorm.FallbackWarning, match="torch.func inside of torch.compile; using torch's own op"):
+        torch.testing.assert_close(compiled(x), wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastnorm.FallbackWarning)
+        torch.testing.assert_close(compiled(x), wanted)
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_graph_that_breaks_inside_a_transform(name: str, backend: str) -> None:
+    """The rest of it then runs eagerly, on the kernels; Dynamo breaks it by itself where vmap takes a module."""
+    norm, x = TRANSFORMED[name](), tensor(3, 2, 6, 5)
+
+    def breaking(sample: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return norm(sample).exp().sum()
+
+    def per_sample(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.vmap(norm)(x), torch.func.vmap(torch.func.grad(breaking))(x)
+
+    fastnorm.set_fallback("silent")
+    torch.testing.assert_close(torch.compile(per_sample, backend=backend)(x), per_sample(x))
 
 
 def test_eager_calls_do_not_go_through_the_dispatcher() -> None:

@@ -247,7 +247,7 @@ def test_report_says_why() -> None:
         "replaced": "LayerNorm has a forward of its own, set on the instance",
         "parametrised": "ParametrizedLayerNorm is parametrised, convert before registering the parametrisation",
         "quantised": "BatchNorm2d is quantised",
-        "scripted": "Dropout is scripted, convert before scripting",
+        "scripted": "Dropout is scripted, which fastnorm's layers cannot be",
         "lrn": "fastnorm has no CrossMapLRN2d",
         "lstm": "LSTM has its dropout (p=0.5) inside",
     }

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,22 @@ WRONG = {
         TypeError,
         "batch_norm: input must be a Tensor, got list",
     ),
+    "eps of 0 in training": (
+        bn(training=True, eps=0),
+        ValueError,
+        "batch_norm: eps must be positive in training, got 0",
+    ),
+    "eps below 0": (bn(eps=-1e-5), ValueError, "batch_norm: eps must be at least 0, got -1e-05"),
+    "module: eps of 0 in training": (
+        lambda: fastnorm.BatchNorm2d(3, eps=0.0)(X()),
+        ValueError,
+        "batch_norm: eps must be positive in training, got 0.0",
+    ),
+    "batch_renorm: eps of 0 in training": (
+        lambda: fastnorm.BatchRenorm2d(3, eps=0.0)(X()),
+        ValueError,
+        "batch_renorm: eps must be positive in training",
+    ),
     "module: rank for 1d": (
         lambda: fastnorm.BatchNorm1d(3)(X()),
         ValueError,
@@ -195,11 +212,45 @@ WRONG = {
         NotImplementedError,
         "rms_norm: no kernel for a weight of type Double",
     ),
+    "rms_norm: not a tensor": (
+        lambda: fastnorm.RMSNorm(5)(None),
+        TypeError,
+        "rms_norm: input must be a Tensor, got NoneT",
+    ),
+    "rms_norm: weight not a tensor": (
+        lambda: fn.rms_norm(X(), (5,), "w"),
+        TypeError,
+        r"^rms_norm\(\): incompatible function arguments",
+    ),
     "rms_norm: module activation": (lambda: fastnorm.RMSNorm(5, activation="elu"), ValueError, "RMSNorm: activ"),
     "dropout: p above 1": (lambda: fn.dropout(X(), 1.5), ValueError, r"dropout: p must be in \[0, 1\], got 1.5"),
     "dropout: p below 0": (lambda: fn.dropout(X(), -0.1), ValueError, "got -0.1"),
     "dropout: p NaN": (lambda: fn.dropout(X(), nan), ValueError, "got nan"),
     "dropout: p wrong even in eval": (lambda: fn.dropout(X(), 2.0, training=False), ValueError, "got 2.0"),
+    "dropout: not a tensor": (
+        lambda: fastnorm.Dropout()([1.0]),
+        TypeError,
+        "dropout: input must be a Tensor, got list",
+    ),
+    **{
+        f"{function}: not a tensor, nothing dropped": (
+            lambda function=function: getattr(fn, function)(np.ones((2, 3)), 0.5, False),
+            TypeError,
+            f"{function}: input must be a Tensor, got ndarray",
+        )
+        for function in ("dropout", "alpha_dropout", "feature_alpha_dropout", "drop_path")
+    },
+    "dropout: p of 0, not a tensor": (lambda: fastnorm.Dropout(0.0)(None), TypeError, "must be a Tensor, got NoneType"),
+    "dropout: training None": (
+        lambda: fn.dropout(X(), 0.5, None),
+        TypeError,
+        "dropout: training must be a bool, got None",
+    ),
+    "dropout2d: training 1": (
+        lambda: fn.dropout2d(X(), 0.5, 1),
+        TypeError,
+        "dropout2d: training must be a bool, got int",
+    ),
     "dropout1d: rank": (lambda: fn.dropout1d(X()), RuntimeError, r"dropout1d: input must have shape \(N, C, L\)"),
     "dropout2d: rank": (lambda: fn.dropout2d(torch.ones(3)), RuntimeError, "dropout2d: input must have shape"),
     "dropout3d: p": (lambda: fn.dropout3d(X(), -1.0), ValueError, "dropout3d: p must be"),

@@ -225,6 +225,45 @@ def test_parametrised(name: str) -> None:
     assert type(module) is type(doubled) and equal(run(module, x), run(doubled, x))
 
 
+def as_an_attribute(module: nn.Module, name: str) -> None:
+    buffer = getattr(module, name)
+    delattr(module, name)
+    setattr(module, name, buffer)
+
+
+def as_a_parameter(module: nn.Module, name: str) -> None:
+    buffer = getattr(module, name)
+    delattr(module, name)
+    module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+
+def as_parametrised(module: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(module, name, nn.Identity())
+
+
+@pytest.mark.parametrize("name", [n for n, (make, _) in MODULES.items() if list(make().buffers())])
+@pytest.mark.parametrize("move", (as_an_attribute, as_a_parameter, as_parametrised))
+def test_running_statistics_that_are_no_buffers(name: str, move: Callable[[nn.Module, str], None]) -> None:
+    """torch.nn takes them for what self.running_mean is."""
+    module, x = module_and_input(name)
+    names = list(dict(module.named_buffers()))
+    moved = copy.deepcopy(module)
+    for buffer in names:
+        if move is not as_a_parameter or buffer != "num_batches_tracked":  # parameters are floating-point numbers
+            move(moved, buffer)
+    for training in (True, False, True):
+        assert equal(run(moved.train(training), x), run(module.train(training), x))
+        assert equal([getattr(moved, b) for b in names], [getattr(module, b) for b in names])
+
+
+def test_without_num_batches_tracked() -> None:
+    module, x = module_and_input("BatchNorm2d")
+    without = copy.deepcopy(module)
+    del without.num_batches_tracked
+    without.num_batches_tracked = None
+    assert equal(run(without, x), run(module, x)) and torch.equal(without.running_var, module.running_var)
+
+
 def test_weight_norm_on_a_norm() -> None:
     module = fastnorm.parametrizations.weight_norm(fastnorm.LayerNorm(5))
     x = torch.randn(3, 5)
@@ -240,6 +279,18 @@ def test_other_types(name: str) -> None:
         other = copy.deepcopy(module).to(dtype)
         assert all(t.dtype == dtype for t in other.state_dict().values() if t.is_floating_point())
         assert run(other, x.to(dtype))[0].dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@every_module
+def test_torch_jit_script_is_told_what_to_use(name: str) -> None:
+    module, _ = module_and_input(name)
+    model = nn.Sequential(nn.Identity(), module)
+    with pytest.raises(
+        NotImplementedError, match=rf"^{type(module).__name__}: torch.jit.script cannot .* torch.compile"
+    ):
+        torch.jit.script(model)
+    assert model[1] is module
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
