@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,22 +24,32 @@ def saved_bytes(
     Inputs count: in a network nothing but the layer that keeps them makes them stay. ``context`` is what the forward
     pass is to run in; of an output that it computes again, the residual counts if that is kept.
     """
-    if context is not None:  # so fastnorm is there: scripts say where it lies after they have imported this file
-        from fastnorm.recomputation import held
     kept: dict[int, tuple[Tensor, int]] = {}
     left_out = {p.untyped_storage().data_ptr() for p in parameters}
 
-    def pack(t: Any) -> Any:
-        if context is not None:
-            t = held(context.pack_hook(t))
-        if t is None:
-            return t
+    def add(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage.nbytes() > 0 and storage.data_ptr() not in left_out:
             kept[storage.data_ptr()] = (t, storage.nbytes())  # t is held, so that no other storage gets its address
         return t
 
-    with context or nullcontext(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    hooks: torch.autograd.graph.saved_tensors_hooks
+    if context is None:
+        hooks = torch.autograd.graph.saved_tensors_hooks(add, lambda t: t)
+    else:  # so fastnorm is there: scripts say where it lies after they have imported this file
+        from fastnorm.recomputation import held
+
+        packed = context.pack_hook
+
+        def pack(t: Tensor) -> Any:
+            result = packed(t)
+            if (own := held(result)) is not None:
+                add(own)
+            return result
+
+        hooks = context
+        hooks.pack_hook = pack
+    with hooks:
         y = forward()
     del y
     return sum(nbytes for _, nbytes in kept.values())

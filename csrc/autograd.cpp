@@ -28,11 +28,14 @@ using Setting = c10::ArrayRef<c10::IValue>;  // of an op, as its schema has them
 bool requires_grad(const Tensor& t) { return t.requires_grad(); }
 bool requires_grad(const OptionalTensor& t) { return is_given(t) && t->requires_grad(); }
 
-// Whether a call makes a node of the graph. Not of an input without memory, which kernels refuse: a node would ask for
+bool can_be_kept(const Tensor& t) { return has_memory(t); }
+bool can_be_kept(const OptionalTensor& t) { return !is_given(t) || has_memory(*t); }
+
+// Whether a call makes a node of the graph. Not of inputs without memory, which kernels refuse: a node would ask for
 // its sizes, which a nested tensor has not.
 template <typename... Tensors>
-bool makes_node(const Tensor& input, const Tensors&... others) {
-  return at::GradMode::is_enabled() && (requires_grad(input) || ... || requires_grad(others)) && has_memory(input);
+bool makes_node(const Tensors&... inputs) {
+  return at::GradMode::is_enabled() && (requires_grad(inputs) || ...) && (can_be_kept(inputs) && ...);
 }
 
 // Whether a backward is that of plain tensors, which is not differentiated again: is_for_kernels of

@@ -21,17 +21,9 @@ static MaskRows mask_rows(const Tensor& input, const Shape& shape) {
   return input.is_cuda() ? cuda_mask_rows(shape) : mask_rows(shape);
 }
 
-static Tensor new_mask(const Tensor& input, const Shape& shape) {
-  return new_empty({mask_rows(input, shape).bytes()}, at::kByte, input.device());
-}
-
 static void check_channels(const char* op, const Tensor& input) {
   TORCH_CHECK(input.dim() >= 2, op, ": input must have at least 2 dimensions (N, C, *), got ", input.dim(),
               " with shape ", input.sizes());
-}
-
-static OptionalTensor dense(const OptionalTensor& t) {
-  return is_given(t) ? OptionalTensor(in_layout(*t, Layout::kContiguous)) : OptionalTensor();
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
@@ -54,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
               is_given(running_mean) ? "running_mean" : "running_var");
   TORCH_CHECK(training || is_given(running_mean), op, ": running_mean and running_var must be given if training=False");
   if (is_given(running_mean) && training) {
-    TORCH_CHECK(running_mean->is_contiguous() && running_var->is_contiguous(), op,
+    TORCH_CHECK(is_dense(*running_mean, Layout::kContiguous) && is_dense(*running_var, Layout::kContiguous), op,
                 ": running_mean and running_var must be contiguous to be updated");
   }
   if (is_given(num_batches_tracked)) {
@@ -88,11 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     if (training && is_given(num_batches_tracked)) num_batches_tracked->add_(1);
     return {y, statistics, mask};
   }
-  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) mask = new_mask(input, shape);
-  const OptionalTensor w = dense(weight), b = dense(bias);
-  const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
-  const OptionalTensor rm = training ? running_mean : dense(running_mean),
-                       rv = training ? running_var : dense(running_var);
+  if (keep_mask && is_given(residual) && is_piecewise_linear(act))
+    mask = new_mask(mask_rows(input, shape).bytes(), shape.layout, input.device());
+  const OptionalTensor w = in_layout(weight, Layout::kContiguous), b = in_layout(bias, Layout::kContiguous);
+  const OptionalTensor r = in_layout(residual, shape.layout);
+  const OptionalTensor rm = training ? running_mean : in_layout(running_mean, Layout::kContiguous),
+                       rv = training ? running_var : in_layout(running_var, Layout::kContiguous);
 
   BatchNormForward args{};
   args.shape = shape;
@@ -152,7 +145,7 @@ struct BackwardOperands {
     check_like_input(op, "residual", residual_, input);
     check_statistics(op, statistics, corrected ? 4 : 2, input);
     args.activation = activation_of(op, activation);
-    args.shape = shape_of(input);
+    args.shape = shape_of(input, mask);
     if (is_given(mask)) {
       const MaskRows rows = mask_rows(input, args.shape);
       TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == rows.bytes() && mask->is_contiguous() &&
@@ -162,9 +155,9 @@ struct BackwardOperands {
     const Layout layout = args.shape.layout;
     x = in_layout(input, layout);
     dy = in_layout(grad_output, layout);
-    weight = dense(weight_);
-    bias = dense(bias_);
-    if (is_given(residual_)) residual = in_layout(*residual_, layout);
+    weight = in_layout(weight_, Layout::kContiguous);
+    bias = in_layout(bias_, Layout::kContiguous);
+    residual = in_layout(residual_, layout);
     args.dtype = dtype_of(x);
     args.param_dtype = param_dtype(input, weight, bias);
     args.x = x.const_data_ptr();
@@ -246,9 +239,10 @@ std::tuple<Tensor, Tensor> batch_norm_normalize(const Tensor& input, const Optio
   const Tensor x = in_layout(input, shape.layout), y = empty_in_layout(x, shape.layout);
   Tensor mask;
   if (input.numel() == 0) return {y, mask};
-  if (keep_mask && is_given(residual) && is_piecewise_linear(act)) mask = new_mask(input, shape);
-  const OptionalTensor w = dense(weight), b = dense(bias);
-  const OptionalTensor r = is_given(residual) ? OptionalTensor(in_layout(*residual, shape.layout)) : OptionalTensor();
+  if (keep_mask && is_given(residual) && is_piecewise_linear(act))
+    mask = new_mask(mask_rows(input, shape).bytes(), shape.layout, input.device());
+  const OptionalTensor w = in_layout(weight, Layout::kContiguous), b = in_layout(bias, Layout::kContiguous);
+  const OptionalTensor r = in_layout(residual, shape.layout);
   BatchNormForward args{};
   args.shape = shape;
   args.dtype = args.stats_dtype = dtype_of(x);

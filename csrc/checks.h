@@ -8,19 +8,21 @@
 
 namespace fastnorm {
 
+inline void check_memory(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(has_memory(t), op, ": no kernel for ", name,
+                              " without memory of its own, as a wrapping subclass or a nested tensor is");
+}
+
 // NotImplementedError, which Python turns into a call of torch's own op: work that no kernel covers.
 inline void check_supported(const char* op, const Tensor& input, const char* name = "input") {
   TORCH_CHECK_NOT_IMPLEMENTED(input.layout() == at::kStrided, op, ": no kernel for ", name, " of layout ",
                               input.layout(), ", wanted Strided");
-  TORCH_CHECK_NOT_IMPLEMENTED(has_memory(input), op, ": no kernel for ", name,
-                              " without memory of its own, as a wrapping subclass or a nested tensor is");
   check_device(op, input, name);
+  check_memory(op, name, input);
   const auto type = input.scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
                               op, ": no kernel for ", name, " of type ", type,
                               ", wanted Double, Float, BFloat16 or Half");
-  TORCH_CHECK_NOT_IMPLEMENTED(!input.is_conj() && !input.is_neg(), op, ": no kernel for ", name,
-                              " that is lazily conjugated or negated");
 }
 
 // Of a tensor beside the input.
@@ -28,8 +30,7 @@ inline void check_place(const char* op, const char* name, const Tensor& t, const
   TORCH_CHECK(t.device() == input.device(), op, ": ", name, " must be on ", input.device(), " like input, got ",
               t.device());
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a strided tensor, got ", t.layout());
-  TORCH_CHECK_NOT_IMPLEMENTED(has_memory(t), op, ": no kernel for ", name,
-                              " without memory of its own, as a wrapping subclass or a nested tensor is");
+  check_memory(op, name, t);
 }
 
 // A parameter or statistic: one number a channel, in the input's type or float32.

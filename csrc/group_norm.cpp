@@ -14,14 +14,6 @@ static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, cons
   return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
 }
 
-static OptionalTensor dense(const OptionalTensor& t) {
-  return is_given(t) ? OptionalTensor(in_layout(*t, Layout::kContiguous)) : OptionalTensor();
-}
-
-static OptionalTensor dense_in(const OptionalTensor& t, Layout layout) {
-  return is_given(t) ? OptionalTensor(in_layout(*t, layout)) : OptionalTensor();
-}
-
 // The mask's rows where the input is.
 static MaskRows mask_rows(const Tensor& input, const Shape& shape) {
   return input.is_cuda() ? cuda_mask_rows(shape) : group_mask_rows(shape);
@@ -57,10 +49,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
   }
   if (want_variance) variance = new_empty({shape.N, num_groups}, at::kDouble, input.device());
   if (keep_mask && is_given(residual) && is_piecewise_linear(act)) {
-    const MaskRows rows = mask_rows(input, shape);
-    mask = new_empty({rows.bytes()}, at::kByte, input.device());
+    mask = new_mask(mask_rows(input, shape).bytes(), shape.layout, input.device());
   }
-  const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
+  const OptionalTensor w = in_layout(weight, Layout::kContiguous), b = in_layout(bias, Layout::kContiguous),
+                       r = in_layout(residual, shape.layout);
 
   GroupNormForward args{};
   args.shape = shape;
@@ -91,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups_backward(
   check_per_channel(op, "bias", bias, input);
   check_like_input(op, "residual", residual, input);
   const Activation act = activation_of(op, activation);
-  const Shape shape = shape_of(input);
+  const Shape shape = shape_of(input, mask);
   const int64_t slices = shape.N * num_groups;
   TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * slices &&
                   statistics.is_contiguous() && statistics.device() == input.device(),
@@ -103,7 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups_backward(
                 op, ": mask must be what ", op, "_forward returned");
   }
 
-  const OptionalTensor w = dense(weight), b = dense(bias), r = dense_in(residual, shape.layout);
+  const OptionalTensor w = in_layout(weight, Layout::kContiguous), b = in_layout(bias, Layout::kContiguous),
+                       r = in_layout(residual, shape.layout);
   const Tensor x = in_layout(input, shape.layout), dy = in_layout(grad_output, shape.layout);
   Tensor dx, dweight, dbias, dresidual;
   if (wanted[0]) dx = empty_in_layout(x, shape.layout);

@@ -52,10 +52,6 @@ static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, cons
   return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
 }
 
-static OptionalTensor dense(const OptionalTensor& t) {
-  return is_given(t) ? OptionalTensor(in_layout(*t, Layout::kContiguous)) : OptionalTensor();
-}
-
 // The tensor that backward gets: mean, rstd and rest as rows of [3, M], or rstd alone.
 static int64_t kept_numbers(bool subtract_mean) { return subtract_mean ? 3 : 1; }
 static at::ScalarType statistics_type(const Tensor& input) {
@@ -93,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const
     if (keep) statistics.zero_();
     return {y, statistics, mask};
   }
-  const OptionalTensor w = dense(weight), b = dense(bias), r = dense(residual);
+  const OptionalTensor w = in_layout(weight, Layout::kContiguous), b = in_layout(bias, Layout::kContiguous),
+                       r = in_layout(residual, Layout::kContiguous);
 
   LayerNormForward args{};
   args.M = rows.M;
@@ -135,7 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gra
                 op, ": mask must be what layer_norm_forward returned");
   }
 
-  const OptionalTensor w = dense(weight), b = dense(bias), r = dense(residual);
+  const OptionalTensor w = in_layout(weight, Layout::kContiguous), b = in_layout(bias, Layout::kContiguous),
+                       r = in_layout(residual, Layout::kContiguous);
   const Tensor x = in_layout(input, Layout::kContiguous), dy = in_layout(grad_output, Layout::kContiguous);
   Tensor dx, dweight, dbias, dresidual;
   if (wanted[0]) dx = empty_in_layout(x, Layout::kContiguous);

@@ -23,14 +23,12 @@ static void check_vector(const char* name, const Tensor& t, int64_t size, at::Sc
               "] for a weight of shape ", weight.sizes(), ", got ", t.sizes());
   TORCH_CHECK(t.scalar_type() == type, kOp, ": ", name, " must be of type ", type, " for a weight of type ",
               weight.scalar_type(), ", got ", t.scalar_type());
-  TORCH_CHECK(t.is_contiguous(), kOp, ": ", name, " must be contiguous");
+  TORCH_CHECK(is_dense(t, Layout::kContiguous), kOp, ": ", name, " must be contiguous");
 }
 
 static at::ScalarType arithmetic_type(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
-
-static Tensor dense(const Tensor& t) { return is_dense(t) ? t : in_layout(t, Layout::kContiguous); }
 
 // A channels_last weight whose rows are its dimension 0: it is a matrix as it lies, but for the order of the columns.
 // The vector v is then permuted, not the weight.
@@ -109,8 +107,7 @@ Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight_, 
   const Tensor weight = permuted ? as_given : as_given.contiguous();
   const Tensor dweight = new_empty_like(weight);
   if (weight.numel() == 0) return dweight;
-  const bool as_weight = grad_output.strides() == weight.strides() && !grad_output._is_zerotensor();
-  const Tensor dy = as_weight ? grad_output : new_empty_like(weight).copy_(grad_output);
+  const Tensor dy = lying_as(weight, grad_output);
   const Tensor v_row = permuted ? to_memory_order(v, weight) : v;
 
   SpectralNormBackward args{};

@@ -22,11 +22,13 @@ Dtype dtype_of(const Tensor& t) {
 }
 
 bool has_memory(const Tensor& t) {
-  return t.has_storage() && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested();
+  const at::TensorImpl& impl = *t.unsafeGetTensorImpl();
+  return t.has_storage() && (impl.storage_initialized() || t._is_zerotensor()) && !impl.is_python_dispatch() &&
+         !t.is_nested();
 }
 
 bool is_dense(const Tensor& t, Layout layout) {
-  if (t._is_zerotensor()) return false;
+  if (t._is_zerotensor() || t.is_neg()) return false;
   if (layout == Layout::kContiguous) return t.is_contiguous();
   // Dimensions from the innermost outwards: C, then the spatial ones from the last, then N.
   int64_t expected = 1;
@@ -51,6 +53,12 @@ Shape shape_of(const Tensor& t) {
   const bool last = !t.is_contiguous() &&
                     (is_dense(t, Layout::kChannelsLast) || t.suggest_memory_format() != at::MemoryFormat::Contiguous);
   return {t.size(0), t.size(1), S, last ? Layout::kChannelsLast : Layout::kContiguous};
+}
+
+Shape shape_of(const Tensor& t, const OptionalTensor& mask) {
+  Shape shape = shape_of(t);
+  if (is_given(mask)) shape.layout = mask->dim() == 2 ? Layout::kChannelsLast : Layout::kContiguous;
+  return shape;
 }
 
 static at::DimVector strides_in(const Tensor& t, Layout layout) {
@@ -110,6 +118,24 @@ Tensor in_layout(const Tensor& t, Layout layout) {
   Tensor copy = empty_in_layout(t, layout);
   copy.copy_(t);
   return copy;
+}
+
+OptionalTensor in_layout(const OptionalTensor& t, Layout layout) {
+  return is_given(t) ? OptionalTensor(in_layout(*t, layout)) : OptionalTensor();
+}
+
+Tensor dense(const Tensor& t) {
+  return is_dense(t) ? t : in_layout(t, t.dim() > 2 ? shape_of(t).layout : Layout::kContiguous);
+}
+
+Tensor lying_as(const Tensor& like, const Tensor& t) {
+  const bool as_it_is = t.strides() == like.strides() && !t._is_zerotensor() && !t.is_neg();
+  return as_it_is ? t : new_empty_like(like).copy_(t);
+}
+
+Tensor new_mask(int64_t bytes, Layout layout, at::Device device) {
+  if (layout == Layout::kContiguous) return new_empty({bytes}, at::kByte, device);
+  return new_empty({bytes, 1}, at::kByte, device);
 }
 
 Activation activation_of(const char* op, std::optional<std::string_view> name) {

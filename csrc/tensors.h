@@ -27,8 +27,15 @@ bool has_memory(const Tensor& t);
 
 // `t` itself if it lies densely in `layout`, else one copy that does.
 Tensor in_layout(const Tensor& t, Layout layout);
+OptionalTensor in_layout(const OptionalTensor& t, Layout layout);
 
-// Whether t is dense as (N, C, *spatial), or as (N, *spatial, C).
+// `t` itself if it is dense in either layout, else a copy in the one that it is read in.
+Tensor dense(const Tensor& t);
+
+// `t` itself if it lies as `like`, a dense tensor, does, else a copy that does.
+Tensor lying_as(const Tensor& like, const Tensor& t);
+
+// Whether t is dense as (N, C, *spatial), or as (N, *spatial, C). Never what is zero or negated by a mark alone.
 bool is_dense(const Tensor& t, Layout layout);
 
 // Whether t, of any rank, is dense in one of the two layouts: what kernels read as it lies.
@@ -37,6 +44,11 @@ bool is_dense(const Tensor& t);
 // A new tensor of x's sizes, type and device, dense in `layout`. Large ones ask the system for huge pages before the
 // first write: faulting in 4 KiB pages one by one takes longer than a kernel's own work.
 Tensor empty_in_layout(const Tensor& x, Layout layout);
+
+// A mask (mask.h) of so many bytes for a tensor that is read in `layout`, and the shape in which that was. The mask's
+// rank tells: a hook on what is kept may bring a tensor back in another layout.
+Tensor new_mask(int64_t bytes, Layout layout, at::Device device);
+Shape shape_of(const Tensor& t, const OptionalTensor& mask);
 
 // New tensors, row-major where no strides are given; one like t has t's strides, and t must be dense.
 Tensor new_empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device);

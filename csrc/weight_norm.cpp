@@ -46,8 +46,6 @@ static Shape slices_of(const Tensor& v, const Tensor& g) {
   return {v.numel() / (C * S), C, S, Layout::kContiguous};
 }
 
-static Tensor dense(const Tensor& t) { return is_dense(t) ? t : in_layout(t, Layout::kContiguous); }
-
 std::tuple<Tensor, Tensor> weight_norm_forward(const Tensor& v_, const Tensor& g_) {
   const Tensor v = dense(v_), g = in_layout(g_, Layout::kContiguous);
   const Tensor norm = new_empty({g.numel()}, at::kDouble, v.device());
@@ -67,14 +65,17 @@ std::tuple<Tensor, Tensor> weight_norm_forward(const Tensor& v_, const Tensor& g
 }
 
 std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& dw_, const Tensor& v_, const Tensor& g_,
-                                                const Tensor& norm, std::array<bool, 2> wanted) {
+                                                const Tensor& norm_, std::array<bool, 2> wanted) {
   const Tensor v = dense(v_), g = in_layout(g_, Layout::kContiguous);
   Tensor dv, dg;
   if (wanted[0]) dv = new_empty_like(v);
   if (wanted[1]) dg = v.numel() ? new_empty_like(g) : new_zeros_like(g);
   if (v.numel() == 0) return {dv, dg};
   check_like_input(kOp, "grad_output", dw_, v);
-  const Tensor dw = dw_.strides() == v.strides() && !dw_._is_zerotensor() ? dw_ : new_empty_like(v).copy_(dw_);
+  TORCH_CHECK(norm_.scalar_type() == at::kDouble && norm_.numel() == g.numel() && norm_.device() == v.device(), kOp,
+              ": norm must be what weight_norm_forward returned");
+  const Tensor norm = norm_.contiguous();
+  const Tensor dw = lying_as(v, dw_);
 
   WeightNormBackward args{};
   args.shape = slices_of(v, g);

@@ -119,7 +119,7 @@ class BatchNormFunction(NormFunction):
             rows, width = (N * S, C) if last else (N, C * S)
             fold = compile.folded(width, rows)
             size = (rows + fold - 1) // fold * ((fold * width + 7) // 8)
-        return input.new_empty(size, dtype=torch.uint8)
+        return compile.empty_mask(input, size)
 
 
 def _renormalized(

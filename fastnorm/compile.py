@@ -161,6 +161,11 @@ def empty_in_layout(t: Tensor) -> Tensor:
     return t.new_empty_strided(t.shape, strides)
 
 
+def empty_mask(t: Tensor, size: int) -> Tensor:
+    """Of so many bytes, for a norm of t (N, C, *); new_mask of csrc/tensors.h."""
+    return t.new_empty((size, 1) if is_channels_last(t) else (size,), dtype=torch.uint8)
+
+
 def spatial_size(t: Tensor) -> int:
     size = 1
     for n in t.shape[2:]:

@@ -56,7 +56,7 @@ class GroupNormFunction(NormFunction):
             size = N * ((S + fold - 1) // fold) * ((fold * C + 7) // 8)
         else:
             size = N * ((C * S + 7) // 8) if S < 16 else N * C * ((S + 7) // 8)
-        return input.new_empty(size, dtype=torch.uint8)
+        return compile.empty_mask(input, size)
 
     @staticmethod
     def folded_setting(setting: Setting, batch_size: int) -> Setting:

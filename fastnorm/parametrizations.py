@@ -59,7 +59,7 @@ def _weight_norm_gradients(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
 _traced_weight_norm = compile.register(
     "weight_norm(Tensor g, Tensor v, int dim) -> Tensor",
     _eager_weight_norm,
-    lambda g, v, dim: torch.empty_like(v),
+    lambda g, v, dim: compile.empty_in_layout(v),
     _weight_norm_gradients,
     _keep_weight_norm,
 )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -84,19 +85,24 @@ class Output(NamedTuple):
 def note(node: Any, residual: Tensor | None) -> None:
     """Makes the output of a normalisation one that can be computed again, if this thread is in the context."""
     depth = getattr(_local, "depth", 0)
-    if depth:
+    top = _top_saved_tensors_default_hooks(True)
+    if depth and top is not None and top[1] is unpacked:  # others' hooks may not let the node's tensors be read twice
         node.packed_residual = None if residual is None else packed(residual, depth)
         node.is_recomputable = True
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 def packed(t: Tensor, depth: int) -> Unchanged | Output:
     """What is kept of ``t``."""
     node = t.grad_fn  # of a view, another one
-    if not getattr(node, "is_recomputable", False):
-        return Unchanged(t, t._version)
+    if not getattr(node, "is_recomputable", False) or _version(t) != 0:  # or it is not what the node returned
+        return Unchanged(t, _version(t))
     residual = node.packed_residual  # type: ignore[union-attr]
     needed = 1 + (residual.depth if isinstance(residual, Output) else 0)
-    return Output(node, needed) if needed <= depth else Unchanged(t, t._version)
+    return Output(node, needed) if needed <= depth else Unchanged(t, _version(t))
 
 
 def held(kept: Unchanged | Output | None) -> Tensor | None:
@@ -110,7 +116,7 @@ def held(kept: Unchanged | Output | None) -> Tensor | None:
 def unpacked(kept: Unchanged | Output) -> Tensor:
     """The tensor that :func:`packed` was given."""
     if isinstance(kept, Unchanged):
-        if kept.tensor._version != kept.version:
+        if _version(kept.tensor) != kept.version:
             raise RuntimeError(
                 "recompute: one of the variables needed for gradient computation has been modified by an inplace "
                 f"operation: shape {list(kept.tensor.shape)}, version {kept.tensor._version} instead of {kept.version}"

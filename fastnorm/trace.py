@@ -285,10 +285,19 @@ def layers_used(module: nn.Module, function: Callable[..., Any]) -> set[nn.Modul
             starts, names = list(module.modules()), names[of_self:]
         used.update(found for start in starts if names and (found := _follow(start, names)) is not None)
     inside = list(used)
+    containers = (nn.ModuleList, nn.ModuleDict, *((nn.Sequential,) if _takes_apart(function.__code__) else ()))
     for container in inside:
-        if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(container, containers):
             inside += container.children()
     return set(inside)
+
+
+def _takes_apart(code: CodeType) -> bool:
+    """Whether something is indexed, sliced or gone through in a loop: it may be a Sequential that is used."""
+    if any(_takes_apart(constant) for constant in code.co_consts if isinstance(constant, CodeType)):
+        return True
+    apart = ("BINARY_SUBSCR", "BINARY_SLICE", "GET_ITER")
+    return any(i.opname in apart or i.argrepr == "[]" for i in dis.get_instructions(code))
 
 
 def _follow(start: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

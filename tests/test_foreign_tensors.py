@@ -97,3 +97,12 @@ def test_a_fake_tensor_outside_of_its_mode(module: nn.Module) -> None:
         x: Tensor = torch.randn(SHAPE)
     y = module(x)
     assert isinstance(y, FakeTensor) and y.shape == SHAPE
+
+
+@pytest.mark.parametrize("what", ("input", "weight"))
+def test_memory_that_was_given_back(what: str) -> None:
+    """As FSDP does with a parameter's: torch's op finds no data, and says so."""
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    {"input": x, "weight": weight}[what].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"not allocated|storage"):
+        fastnorm.functional.layer_norm(x, (8,), weight)

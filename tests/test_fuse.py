@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import re
@@ -561,6 +562,32 @@ def test_methods_that_forward_does_not_call(other: str) -> None:
     check(type("Reaches", (Owner,), {"method": lambda self, x: self.net.norm(x)})(), X)
     decides = {"forward": lambda self, x: self.net(x) + self.net.norm(x) if x.sum() < 1e9 else x}
     check(type("Decides", (Owner,), decides)(), X)
+
+
+@pytest.mark.parametrize(
+    "method",
+    (
+        lambda self, x: self.net[1](self.net[0](x)),
+        lambda self, x: self.net[:2](x),
+        lambda self, x: functools.reduce(lambda y, layer: layer(y), self.net[:2], x),
+    ),
+    ids=("by index", "slice", "loop"),
+)
+def test_layers_that_another_method_takes_out_of_a_sequential(method: Callable[..., Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        features = method
+
+    model = Net().eval()
+    wanted = model.features(X)
+    fastnorm.fuse(model)
+    assert difference(model.features(X), wanted) < 1e-6
 
 
 def test_methods_that_do_no_harm() -> None:

@@ -119,6 +119,36 @@ def test_a_part_of_a_channels_last_tensor(case: Case, dim: int, device: str) -> 
         assert y.stride() == wanted.stride()
 
 
+def contiguous_hooks() -> torch.autograd.graph.saved_tensors_hooks:
+    """As save_on_cpu(pin_memory=True): what was kept comes back contiguous."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.contiguous())
+
+
+@every_case
+@every_device
+def test_hooks_that_change_the_layout(case: Case, device: str) -> None:
+    for shape in ((3, 8, 6, 6), (3, 8, 8, 8)):
+        tensors = [channels_last(t) for t in case.inputs(shape, torch.float32, device)]
+        dy = cotangent(tensors[0])
+        _, grads = differentiate(case.fastnorm, tensors, dy)
+        with contiguous_hooks():
+            _, others = differentiate(case.fastnorm, tensors, dy)
+        for a, b in zip(others, grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+@every_device
+def test_negated_by_a_mark(case: Case, device: str) -> None:
+    """A gradient and all arguments but the first that torch has not negated yet."""
+    first, *others = case.inputs(case.shapes[1], torch.float32, device)
+    dy = cotangent(first)
+    _, grads = differentiate(case.fastnorm, [first, *(-t for t in others)], -dy)
+    _, marked = differentiate(case.fastnorm, [first, *map(torch._neg_view, others)], torch._neg_view(dy))
+    for a, b in zip(marked, grads, strict=True):
+        assert torch.equal(a, b)
+
+
 STRIDES = {
     "every other column": lambda t: torch.stack([t, t], dim=-1).flatten(-2)[..., ::2],
     "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import reference
@@ -255,6 +256,43 @@ def test_vectors() -> None:
     assert torch.equal(ours.weight, theirs.weight)
     ours, theirs = (f(nn.LayerNorm(6)) for f in PAIRS["weight_norm"])
     torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_hooks_that_change_the_strides_of_what_is_kept() -> None:
+    layer = weight_norm(nn.Linear(6, 4))
+    parameters = list(layer.parametrizations.weight.parameters())
+    factor = torch.arange(24.0).view(4, 6)
+    wanted = torch.autograd.grad((layer.weight * factor).sum(), parameters)
+    every_other = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: torch.stack([t.detach()] * 2, -1), lambda t: t[..., 0]
+    )
+    with every_other:
+        weight = layer.weight
+    for got, w in zip(torch.autograd.grad((weight * factor).sum(), parameters), wanted, strict=True):
+        assert torch.equal(got, w)
+
+
+@pytest.mark.parametrize("parametrize", (weight_norm, spectral_norm))
+@pytest.mark.parametrize(
+    "weight",
+    (
+        torch.randn(6, 8).t(),
+        torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last)[:, :3],
+        torch.randn(4, 8, 5).permute(1, 2, 0),
+    ),
+    ids=("transposed", "channels_last", "part", "permuted"),
+)
+def test_compiled_with_other_strides(parametrize: Callable[..., nn.Module], weight: Tensor) -> None:
+    """What the compiler is told of the output's strides is what the kernel makes of them."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(weight)
+    layer.forward = lambda: layer.weight * 2
+    parametrize(layer).eval()
+    wanted = layer().detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: layer.weight * 2, backend="inductor")
+    torch.testing.assert_close(compiled(), wanted)
 
 
 V, G = torch.ones(4, 3, 2), torch.ones(4, 1, 1)

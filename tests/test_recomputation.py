@@ -28,23 +28,27 @@ def gradients(model, x, **options):
 
 def kept(model, x, depth=None):
     """Bytes that a forward pass keeps for backward, parameters left out, and how many outputs are computed again."""
-    context = fastnorm.recompute(depth) if depth else contextlib.nullcontext()
     storages, outputs = {}, 0
 
     def add(t):
         storages[t.untyped_storage().data_ptr()] = t  # held, so that no other gets its address
 
-    def pack(t):
-        nonlocal outputs
-        if depth:
-            t = context.pack_hook(t)
-            outputs += isinstance(t, Output)
-            t = held(t)
-        if t is not None:
-            add(t)
-        return t
+    if depth:
+        context = fastnorm.recompute(depth)
+        packed = context.pack_hook
 
-    with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        def pack(t):
+            nonlocal outputs
+            result = packed(t)
+            outputs += isinstance(result, Output)
+            if (own := held(result)) is not None:
+                add(own)
+            return result
+
+        context.pack_hook = pack
+    else:
+        context = torch.autograd.graph.saved_tensors_hooks(lambda t: add(t) or t, lambda t: t)
+    with context:
         y = model(x)
     del y
     for p in model.parameters():
@@ -179,6 +183,47 @@ def test_what_is_kept_and_changed_in_place_is_an_error(changed):
         tensors.get(changed, convolution.weight).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_an_output_written_outside_of_autograd_is_kept():
+    torch.manual_seed(0)
+    norm, convolution = fastnorm.BatchNorm2d(3, activation="relu").eval(), nn.Conv2d(3, 3, 1)
+    x = torch.randn(2, 3, 4, 4)
+    gradients = []
+    for context in (contextlib.nullcontext(), fastnorm.recompute()):
+        with context:
+            y = norm(x)
+            with torch.no_grad():
+                y.mul_(2)
+            gradients.append(torch.autograd.grad(convolution(y).sum(), convolution.weight)[0])
+    assert torch.equal(*gradients)
+
+
+def test_a_residual_of_inference_mode():
+    norm, convolution = fastnorm.BatchNorm2d(3, activation="relu"), nn.Conv2d(3, 3, 1)
+    with torch.inference_mode():
+        residual = torch.randn(2, 3, 4, 4)
+    with fastnorm.recompute():
+        loss = convolution(norm(torch.randn(2, 3, 4, 4), residual=residual)).sum()
+    loss.backward()
+
+
+@pytest.mark.parametrize("inside", ("checkpoint", "hooks"))
+def test_a_normalisation_under_other_hooks_whose_output_leaves_them(inside):
+    """What a checkpoint packs can be unpacked once, by the normalisation's own backward."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 8, 3), fastnorm.BatchNorm2d(8, activation="relu"))
+    convolution = nn.Conv2d(8, 8, 3)
+    x = torch.randn(2, 3, 9, 9, requires_grad=True)
+    wanted = torch.autograd.grad(convolution(block(x)).square().sum(), x)[0]
+    with fastnorm.recompute():
+        if inside == "checkpoint":
+            y = checkpoint(block, x, use_reentrant=False)
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                y = block(x)
+        loss = convolution(y).square().sum()
+    assert torch.equal(torch.autograd.grad(loss, x)[0], wanted)
 
 
 def test_double_backward():
