@@ -60,8 +60,8 @@ struct Normal {
 template <Activation kAct>
 struct Known {};
 
-// One of the four that is chosen in the loop: what float64 has, whose speed counts less than what five loops take to
-// compile.
+// One of the four that is chosen in the loop: what float64 and float16 have, whose speed on a CPU counts less than what
+// five loops take to compile, and is a few hundredths less.
 struct Chosen {
   Activation activation;
 };
@@ -97,7 +97,7 @@ auto visit_known(Activation activation, const F& f) {
 }
 template <typename T, typename F>
 void visit(Activation activation, const F& f) {
-  if constexpr (std::is_same_v<T, double>) {
+  if constexpr (std::is_same_v<T, double> || std::is_same_v<T, c10::Half>) {
     return activation == Activation::kNone ? f(Known<Activation::kNone>{}) : f(Chosen{activation});
   } else {
     return visit_known(activation, f);
