@@ -283,7 +283,7 @@ def test_hooks_that_change_the_strides_of_what_is_kept() -> None:
     ),
     ids=("transposed", "channels_last", "part", "permuted"),
 )
-def test_compiled_with_other_strides(parametrize: Callable[..., nn.Module], weight: Tensor) -> None:
+def test_compiled_as_a_weight_lies(parametrize: Callable[..., nn.Module], weight: Tensor) -> None:
     """What the compiler is told of the output's strides is what the kernel makes of them."""
     layer = nn.Module()
     layer.weight = nn.Parameter(weight)
