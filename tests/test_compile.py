@@ -626,6 +626,8 @@ def test_a_fallback_warning_inside_a_transform(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_a_graph_that_breaks_inside_a_transform(name: str, backend: str) -> None:
     """The rest of it then runs eagerly, on the kernels; Dynamo breaks it by itself where vmap takes a module."""
+    if backend == "eager" and torch.__version__ < "2.12":
+        pytest.skip("Dynamo of torch 2.11 fails at a break inside of vmap, with torch.nn's layers, too")
     norm, x = TRANSFORMED[name](), tensor(3, 2, 6, 5)
 
     def breaking(sample: Tensor) -> Tensor:
