@@ -126,7 +126,7 @@ struct PlanesForward {
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};  // of a channel, from its first element
   const MaskBits mask{a.mask, mask_rows(a.shape)};
   const int64_t ahead = next_plane<T>(a.shape);
-  const bool stream = stream_planes(a.shape, a.dtype);
+  const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart);
 
   // Some channels' coefficients, which the runs of a chunk have in turn.
   struct Coefficients {
@@ -252,7 +252,7 @@ struct PlanesBackward {
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
   const int64_t ahead = next_plane<T>(a.shape);
-  const bool stream = stream_planes(a.shape, a.dtype, /*inputs=*/in_two_sweeps(a) ? 2 : 1);
+  const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart, /*inputs=*/in_two_sweeps(a) ? 2 : 1);
 
   // Where the dz of a bundle's channels stays from its first sweep to its second, if anywhere.
   struct Kept {

@@ -186,7 +186,7 @@ struct PlanesForward : ForwardGroups {
   // The second sweep of a slice, in which memory would only be written, asks for the next slice: of one that is small
   // the processor's own prefetchers do, and one that is large would not stay in the second-level cache.
   const bool fetches_next = L * sizeof(T) >= 8192 && L * sizeof(T) <= 262144;
-  const bool stream = stream_planes(a.shape, a.dtype);
+  const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
 
   void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
 
@@ -351,7 +351,7 @@ FASTNORM_LOOP void group_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const C slope = slopes, offset = offsets;
-  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask) : 0;
+  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask, /*ahead=*/0) : 0;
   stream = stream && head >= 0;
   const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
   from.with_dz(act, [&](const auto& dz_at) {
@@ -449,7 +449,7 @@ struct PlanesBackward : BackwardGroups<T> {
   const ScratchArray<Sums> partial{pieces_of_plane > 1 ? planes* pieces_of_plane : 0};
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
-  const bool stream = stream_planes(a.shape, a.dtype);
+  const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
   const int64_t kept_bytes = Base::bytes_to_keep(L);
 
   void run() const {

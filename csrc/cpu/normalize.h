@@ -42,16 +42,17 @@ struct Affine {
   }
 };
 
-// Bytes of a run that does not begin and end with cache lines from which its whole lines are worth streaming.
-constexpr int64_t kLeastStreamed = 4096;
+// Bytes of a run that does not begin and end with cache lines from which its whole lines are worth streaming: of runs
+// one after the other, and of those that lie apart, where as they are written the next ones are asked for.
+constexpr int64_t kLeastStreamed = 4096, kLeastStreamedApart = 1024;
 
 // Of a run that goes past the caches, the elements that do not as they come before the first pack that can be streamed;
 // -1 if all do not: the run is short or, with a mask, not divided there into whole bytes of it.
 template <typename T>
-int64_t head_of_run(const T* to, int64_t n, const uint8_t* mask) {
+int64_t head_of_run(const T* to, int64_t n, const uint8_t* mask, int64_t ahead) {
   if (fills_lines(to, n)) return 0;
-  const int64_t head = elements_before_pack(to);
-  return n * static_cast<int64_t>(sizeof(T)) < kLeastStreamed || (mask && head % 8 != 0) ? -1 : head;
+  const int64_t head = elements_before_pack(to), bytes = n * static_cast<int64_t>(sizeof(T));
+  return bytes < (ahead ? kLeastStreamedApart : kLeastStreamed) || (mask && head % 8 != 0) ? -1 : head;
 }
 
 // Scalar math: y = act(z(x) + residual);  mask bit = !(z <= 0). Prefetches what lies `ahead`, if not 0; x, too, if it
@@ -61,7 +62,7 @@ FASTNORM_LOOP void normalize_run(Act act, const T* x, const T* residual, T* y, u
                                  const Affine<C>& affine, bool stream, int64_t ahead = 0) {
   using P = Pack<T>;
   const Affine<C> local = affine;  // in registers: a store to y might be one to what is only referred to
-  const int64_t head = stream ? head_of_run(y, n, mask) : 0;
+  const int64_t head = stream ? head_of_run(y, n, mask, ahead) : 0;
   stream = stream && head >= 0;
   for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
     P z = local(P::load(x + i, count), i);
@@ -119,10 +120,10 @@ struct MaskBits {
 inline bool stream_output(int64_t numel, Dtype dtype, int64_t inputs = 1) {
   return (inputs + 1) * numel * size_of(dtype) >= 2 * stream_threshold();
 }
-inline bool stream_planes(const Shape& shape, Dtype dtype, int64_t inputs = 1) {
+inline bool stream_planes(const Shape& shape, Dtype dtype, int64_t least, int64_t inputs = 1) {
   const int64_t plane = shape.S * size_of(dtype);
   return stream_output(shape.numel(), dtype, inputs) &&
-         (plane % static_cast<int64_t>(kStreamAlignment) == 0 || plane >= kLeastStreamed);
+         (plane % static_cast<int64_t>(kStreamAlignment) == 0 || plane >= least);
 }
 
 // Whether dz of n elements, which a task sweeps twice, is better kept than computed again: where it takes an exponential,
@@ -213,7 +214,7 @@ FASTNORM_LOOP void input_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const InputGradient<C> by = coefficient;
-  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask) : 0;
+  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask, ahead) : 0;
   stream = stream && head >= 0;
   const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
   from.with_dz(act, [&](const auto& dz_at) {
