@@ -343,19 +343,22 @@ struct ColumnsForward : ForwardGroups {
 
 // ---- backward
 
-// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset)
+// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset). Prefetches what lies
+// `ahead`, if not 0.
 template <typename Act, typename T, typename C>
 FASTNORM_LOOP void group_gradient_run(Act act, const RunGradient<T>& g, T* dx, T* dresidual, int64_t n,
-                                      const Affine<C>& affine, const C& slopes, const C& offsets, bool stream) {
+                                      const Affine<C>& affine, const C& slopes, const C& offsets, bool stream,
+                                      int64_t ahead = 0) {
   using P = Pack<T>;
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const C slope = slopes, offset = offsets;
-  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask, /*ahead=*/0) : 0;
+  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask, ahead) : 0;
   stream = stream && head >= 0;
   const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
   from.with_dz(act, [&](const auto& dz_at) {
     for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
+      if (ahead) from.prefetch(i + ahead);
       const P x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
       if (dresidual) put(dz, dresidual + i, count, stream_residual);
@@ -450,6 +453,9 @@ struct PlanesBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
+  // As in forward, where the next slice comes from memory.
+  const bool fetches_next = Base::in_two_sweeps && L * sizeof(T) >= 4096 && L * sizeof(T) <= 131072 &&
+                            stream_output(a.shape.numel(), a.dtype, /*inputs=*/2);
   const int64_t kept_bytes = Base::bytes_to_keep(L);
 
   void run() const {
@@ -490,7 +496,7 @@ struct PlanesBackward : BackwardGroups<T> {
   void second(const Bundle& of, int64_t k) const {
     if (!Base::wants_elements) return;
     const Runs chunk = chunks[k];
-    const int64_t first_channel = chunk.offset / S;
+    const int64_t first_channel = chunk.offset / S, ahead = fetches_next ? (of.end - of.begin) * L : 0;
     visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       Base::for_slices(of, [&](int64_t slice, int64_t group) {
         const auto affine = this->template affine_of<T>(slice, group * D + first_channel);
@@ -499,7 +505,7 @@ struct PlanesBackward : BackwardGroups<T> {
         const auto write = [&, to = dx, to_residual = dresidual, length = chunk.length, past_caches = stream](
                                int64_t i, int64_t run, const RunGradient<T>& g) {
           group_gradient_run(act, g, offset_by(to, i), offset_by(to_residual, i), length, uniform<T>(affine(run)),
-                             slope, offset, past_caches);
+                             slope, offset, past_caches, ahead);
         };
         for_runs(of, slice, chunk, write);
       });
