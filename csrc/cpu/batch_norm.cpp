@@ -498,43 +498,37 @@ struct ColumnsBackward {
   T* dx = static_cast<T*>(a.dx);
   T* dresidual = static_cast<T*>(a.dresidual);
   const bool one_sweep = in_one_sweep(a);
-  // Sums go down tiles of columns, whose many rows are best near each other; elements go along the rows.
-  const Parts parts{column_view(a.shape)}, long_parts{long_rows(parts.view, a.mask)};
+  const Parts parts{long_rows(column_view(a.shape), a.mask)};
+  const int64_t width = parts.view.width;
   const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/in_two_sweeps(a) ? 2 : 1);
 
-  RunGradient<T> gradient(const Parts& of, int64_t row) const {
-    const int64_t i = row * of.view.width;
-    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * of.mask_bytes())};
+  RunGradient<T> gradient(int64_t row) const {
+    const int64_t i = row * width;
+    return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * parts.mask_bytes())};
   }
 
-  // n elements from the first one of a row, long or not.
+  // The first `columns` elements of a row.
   template <typename Act>
-  void elements(Act act, const Parts& of, int64_t row, int64_t n, const Affine<PerColumn<T>>& affine,
+  void elements(Act act, int64_t row, int64_t columns, const Affine<PerColumn<T>>& affine,
                 const InputGradient<PerColumn<T>>& coefficient) const {
-    const int64_t i = row * of.view.width;
-    input_gradient_run(act, gradient(of, row), offset_by(dx, i), offset_by(dresidual, i), n, affine, coefficient,
+    const int64_t i = row * width;
+    input_gradient_run(act, gradient(row), offset_by(dx, i), offset_by(dresidual, i), columns, affine, coefficient,
                        stream);
   }
 
   // Writes the elements, too, if in one sweep.
   void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
                     const InputGradient<PerColumn<T>>& coefficient, Sums* total) const {
-    const int64_t width = parts.view.width;
     const ScratchArray<double> dz(parts.size() * width), dz_xhat(parts.size() * width);
+    const Strides strides{width, parts.mask_bytes()};
     parallel_for(parts.size(), a.shape.numel(), [&](int64_t part) {
       double *s = &dz[part * width], *sx = &dz_xhat[part * width];
       std::fill(s, s + width, 0.0);
       std::fill(sx, sx + width, 0.0);
       visit<T>(a.activation, [&](auto act) {
         parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
-          for_tiles<T>(columns, [&](int64_t j, auto tile, auto count) {
-            add_tile_sums<decltype(tile)::value>(
-                act, [&](int64_t r) { return gradient(parts, r); }, row, row + rows, j, count, affine, standardize,
-                s + j, sx + j);
-          });
-          const int64_t fold = long_parts.view.width / width;
-          for (int64_t r = row; one_sweep && r < row + rows; r += fold)
-            elements(act, parts, r, std::min(fold, row + rows - r) * columns, affine, coefficient);
+          add_column_gradients(act, gradient(row), strides, rows, columns, affine, standardize, s, sx);
+          for (int64_t r = row; one_sweep && r < row + rows; ++r) elements(act, r, columns, affine, coefficient);
         });
       });
       if (stream) stream_fence();
@@ -549,12 +543,12 @@ struct ColumnsBackward {
   }
 
   void run() const {
-    const int64_t C = a.shape.C, width = long_parts.view.width;
+    const int64_t C = a.shape.C;
     const ColumnArray<T> mean(width), scale(width), shift(width), rstd(width), rest(width), slope(width), offset(width);
     for (int64_t c = 0; c < C; ++c) {
       const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, parameters, c);
       const SliceStandardize<acc_t> standardize(a.mean[c], a.rstd[c]);
-      long_parts.for_columns(c, [&](int64_t j) {
+      parts.for_columns(c, [&](int64_t j) {
         mean[j] = channel.mean;
         scale[j] = channel.scale;
         shift[j] = channel.shift;
@@ -571,15 +565,14 @@ struct ColumnsBackward {
 
     for (int64_t c = 0; c < C; ++c) {
       const SliceGradient<acc_t> g(count_of(a), a.mean[c], a.rstd[c], total[c].dz, total[c].dz_xhat);
-      long_parts.for_columns(c, [&](int64_t j) {
+      parts.for_columns(c, [&](int64_t j) {
         slope[j] = g.slope;
         offset[j] = g.offset;
       });
     }
-    parallel_for_reversed(long_parts.size(), a.shape.numel(), [&](int64_t part) {
+    parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
       visit<T>(a.activation, [&](auto act) {
-        long_parts.for_rows(
-            part, [&](int64_t row, int64_t columns) { elements(act, long_parts, row, columns, affine, coefficient); });
+        parts.for_rows(part, [&](int64_t row, int64_t columns) { elements(act, row, columns, affine, coefficient); });
       });
       if (stream) stream_fence();
     });
