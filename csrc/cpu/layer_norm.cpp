@@ -28,6 +28,11 @@ namespace {
 constexpr int64_t kShortRow = 512;  // elements
 constexpr int kGroup = 4;
 
+// How far ahead of a sweep the elements are that it asks for, at least: two pages, at whose ends the processor's own
+// prefetchers begin anew.
+template <typename T>
+constexpr int64_t kAhead = 8192 / sizeof(T);
+
 // ---- parameters
 
 // A weight and a bias for each column, in the arithmetic's type, readable in whole packs.
@@ -155,7 +160,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) s1[u * kRows + r] = s1[u * kRows + r] + P::load(x + r * N + i, count);
   });
-  const int64_t ahead = kRows > 1 ? kRows * N : n;  // the next rows, or what follows of a long one
+  const int64_t ahead = kRows > 1 ? kRows * N : std::max(n, kAhead<T>);  // the next rows, or what follows of a long one
   acc_t m[kRows];
   for (int r = 0; r < kRows; ++r) m[r] = static_cast<acc_t>(total(s1, r) * reciprocal);
   P shift[kRows];
@@ -310,6 +315,7 @@ struct RowsBackward {
   const int64_t M = a.M, N = a.N, chunks = (N + kChunk - 1) / kChunk;
   const MaskRows mask = a.mask_rows();
   const bool stream = stream_output(M * N, a.dtype);
+  const int64_t ahead = stream_output(M * N, a.dtype, /*inputs=*/2) ? kAhead<T> : 0;  // what comes from memory
   const bool wants_columns = a.dweight || a.dbias;
 
   int64_t chunk_length(int64_t chunk) const { return std::min(kChunk, N - chunk * kChunk); }
@@ -364,8 +370,10 @@ struct RowsBackward {
     T *const to = offset_by(dx, at), *const to_residual = offset_by(dresidual, at);
     const bool past_caches = stream && fills_lines(to, n), adds = wants_columns;
     const bool residual_past_caches = stream && fills_lines(to_residual, n);
+    const int64_t fetched = ahead;
     from.with_dz(act, [&](const auto& dz_at) {
       for_packs<T>(n, [&](int64_t i, auto count, int) {
+        if (fetched) from.prefetch(i + fetched);
         const P x_i = P::load(from.x + i, count);
         const P dz = dz_at(i, count, x_i, z);
         const P xhat = z.standardize(x_i, i);
