@@ -45,6 +45,48 @@ class ColumnArray {
   ScratchArray<acc_type<T>> values_;
 };
 
+// Packs of neighbouring columns whose sums go down the rows together, in registers.
+template <typename T>
+constexpr int kTilePacks = std::max(1, 4 / Pack<T>::kVecs);
+
+// Calls f(first column, integral_constant packs, Full | Partial) for every tile of a row of `width` elements.
+template <typename T, typename F>
+void for_tiles(int64_t width, const F& f) {
+  constexpr int64_t kSize = Pack<T>::kSize, kTile = kTilePacks<T>;
+  int64_t j = 0;
+  for (; j + kTile * kSize <= width; j += kTile * kSize) f(j, std::integral_constant<int, kTile>{}, Full{});
+  for (; j + kSize <= width; j += kSize) f(j, std::integral_constant<int, 1>{}, Full{});
+  if (j < width) f(j, std::integral_constant<int, 1>{}, Partial{static_cast<int>(width - j)});
+}
+
+template <int kTile, typename T>
+int tile_columns(Full) {
+  return kTile * Pack<T>::kSize;
+}
+template <int kTile, typename T>
+int tile_columns(Partial n) {
+  return n.count;
+}
+
+// Sums of x * y over rows begin .. end of a tile, added to sum[].
+template <int kTile, typename T, typename Count>
+FASTNORM_LOOP void add_tile_products(const T* x, const T* y, int64_t stride, int64_t begin, int64_t end, Count count,
+                                     double* sum) {
+  using P = Pack<T>;
+  P s[kTile];
+  for (auto& e : s) e = P(0);
+  for (int64_t r = begin; r < end; ++r) {
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t i = r * stride + t * P::kSize;
+      s[t] = fmadd(P::load(x + i, count), P::load(y + i, count), s[t]);
+    }
+  }
+  acc_type<T> lane[kTile * P::kSize];
+  for (int t = 0; t < kTile; ++t) s[t].store_acc(lane + t * P::kSize);
+  const int columns = tile_columns<kTile, T>(count);
+  for (int i = 0; i < columns; ++i) sum[i] += lane[i];
+}
+
 // Calls f(first row, rows) for blocks of kBlockRows rows to twice as many less one: a few rows alone would cost as
 // much.
 template <typename F>
