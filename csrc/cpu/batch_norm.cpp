@@ -107,13 +107,6 @@ class PerChannel {
   std::optional<V> values_[Bundles::kMost];
 };
 
-// From a channel's plane to the next sample's, in elements, to prefetch by: that lies in another page, where the
-// processor's own prefetchers begin anew. 0 for planes of a few lines.
-template <typename T>
-int64_t next_plane(const Shape& shape) {
-  return shape.S * static_cast<int64_t>(sizeof(T)) >= 256 ? shape.C * shape.S : 0;
-}
-
 template <typename T>
 struct PlanesForward {
   using acc_t = acc_type<T>;
@@ -125,7 +118,9 @@ struct PlanesForward {
   const int64_t C = a.shape.C, S = a.shape.S;
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};  // of a channel, from its first element
   const MaskBits mask{a.mask, mask_rows(a.shape)};
-  const int64_t ahead = next_plane<T>(a.shape);
+  // From a channel's plane to the next sample's, to prefetch by: that lies in another page, where the processor's own
+  // prefetchers begin anew.
+  const int64_t ahead = C * S;
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart);
 
   // Some channels' coefficients, which the runs of a chunk have in turn.
@@ -251,7 +246,7 @@ struct PlanesBackward {
   const int64_t C = a.shape.C, S = a.shape.S;
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
-  const int64_t ahead = next_plane<T>(a.shape);
+  const int64_t ahead = C * S;  // as in forward
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart, /*inputs=*/in_two_sweeps(a) ? 2 : 1);
 
   // Where the dz of a bundle's channels stays from its first sweep to its second, if anywhere.
