@@ -7,8 +7,8 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// Elements a chunk: 16 KiB of float32. A chunk is swept twice (mean, then deviations) and the second sweep must find it
-// in L1; float32 partial sums of no more terms than this are merged in float64.
+// Elements a chunk: 16 KiB of float32, so that what sweeps one twice finds it in the first-level cache; float32 partial
+// sums of no more terms than this are merged in float64.
 constexpr int64_t kChunk = 4096;
 
 // `count` runs of `length` contiguous elements, `stride` elements from start to start, the first at `offset`.

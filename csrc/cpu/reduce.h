@@ -1,6 +1,4 @@
-// Mean and sum of squared deviations, exactly enough: within a chunk of at most kChunk elements two sweeps in the
-// arithmetic's type (the mean, then deviations from it, with the first-order correction), across chunks Chan's merge in
-// float64.
+// What reductions share: a chunk of at most kChunk elements is summed in the arithmetic's type, chunks in float64.
 #pragma once
 
 #include <cmath>
@@ -39,80 +37,6 @@ Moments chunk_moments_float64(const T* x, const Runs& chunk) {
     squares += (v - mean) * (v - mean);
   });
   return shifted_moments(static_cast<double>(chunk.numel()), mean, deviations, squares);
-}
-
-constexpr int kMostSlices = 8;  // that chunk_moments takes together
-
-// Not cloned for one slice: it would gain nothing and be compiled twice.
-template <int kUnroll, typename T>
-FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const Runs& chunk, int slices, int64_t apart,
-                                                             int64_t ahead, Moments* result) {
-  using acc_t = acc_type<T>;
-  using P = Pack<T>;
-  constexpr int kUnroll2 = std::max(1, kUnroll / 2);
-  const double n = static_cast<double>(chunk.numel());
-  const auto for_runs = [&](const auto& f) {
-    for (int64_t run = 0; run < chunk.count; ++run)
-      for (int s = 0; s < slices; ++s) f(s, x + s * apart + chunk.offset + run * chunk.stride);
-  };
-
-  P sums[kMostSlices][kUnroll];
-  for (int s = 0; s < slices; ++s) std::fill(sums[s], sums[s] + kUnroll, P(0));
-  for_runs([&](int s, const T* row) {
-    P sum[kUnroll];
-    std::copy(sums[s], sums[s] + kUnroll, sum);
-    for_packs<T, kUnroll>(chunk.length, [&](int64_t i, auto count, int u) {
-      if (ahead) prefetch(row + i + ahead);
-      sum[u] = sum[u] + P::load(row + i, count);
-    });
-    std::copy(sum, sum + kUnroll, sums[s]);
-  });
-  acc_t m[kMostSlices];
-  for (int s = 0; s < slices; ++s) m[s] = static_cast<acc_t>(lane_sum(sums[s]) / n);
-
-  P first[kMostSlices][kUnroll2], second[kMostSlices][kUnroll2];
-  for (int s = 0; s < slices; ++s) {
-    std::fill(first[s], first[s] + kUnroll2, P(0));
-    std::fill(second[s], second[s] + kUnroll2, P(0));
-  }
-  for_runs([&](int s, const T* row) {
-    const P shift(m[s]);
-    P s1[kUnroll2], s2[kUnroll2];
-    std::copy(first[s], first[s] + kUnroll2, s1);
-    std::copy(second[s], second[s] + kUnroll2, s2);
-    for_packs<T, kUnroll2>(chunk.length, [&](int64_t i, auto count, int u) {
-      const P d = (P::load(row + i, count) - shift).keep(count);
-      s1[u] = s1[u] + d;
-      s2[u] = fmadd(d, d, s2[u]);
-    });
-    std::copy(s1, s1 + kUnroll2, first[s]);
-    std::copy(s2, s2 + kUnroll2, second[s]);
-  });
-  for (int s = 0; s < slices; ++s) {
-    const double deviations = lane_sum(first[s]), squares = lane_sum(second[s]);
-    result[s] = !std::is_same_v<acc_t, double> && out_of_range(m[s], deviations, squares)
-                    ? chunk_moments_float64(x + s * apart, chunk)
-                    : shifted_moments(n, m[s], deviations, squares);
-  }
-}
-
-// The moments of a chunk of each of at most kMostSlices slices that begin `apart` elements from each other, whose runs
-// are taken by turns: what lies near each other is read together.
-// Scalar math: m = sum(x) / n;  s1 = sum(x - m);  s2 = sum((x - m)^2). Prefetches what lies `ahead` of the chunk, if not
-// 0.
-template <typename T>
-void chunk_moments(const T* x, const Runs& chunk, int slices, int64_t apart, int64_t ahead, Moments* result) {
-  constexpr int kUnroll = 2 * kSumPacks<T>;
-  if (chunk.length < kUnroll * Pack<T>::kSize) return chunk_moments_by<1>(x, chunk, slices, apart, ahead, result);
-  chunk_moments_by<kUnroll>(x, chunk, slices, apart, ahead, result);
-}
-
-// Of one slice.
-template <typename T>
-Moments chunk_moments(const T* x, const Runs& chunk) {
-  Moments moments;
-  chunk_moments(x, chunk, 1, 0, 0, &moments);
-  return moments;
 }
 
 // Scalar math: sum(x * y) over a chunk

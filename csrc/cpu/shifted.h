@@ -26,6 +26,13 @@ double tree_sum(Pack<T> (&sums)[kCount]) {
   return tree_sum(sums[0]);
 }
 
+// Of n contiguous elements, how many of the first give the shift.
+template <typename T>
+int64_t shift_elements(int64_t n) {
+  constexpr int64_t kSize = Pack<T>::kSize;
+  return n <= 128 ? std::min<int64_t>(n, 64) : std::max<int64_t>(64, n / 8 / kSize * kSize);
+}
+
 // Of n <= kChunk contiguous elements. The divisions are by n and so off the path from one sum to the next.
 // Scalar math: m = sum(x[:k]) / k;  s1 = sum(x - m);  s2 = sum((x - m)^2)
 template <typename T>
@@ -33,7 +40,7 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
   using acc_t = acc_type<T>;
   using P = Pack<T>;
   constexpr int kUnroll = kSumPacks<T>;
-  const int64_t first = n <= 128 ? std::min<int64_t>(n, 64) : std::max<int64_t>(64, n / 8 / P::kSize * P::kSize);
+  const int64_t first = shift_elements<T>(n);
   const double reciprocal = 1.0 / static_cast<double>(n), reciprocal_of_first = 1.0 / static_cast<double>(first);
 
   P s1[kUnroll], s2[kUnroll];
@@ -53,6 +60,84 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
     if (out_of_range(m, deviations, squares)) return chunk_moments_float64(x, Runs{0, 1, 0, n});
   const double d = deviations * reciprocal, m2 = squares - deviations * d;
   return {static_cast<double>(n), m + d, m2 < 0 ? 0 : m2};
+}
+
+constexpr int kMostSlices = 8;  // that chunk_moments takes together
+
+// Not cloned for one slice: it would gain nothing and be compiled twice.
+template <int kUnroll, typename T>
+FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const Runs& chunk, int slices, int64_t apart,
+                                                             int64_t ahead, Moments* result) {
+  using acc_t = acc_type<T>;
+  using P = Pack<T>;
+  Runs first = chunk;  // the runs that give the shift, or the beginning of the only one
+  if (chunk.count > 1) {
+    first.count = (chunk.count + 7) / 8;
+  } else {
+    first.length = shift_elements<T>(chunk.length);
+  }
+  const auto for_runs = [&](const Runs& runs, const auto& f) {
+    for (int64_t run = 0; run < runs.count; ++run)
+      for (int s = 0; s < slices; ++s) f(s, x + s * apart + runs.offset + run * runs.stride);
+  };
+
+  P sums[kMostSlices][kUnroll], squares[kMostSlices][kUnroll];
+  const auto clear = [&](auto& values) {
+    for (int s = 0; s < slices; ++s) std::fill(values[s], values[s] + kUnroll, P(0));
+  };
+  clear(sums);
+  for_runs(first, [&](int s, const T* row) {
+    P sum[kUnroll];
+    std::copy(sums[s], sums[s] + kUnroll, sum);
+    for_packs<T, kUnroll>(first.length,
+                          [&](int64_t i, auto count, int u) { sum[u] = sum[u] + P::load(row + i, count); });
+    std::copy(sum, sum + kUnroll, sums[s]);
+  });
+  acc_t m[kMostSlices];
+  for (int s = 0; s < slices; ++s) m[s] = static_cast<acc_t>(lane_sum(sums[s]) / static_cast<double>(first.numel()));
+
+  clear(sums);
+  clear(squares);
+  for_runs(chunk, [&](int s, const T* row) {
+    const P shift(m[s]);
+    P s1[kUnroll], s2[kUnroll];
+    std::copy(sums[s], sums[s] + kUnroll, s1);
+    std::copy(squares[s], squares[s] + kUnroll, s2);
+    for_packs<T, kUnroll>(chunk.length, [&](int64_t i, auto count, int u) {
+      if (ahead) prefetch(row + i + ahead);
+      const P d = (P::load(row + i, count) - shift).keep(count);
+      s1[u] = s1[u] + d;
+      s2[u] = fmadd(d, d, s2[u]);
+    });
+    std::copy(s1, s1 + kUnroll, sums[s]);
+    std::copy(s2, s2 + kUnroll, squares[s]);
+  });
+  const double n = static_cast<double>(chunk.numel());
+  for (int s = 0; s < slices; ++s) {
+    const double deviations = lane_sum(sums[s]), sum_of_squares = lane_sum(squares[s]);
+    result[s] = !std::is_same_v<acc_t, double> && out_of_range(m[s], deviations, sum_of_squares)
+                    ? chunk_moments_float64(x + s * apart, chunk)
+                    : shifted_moments(n, m[s], deviations, sum_of_squares);
+  }
+}
+
+// The moments of a chunk of each of at most kMostSlices slices that begin `apart` elements from each other, whose runs
+// are taken by turns: what lies near each other is read together.
+// Scalar math: m = sum of the first x / their number;  s1 = sum(x - m);  s2 = sum((x - m)^2). Prefetches what lies
+// `ahead` of the chunk, if not 0.
+template <typename T>
+void chunk_moments(const T* x, const Runs& chunk, int slices, int64_t apart, int64_t ahead, Moments* result) {
+  constexpr int kUnroll = kSumPacks<T>;
+  if (chunk.length < kUnroll * Pack<T>::kSize) return chunk_moments_by<1>(x, chunk, slices, apart, ahead, result);
+  chunk_moments_by<kUnroll>(x, chunk, slices, apart, ahead, result);
+}
+
+// Of one slice.
+template <typename T>
+Moments chunk_moments(const T* x, const Runs& chunk) {
+  Moments moments;
+  chunk_moments(x, chunk, 1, 0, 0, &moments);
+  return moments;
 }
 
 // Rows that one shift may serve; it is the mean of the first sixteenth of them, or of the first few.
