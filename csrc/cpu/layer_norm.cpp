@@ -19,6 +19,7 @@
 #include <cmath>
 
 #include "columns.h"
+#include "shifted.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
@@ -121,12 +122,13 @@ double sum_of_squares_float64(const T* x, int64_t n) {
 }
 
 // Moments of kRows rows of n <= kChunk elements, N apart; about zero if the mean is not to be subtracted.
-// Scalar math: m = sum x / n;  s1 = sum (x - m);  s2 = sum (x - m)^2
+// Scalar math: m = sum of the first x / their number;  s1 = sum (x - m);  s2 = sum (x - m)^2
 template <int kRows, int kUnroll, typename T>
 FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_mean, Moments* moments) {
   using P = Pack<T>;
   using acc_t = acc_type<T>;
-  const double count_all = static_cast<double>(n), reciprocal = 1.0 / count_all;
+  const int64_t first = shift_elements<T>(n);
+  const double count_all = static_cast<double>(n), reciprocal_of_first = 1.0 / static_cast<double>(first);
   P s1[kRows * kUnroll], s2[kRows * kUnroll];
   const auto total = [](P(&sums)[kRows * kUnroll], int r) {
     P all = sums[r];
@@ -156,13 +158,13 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
   }
 
   clear(s1);
-  for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+  for_packs<T, kUnroll>(first, [&](int64_t i, auto count, int u) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) s1[u * kRows + r] = s1[u * kRows + r] + P::load(x + r * N + i, count);
   });
   const int64_t ahead = kRows > 1 ? kRows * N : std::max(n, kAhead<T>);  // the next rows, or what follows of a long one
   acc_t m[kRows];
-  for (int r = 0; r < kRows; ++r) m[r] = static_cast<acc_t>(total(s1, r) * reciprocal);
+  for (int r = 0; r < kRows; ++r) m[r] = static_cast<acc_t>(total(s1, r) * reciprocal_of_first);
   P shift[kRows];
   for (int r = 0; r < kRows; ++r) shift[r] = P(m[r]);
   clear(s1);
