@@ -368,6 +368,20 @@ def test_he_initialisation() -> None:
             assert not module.bias.any()
 
 
+def test_a_new_head_for_a_network_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generator is the host's. A GPU's tensor takes none but its own; the meta device, in its place here, any."""
+    drawn = torch.nn.init.kaiming_normal_
+
+    def on_one_device(tensor: torch.Tensor, *, generator: torch.Generator, **settings: str) -> torch.Tensor:
+        assert tensor.device == generator.device
+        return drawn(tensor, generator=generator, **settings)
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", on_one_device)
+    model = models.build_model(SMALL, "torch", seed=0).to("meta")
+    models.reset_head(model, generator())
+    assert model.head.weight.is_meta
+
+
 def test_unknown_norm_is_named() -> None:
     with pytest.raises(ValueError, match=r"norm must be None or one of batch, .* got 'bath'"):
         norms.make_norm("bath", 8)

@@ -146,9 +146,11 @@ def he_init(modules: nn.Module, generator: torch.Generator, scale: float = 1.0) 
     """
     for module in modules.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            # Drawn where the generator lives, for the network may lie on another device.
+            weight = torch.empty(module.weight.shape, device=generator.device)
+            nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
             with torch.no_grad():
-                module.weight.mul_(scale)
+                module.weight.copy_(weight.mul_(scale))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
