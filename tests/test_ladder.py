@@ -439,6 +439,16 @@ def test_interrupted_and_resumed(
 
 
 @pytest.mark.usefixtures("small_presets")
+def test_a_new_run_removes_the_ladder_s_checkpoints_and_no_other_file(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("noise.pt", "wide.part", "mine.pt", "notes.txt"):
+        (folder / name).write_bytes(b"an earlier run's, or none of the ladder's")
+    assert run_cli(tmp_path, "--rungs", "0") == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.pt", "notes.txt"]
+
+
+@pytest.mark.usefixtures("small_presets")
 def test_a_rung_that_fails_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

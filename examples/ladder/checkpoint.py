@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,27 @@ class CheckpointError(Exception):
     """What is wrong with a checkpoint, in one line that names the file."""
 
 
+def of_rung(folder: Path, name: str) -> Path:
+    """Where a rung's checkpoint lies."""
+    return folder / f"{name}.pt"
+
+
+def discard(folder: Path, names: Iterable[str]) -> None:
+    """Removes the checkpoints of rungs, whole ones and parts, and nothing else that `folder` may hold."""
+    for name in names:
+        path = of_rung(folder, name)
+        for one in (path, _partial(path)):
+            one.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".part")
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes tensors, numbers, strings, lists and dicts of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
+    partial = _partial(path)
     torch.save(state, partial)
     partial.replace(path)
 

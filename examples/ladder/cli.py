@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import io
 import platform
-import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from . import report
+from . import checkpoint, report
 from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError
 from .checks import run_checks
@@ -140,9 +139,10 @@ class _Run:
             f"{self.preset_name} preset, {run['epochs']} epochs, backend {args.backend}, {run['device']}"
         )
         done = self._finished_before(run) if args.resume else {}
-        if self.processes.is_first and not args.resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
+        if self.processes.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            if not args.resume:
+                checkpoint.discard(checkpoints, [rung.name for rung in RUNGS])
         self.processes.wait()
 
         failed: list[dict[str, str]] = []
@@ -151,7 +151,7 @@ class _Run:
         for rung in args.rungs if passed else ():
             if rung.name in done:
                 continue
-            saved = checkpoints / f"{rung.name}.pt"
+            saved = checkpoint.of_rung(checkpoints, rung.name)
             try:
                 done[rung.name] = report.entry(rung, self._train(rung, data, saved))
             except Diverged as error:
