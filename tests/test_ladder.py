@@ -439,6 +439,30 @@ def test_interrupted_and_resumed(
 
 
 @pytest.mark.usefixtures("small_presets")
+def test_a_killed_run_is_taken_up_with_its_own_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in its first rung, with no time to write anything but a checkpoint; beside the results of another run."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    common = ["--rungs", "0", "--epochs", "2"]
+    real = train.train_rung
+    assert run_cli(tmp_path, *common, "--seed", "1") == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(cli, "train_rung", lambda *args, **kwargs: real(*args, **kwargs | {"on_epoch": killed}))
+        run_cli(tmp_path, *common)
+    assert (tmp_path / "checkpoints" / "baseline.pt").exists()
+    assert run_cli(tmp_path, *common, "--resume", "--backend", "fastnorm") == 2
+    assert "is of a run with backend torch, this one has fastnorm" in capsys.readouterr().err
+    assert run_cli(tmp_path, *common, "--resume") == 0
+
+
+@pytest.mark.usefixtures("small_presets")
 def test_a_new_run_removes_the_ladder_s_checkpoints_and_no_other_file(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()

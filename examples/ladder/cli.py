@@ -143,6 +143,8 @@ class _Run:
             out.mkdir(parents=True, exist_ok=True)
             if not args.resume:
                 checkpoint.discard(checkpoints, [rung.name for rung in RUNGS])
+            # Before the first checkpoint, so that --resume knows whose it is, and what cannot be written to is noticed.
+            report.write_json(out, self._content(run, done, [], None, None))
         self.processes.wait()
 
         failed: list[dict[str, str]] = []
