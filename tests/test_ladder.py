@@ -273,6 +273,21 @@ def test_bad_checkpoint_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    saved = tmp_path / "saved.pt"
+    checkpoint.save(saved, {"epoch": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))  # a write stops halfway, as on a full disk
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match=r"saved\.pt: cannot be written: File too large"):
+            checkpoint.save(saved, {"epoch": 2, "weights": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.load(saved, torch.device("cpu")) == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.pt"]
+
+
 # Checks
 
 

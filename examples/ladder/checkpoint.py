@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,11 +33,23 @@ def _partial(path: Path) -> Path:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors, numbers, strings, lists and dicts of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes tensors, numbers, strings, lists and dicts of them.
+
+    Raises:
+        CheckpointError: they cannot be written; what was there before is there still.
+    """
+    content = io.BytesIO()  # of a disk that is full torch.save itself says no more than "unexpected pos"
+    torch.save(state, content)
     partial = _partial(path)
-    torch.save(state, partial)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content.getbuffer())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
