@@ -214,6 +214,9 @@ def test_imbalance_reaches_training() -> None:
 def test_divergence_stops_the_rung() -> None:
     with pytest.raises(train.Diverged, match="the training loss became nan in epoch 1"):
         train.train_rung(recipe_of("baseline", lr=1e30), small_images(), backend="torch", seed=0)
+    # One step an epoch: its loss is that of the weights before it.
+    with pytest.raises(train.Diverged, match="the validation loss became nan in epoch 1"):
+        train.train_rung(recipe_of("baseline", lr=1e30, batch_size=64), small_images(), backend="torch", seed=0)
 
 
 def test_accuracy_is_measured_in_eval_mode_on_clean_images() -> None:

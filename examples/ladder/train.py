@@ -155,7 +155,7 @@ class Trainer:
             on_step: called after each optimiser step with the number of steps in the epoch.
 
         Raises:
-            Diverged: the epoch's mean training loss is not finite.
+            Diverged: the epoch's mean training loss, or the validation loss, is not finite.
         """
         start = time.perf_counter()
         stage = next(i for i in range(len(self.lengths)) if self.epoch < sum(self.lengths[: i + 1]))
@@ -163,12 +163,12 @@ class Trainer:
             self._enter_afresh(stage)
         train_loss, train_accuracy, steps = self._train(on_step)
         train_seconds = time.perf_counter() - start
-        if not math.isfinite(train_loss):
-            raise Diverged(f"the training loss became {train_loss} in epoch {self.epoch + 1}")
+        self._require_finite("training", train_loss)
         curve = slice(self.recipe.curve_images)
         val_loss, val_accuracy = evaluate(
             self.model, self.val_images[curve], self.val_labels[curve], processes=self.processes
         )
+        self._require_finite("validation", val_loss)  # the epoch's last step may have spoilt the weights
         self.epoch += 1
         for values, value in zip(
             vars(self.history).values(), (train_loss, train_accuracy, val_loss, val_accuracy), strict=True
@@ -220,6 +220,10 @@ class Trainer:
         self.processes.add_up(sums)
         loss_mean, accuracy = (sums / sum(map(len, batches))).tolist()
         return loss_mean, accuracy, len(batches)
+
+    def _require_finite(self, kind: str, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(f"the {kind} loss became {loss} in epoch {self.epoch + 1}")
 
     def _keep_best(self, val_accuracy: float) -> None:
         if self.recipe.patience is None and not any(stage.from_best for stage in self.recipe.stages):
