@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ladder import checkpoint, checks, cli, evaluate, models, pictures, report, rungs, train
+from ladder import checkpoint, checks, cli, evaluate, models, pictures, processes, report, rungs, train
 from ladder.recipe import Recipe, Stage
 from ladder_small import SMALL, no_network, small_images, use_small_presets, write_binary
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -616,6 +616,18 @@ def test_exponential_mean() -> None:
 EXAMPLES = Path(cli.__file__).parents[1]
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert processes.local_device(torch.device("cuda")) == torch.device("cuda", 3)
+    assert processes.local_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert processes.local_device(torch.device("cpu")) == torch.device("cpu")
+    for there, device in ((True, "cuda:3"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert processes.local_device(None) == torch.device(device)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert processes.local_device(torch.device("cuda")) == torch.device("cuda", 0)
+
+
 def test_torchrun(tmp_path: Path) -> None:
     """Two processes on halves of each batch come to what one comes to on the whole, but for rounding."""
     launcher = tmp_path / "launch.py"
@@ -638,9 +650,9 @@ def test_torchrun(tmp_path: Path) -> None:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     arguments = [str(launcher), "--dataset", "synthetic", "--device", "cpu", "--epochs", "2", "--rungs", "0,2,wide"]
     both = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         done = subprocess.run(
             [*command, *arguments, "--out", str(out)], env=environment, capture_output=True, text=True
         )

@@ -56,12 +56,15 @@ ALONE = Processes()
 
 
 def local_device(wanted: torch.device | None) -> torch.device:
-    """`wanted`, or a GPU where there is one (under torchrun one for each process of this machine), or the CPU."""
-    if wanted is not None:
-        return wanted
-    if torch.cuda.is_available():
+    """`wanted`, or a GPU where there is one, or the CPU.
+
+    A GPU that is not numbered is the first, or under torchrun another for each process of this machine.
+    """
+    if wanted is None:
+        wanted = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.type == "cuda" and wanted.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    return wanted
 
 
 @contextmanager
