@@ -481,6 +481,12 @@ def test_a_killed_run_is_taken_up_with_its_own_settings_alone(
 
 
 @pytest.mark.usefixtures("small_presets")
+def test_the_largest_numbers_are_taken(tmp_path: Path) -> None:
+    largest = str(2**63 - 1)
+    assert run_cli(tmp_path, "--rungs", "batchnorm", "--seed", largest, "--batch-size", largest) == 0
+
+
+@pytest.mark.usefixtures("small_presets")
 def test_a_new_run_removes_the_ladder_s_checkpoints_and_no_other_file(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -552,6 +558,8 @@ def test_what_only_fastnorm_has_needs_it(tmp_path: Path, capsys: pytest.CaptureF
         (["--epochs", "0"], "wanted an integer of at least 1, got '0'"),
         (["--batch-size", "many"], "wanted an integer of at least 1, got 'many'"),
         (["--seed", "-1"], "at least 0, got '-1'"),
+        (["--seed", str(2**63)], "at most 9223372036854775807, got '9223372036854775808'"),
+        (["--batch-size", str(2**63)], "at most 9223372036854775807, got '9223372036854775808'"),
         (["--device", "abacus"], "got 'abacus'"),
         (["--backend", "numpy"], "fastnorm"),
         (["--preset", "slow"], "quick"),

@@ -283,6 +283,8 @@ def _versions(backend: str) -> dict[str, str]:
 
 
 def _at_least(smallest: int) -> Callable[[str], int]:
+    largest = 2**63 - 1  # of torch's integers
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -290,6 +292,8 @@ def _at_least(smallest: int) -> Callable[[str], int]:
             value = smallest - 1
         if value < smallest:
             raise argparse.ArgumentTypeError(f"wanted an integer of at least {smallest}, got {text!r}")
+        if value > largest:
+            raise argparse.ArgumentTypeError(f"wanted an integer of at most {largest}, got {text!r}")
         return value
 
     return parse
