@@ -574,6 +574,13 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, capsys: 
     assert captured.count("\n") == 1
 
 
+def test_a_batch_has_an_image_for_each_process() -> None:
+    args = cli._parser().parse_args(["--batch-size", "3"])
+    with pytest.raises(cli._SettingsError, match="--batch-size: wanted an image for each of 4 processes, got 3"):
+        cli._Run(args, torch.device("cpu"), processes.Processes(0, 4), no_network)
+    cli._Run(args, torch.device("cpu"), processes.Processes(0, 3), no_network)
+
+
 # Tables and pictures
 
 

@@ -84,11 +84,14 @@ class _Run:
         asked = {"epochs": args.epochs, "batch_size": args.batch_size}
         self.asked = {name: value for name, value in asked.items() if value is not None}
         self.start = replace(self.preset.recipe, **self.asked)
+        world = self.processes.world
+        if self.start.batch_size < world:
+            raise _SettingsError(f"--batch-size: wanted an image for each of {world} processes, got {args.batch_size}")
         if args.backend == "torch":
             lacking = [rung.name for rung in args.rungs if needs_fastnorm(self.recipe(rung))]
             if lacking:
                 raise _SettingsError(f"not in torch.nn: {', '.join(lacking)}; needs --backend fastnorm")
-            if self.processes.world > 1:
+            if world > 1:
                 raise _SettingsError("several processes need --backend fastnorm, for SyncBatchNorm on any device")
 
     def recipe(self, rung: Rung) -> Recipe:
