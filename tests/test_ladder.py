@@ -481,6 +481,23 @@ def test_a_killed_run_is_taken_up_with_its_own_settings_alone(
 
 
 @pytest.mark.usefixtures("small_presets")
+@pytest.mark.parametrize("module, name", [(cli, "load"), (report, "write_json"), (report, "write_report")])
+def test_ctrl_c_between_the_rungs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: object,
+    name: str,
+) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, name, pressed)
+    assert run_cli(tmp_path, "--rungs", "0") == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
+@pytest.mark.usefixtures("small_presets")
 def test_the_largest_numbers_are_taken(tmp_path: Path) -> None:
     largest = str(2**63 - 1)
     assert run_cli(tmp_path, "--rungs", "batchnorm", "--seed", largest, "--batch-size", largest) == 0

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, *, open_url: UrlOpener = urllib.requ
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("\ninterrupted before the first rung", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)  # between the rungs: before the first one, or while a report is made
         return EXIT_INTERRUPTED
 
 
