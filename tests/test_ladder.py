@@ -406,13 +406,26 @@ def test_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_png((out / "ladder.png").read_bytes())
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]", "{}"])
+@pytest.mark.parametrize("content", [None, "{", "[1]", "{}", '{"rungs": []}'])
 def test_report_of_what_is_none(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     assert cli.main(["--report", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert "results.json: " in message and message.count("\n") == 1
+
+
+@pytest.mark.usefixtures("small_presets")
+@pytest.mark.parametrize("lost", ["failed", "seconds_to_94", None])
+def test_report_of_what_lacks_something(tmp_path: Path, lost: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(tmp_path, "--rungs", "0,1") == 0
+    content = results_in(tmp_path)
+    content.pop(lost, None)
+    content["rungs"][1] = {name: value for name, value in content["rungs"][1].items() if name != lost} if lost else 1
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert cli.main(["--report", str(tmp_path)]) == 2
+    wanted = {"failed": "the run has no failed", None: "rungs[1] has no number"}.get(lost, f"rungs[1] has no {lost}")
+    assert capsys.readouterr().err.endswith(f"results.json: not a results.json of this version: {wanted}\n")
 
 
 @pytest.mark.usefixtures("small_presets")

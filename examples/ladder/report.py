@@ -24,6 +24,11 @@ MINUS = "\N{MINUS SIGN}"
 COLUMNS = ("number", "name", "adds", "on", "train_accuracy", "val_accuracy", "change", "epochs", "seconds", "step_ms")
 
 
+# What a report is made from.
+_OF_RUN = (*page.SETTINGS, *page.MACHINE, "versions", "interrupted", "failed", "checks")
+_OF_RUNG = (*COLUMNS, "label", "groups", "notes", "history", "seconds_to_94")
+
+
 class ReportError(Exception):
     """What is wrong with a results.json, in one line that names the file."""
 
@@ -172,7 +177,16 @@ def read_json(out: Path) -> dict[str, Any]:
         raise ReportError(f"{path}: truncated, or not a results.json: {error}") from error
     if not isinstance(results, dict) or not isinstance(results.get("rungs"), list):
         raise ReportError(f"{path}: not a results.json: has no list of rungs")
+    _require(path, "the run", results, _OF_RUN)
+    for i, one in enumerate(results["rungs"]):
+        _require(path, f"rungs[{i}]", one, _OF_RUNG)
     return results
+
+
+def _require(path: Path, what: str, one: Any, names: Sequence[str]) -> None:
+    lacking = [name for name in names if not isinstance(one, dict) or name not in one]
+    if lacking:
+        raise ReportError(f"{path}: not a results.json of this version: {what} has no {lacking[0]}")
 
 
 def write_report(out: Path, results: Content) -> list[Path]:
