@@ -510,6 +510,14 @@ def test_ctrl_c_between_the_rungs(
     assert capsys.readouterr().err.strip() == "interrupted"
 
 
+@pytest.mark.usefixtures("small_presets", "short_sweep")
+def test_resume_keeps_what_the_checks_found(tmp_path: Path) -> None:
+    assert run_cli(tmp_path, "--rungs", "0", "--check") == 0
+    found = results_in(tmp_path)["checks"]
+    assert run_cli(tmp_path, "--rungs", "0,1", "--resume") == 0
+    assert results_in(tmp_path)["checks"] == found is not None
+
+
 @pytest.mark.usefixtures("small_presets")
 def test_the_largest_numbers_are_taken(tmp_path: Path) -> None:
     largest = str(2**63 - 1)

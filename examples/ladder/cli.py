@@ -141,18 +141,22 @@ class _Run:
             f"{data.name}: {run['train_images']} training and {run['val_images']} validation images ({data.source}); "
             f"{self.preset_name} preset, {run['epochs']} epochs, backend {args.backend}, {run['device']}"
         )
-        done = self._finished_before(run) if args.resume else {}
+        before = self._before(run) if args.resume else None
+        done = {one["name"]: one for one in before["rungs"]} if before else {}
+        checks = before["checks"] if before else None
         if self.processes.is_first:
             out.mkdir(parents=True, exist_ok=True)
             if not args.resume:
                 checkpoint.discard(checkpoints, [rung.name for rung in RUNGS])
             # Before the first checkpoint, so that --resume knows whose it is, and what cannot be written to is noticed.
-            report.write_json(out, self._content(run, done, [], None, None))
+            report.write_json(out, self._content(run, done, [], None, checks))
         self.processes.wait()
 
         failed: list[dict[str, str]] = []
         interrupted: Rung | None = None
-        checks, passed = self._check(args.rungs[0], data) if args.check else (None, True)
+        passed = True
+        if args.check:
+            checks, passed = self._check(args.rungs[0], data)
         for rung in args.rungs if passed else ():
             if rung.name in done:
                 continue
@@ -193,17 +197,17 @@ class _Run:
             print(f"\n{report.table(results)}\n\n{report.footnotes(results)}")
         print(f"written: {', '.join(map(str, paths))}")
 
-    def _finished_before(self, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """The entries of an interrupted run's results.json, by name; none where there is no such file."""
+    def _before(self, run: dict[str, Any]) -> dict[str, Any] | None:
+        """An interrupted run's results.json; None where there is no such file."""
         if not (self.args.out / "results.json").exists():
-            return {}
+            return None
         results = report.read_json(self.args.out)
         for name, value in run.items():
             if results.get(name) != value:
                 raise _SettingsError(
                     f"--resume: {self.args.out} is of a run with {name} {results.get(name)}, this one has {value}"
                 )
-        return {one["name"]: one for one in results["rungs"]}
+        return results
 
     def _check(self, rung: Rung, data: Dataset) -> tuple[dict[str, Any], bool]:
         """What the checks found, for results.json, and whether all is well."""
