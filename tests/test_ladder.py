@@ -519,6 +519,20 @@ def test_resume_keeps_what_the_checks_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_presets")
+def test_another_run_leaves_nothing_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_cli(tmp_path, "--rungs", "decay,layernorm") == 0
+    assert (tmp_path / "zoo.png").exists() and "layernorm" in (tmp_path / "report.html").read_text()
+    real = train.train_rung
+    stopped = stopping_after(1)
+    monkeypatch.setattr(cli, "train_rung", lambda *args, **kwargs: real(*args, **kwargs | {"on_step": stopped}))
+    assert run_cli(tmp_path, "--rungs", "0") == 130
+    assert not list(tmp_path.glob("*.png"))
+    page = (tmp_path / "report.html").read_text()
+    assert "layernorm" not in page and "Interrupted in rung baseline" in page
+    assert [(tmp_path / name).read_text().count("\n") for name in ("table.md", "results.csv")] == [2, 1]
+
+
+@pytest.mark.usefixtures("small_presets")
 def test_the_largest_numbers_are_taken(tmp_path: Path) -> None:
     largest = str(2**63 - 1)
     assert run_cli(tmp_path, "--rungs", "batchnorm", "--seed", largest, "--batch-size", largest) == 0

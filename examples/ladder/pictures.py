@@ -25,7 +25,7 @@ MEAN_STEP = 0.5
 
 
 def write_all(out: Path, results: Content) -> list[Path]:
-    """Writes the pictures that there is something to show in, as PNG, and names them."""
+    """Writes the pictures that there is something to show in, as PNG, and names them; an earlier run's others go."""
     drawers: dict[str, Callable[[Content], Figure | None]] = {
         "ladder.png": ladder_chart,
         "beside.png": beside_chart,
@@ -36,7 +36,9 @@ def write_all(out: Path, results: Content) -> list[Path]:
     paths = []
     for name, draw in drawers.items():
         figure = draw(results)
-        if figure is not None:
+        if figure is None:
+            (out / name).unlink(missing_ok=True)
+        else:
             figure.savefig(out / name, dpi=120)
             paths.append(out / name)
     return paths

@@ -190,10 +190,8 @@ def _require(path: Path, what: str, one: Any, names: Sequence[str]) -> None:
 
 
 def write_report(out: Path, results: Content) -> list[Path]:
-    """Writes results.csv, table.md, the pictures and report.html into `out`; only the checks' where no rung is done."""
+    """Writes results.csv, table.md, the pictures and report.html into `out`; an earlier run's other pictures go."""
     drawn = pictures.write_all(out, results)
-    if not results["rungs"]:
-        return drawn
     texts = {
         "results.csv": csv_text(results),
         "table.md": markdown(results) + "\n",
