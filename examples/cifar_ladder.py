@@ -6,7 +6,15 @@ python examples/cifar_ladder.py --help
 
 import sys
 
-from ladder.cli import main
+try:
+    from ladder.cli import main
+except ModuleNotFoundError as error:
+    print(
+        f"cifar_ladder.py: error: needs {error.name}; make installs what it needs, and so does "
+        "pip install torch numpy matplotlib tqdm",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,6 +22,7 @@ from ladder.recipe import Recipe, Stage
 from ladder_small import SMALL, no_network, small_images, use_small_presets, write_binary
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+EXAMPLES = Path(cli.__file__).parents[1]
 LADDER = [rung for rung in rungs.RUNGS if "ladder" in rung.groups]
 
 
@@ -633,6 +634,15 @@ def test_a_batch_has_an_image_for_each_process() -> None:
     cli._Run(args, torch.device("cpu"), processes.Processes(0, 3), no_network)
 
 
+@pytest.mark.parametrize("module", ["tqdm", "matplotlib"])
+def test_a_module_that_is_not_installed_is_named(module: str) -> None:
+    run = "runpy.run_path('cifar_ladder.py', run_name='__main__')"
+    program = f"import runpy, sys; sys.modules[{module!r}] = None; {run}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: needs {module}" in done.stderr and done.stderr.count("\n") == 1
+
+
 # Tables and pictures
 
 
@@ -679,8 +689,6 @@ def test_exponential_mean() -> None:
 
 
 # Several processes
-
-EXAMPLES = Path(cli.__file__).parents[1]
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
