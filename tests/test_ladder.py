@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -632,6 +633,18 @@ def test_a_batch_has_an_image_for_each_process() -> None:
     with pytest.raises(cli._SettingsError, match="--batch-size: wanted an image for each of 4 processes, got 3"):
         cli._Run(args, torch.device("cpu"), processes.Processes(0, 4), no_network)
     cli._Run(args, torch.device("cpu"), processes.Processes(0, 3), no_network)
+
+
+def test_a_terminal_without_the_minus_sign(tmp_path: Path) -> None:
+    shutil.copy(EXAMPLES / "results" / "quick_cpu" / "results.json", tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "cifar_ladder.py"), "--report", str(tmp_path)],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        encoding="latin-1",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "| 91.0 % | 61.1 % | ?0.4 |" in done.stdout
 
 
 @pytest.mark.parametrize("module", ["tqdm", "matplotlib"])

@@ -39,6 +39,8 @@ class _SettingsError(Exception):
 
 def main(argv: Sequence[str] | None = None, *, open_url: UrlOpener = urllib.request.urlopen) -> int:
     """Runs the ladder; returns the exit status. Bad arguments leave through SystemExit(2), as argparse has it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the tables' minus sign is not in every encoding
     parser = _parser()
     args = parser.parse_args(argv)
     if args.backend == "fastnorm" and args.report is None:
