@@ -308,6 +308,20 @@ def test_no_download_means_a_banner_or_an_error(cache: Path, published: bytes, k
     assert not cache.exists() or not list(cache.iterdir())
 
 
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_user_without_a_home_gets_synthetic_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")  # as Path.home does, for one in a container
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    said: list[str] = []
+    assert data.load("auto", None, train_images=4, seed=0, open_url=no_network, warn=said.append).name == "synthetic"
+    assert "no home folder" in said[0]
+    with pytest.raises(data.DataError, match="no home folder to keep it in"):
+        data.load("cifar10", None, train_images=4, seed=0, open_url=no_network)
+
+
 def test_wrong_checksum_is_an_error_and_leaves_nothing(cache: Path, published: bytes) -> None:
     with pytest.raises(data.DataError, match="wrong checksum"):
         data.load("auto", None, train_images=4, seed=0, open_url=lambda *a, **k: _Response(published[::-1]))

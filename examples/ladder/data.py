@@ -317,8 +317,15 @@ def unpack(archive: Path, version: Version, folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/fastnorm, or ~/.cache/fastnorm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnorm"
+    """Where downloads are kept: $XDG_CACHE_HOME/fastnorm, or ~/.cache/fastnorm.
+
+    Raises:
+        FileNotFoundError: this user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnorm"
+    except RuntimeError as error:
+        raise FileNotFoundError("no home folder to keep it in") from error
 
 
 def download(url: str, target: Path, md5: str, open_url: UrlOpener = urllib.request.urlopen) -> None:
@@ -385,8 +392,8 @@ def load(
                 wanted = " or ".join(f"{v.train_files[0]} (in {v.folder}), {v.archive}" for v in VERSIONS)
                 raise DataError(f"--data {directory}: no CIFAR-10 there: wanted {wanted}")
             return found.subset(train_images, seed)
-        cache = cache_folder()
         try:
+            cache = cache_folder()
             found = find_cifar10(cache)
             if found is None:
                 download(URL, cache / VERSIONS[0].archive, MD5, open_url)
