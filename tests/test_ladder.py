@@ -615,6 +615,7 @@ def test_what_only_fastnorm_has_needs_it(tmp_path: Path, capsys: pytest.CaptureF
         (["--seed", str(2**63)], "at most 9223372036854775807, got '9223372036854775808'"),
         (["--batch-size", str(2**63)], "at most 9223372036854775807, got '9223372036854775808'"),
         (["--device", "abacus"], "got 'abacus'"),
+        (["--device", "meta"], "got 'meta'"),
         (["--backend", "numpy"], "fastnorm"),
         (["--preset", "slow"], "quick"),
     ],

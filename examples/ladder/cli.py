@@ -260,7 +260,7 @@ class _Run:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()  # the meta device has no numbers to give back
     except (RuntimeError, AssertionError) as error:  # a torch built without CUDA raises AssertionError
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"wanted a device that torch has here, got {name!r} ({reason})") from error
