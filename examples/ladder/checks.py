@@ -80,7 +80,7 @@ def run_checks(
     recipe: Recipe, data: Dataset, *, backend: str, seed: int, on_step: Callable[[], object] = lambda: None
 ) -> Checks:
     """Runs all three on the recipe's network, without dropout and augmentation: these are to be seen through."""
-    plain = replace(recipe, dropout=0.0, drop_path=0.0, augment=(), mix=None, label_smoothing=0.0)
+    plain = replace(recipe, dropout=0.0, drop_path=0.0, augment=(), mix=None)
     batch = min(plain.batch_size, len(data.train_labels))
     # Adam at its usual rate whatever the recipe has, for here the network and the data are on trial.
     model = _Training(replace(plain, optimiser="adam"), backend, seed, data, 1e-3)

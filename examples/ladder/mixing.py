@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Mixing = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+from .data import CLASSES
 
-CLASSES = 10
+Mixing = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def _partners(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,8 +39,9 @@ class Recipe:
         sizes: output channels of each stage of the network, at each level of capacity; a preset has these.
         resnet_width: channels of the speed network's first convolution; a preset has it.
         capacity: which of `sizes` is used.
-        network: "convnet" or "resnet9" (speed.py).
+        network: "convnet" or "resnet9", both in models.py.
         convs_per_stage: every stage ends in a 2x2 max pooling.
+        dense: outputs of the first Dense.
         norm: a name in norms.py, or None; between each convolution and its ReLU.
         skip: whether the convolutions after the first of each stage form a residual branch.
         drop_path: the probability that the last residual branch is left out for an image; the first ones less.
@@ -50,7 +51,9 @@ class Recipe:
         augment: applied in this order to each training batch.
         mix: mixes the images and the labels of a batch with each other.
         optimiser: "adam" or "sgd".
+        lr: learning rate, times the schedule's factor.
         schedule: factor of lr in the course of a stage.
+        stages: what the run is divided into.
         batch_size: images a step, those of all processes together.
         patience: stop after so many epochs without a better validation accuracy, and return the best weights.
         imbalance: keep all images of the first class, this share of the last, geometrically between them.
@@ -76,7 +79,6 @@ class Recipe:
     l2: float = 0.0
     augment: tuple[Augmentation, ...] = ()
     mix: Mixing | None = None
-    label_smoothing: float = 0.0
     optimiser: str = "adam"
     lr: float = 1e-3
     schedule: Schedule = constant

@@ -6,7 +6,7 @@ that the recipe cannot express yet is one more field of `Recipe`, read where it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -227,9 +227,9 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def find(name: str, rungs: Sequence[Rung] | None = None) -> Rung:
+def find(name: str) -> Rung:
     """The rung of that name."""
-    return next(rung for rung in (RUNGS if rungs is None else rungs) if rung.name == name)
+    return next(rung for rung in RUNGS if rung.name == name)
 
 
 def recipe_of(rung: Rung, start: Recipe) -> Recipe:
@@ -238,21 +238,20 @@ def recipe_of(rung: Rung, start: Recipe) -> Recipe:
     return replace(below, **rung.changes)
 
 
-def select(wanted: str, rungs: Sequence[Rung] | None = None) -> list[Rung]:
+def select(wanted: str) -> list[Rung]:
     """The rungs in a comma-separated list of names, numbers and groups, in the order of RUNGS, each once.
 
     Raises:
         ValueError: an entry is none of these; the message lists the known ones.
     """
-    rungs = RUNGS if rungs is None else rungs
     chosen = set()
     for entry in (part.strip().lower() for part in wanted.split(",")):
         matches = [
-            i for i, rung in enumerate(rungs) if entry and entry in (rung.number, rung.name, *rung.groups, "all")
+            i for i, rung in enumerate(RUNGS) if entry and entry in (rung.number, rung.name, *rung.groups, "all")
         ]
         if not matches:
-            names = [*(rung.label for rung in rungs), *(group for rung in rungs for group in rung.groups), "all"]
+            names = [*(rung.label for rung in RUNGS), *(group for rung in RUNGS for group in rung.groups), "all"]
             known = ", ".join(dict.fromkeys(names))
             raise ValueError(f"unknown rung {entry!r}, known: {known}")
         chosen.update(matches)
-    return [rungs[i] for i in sorted(chosen)]
+    return [RUNGS[i] for i in sorted(chosen)]

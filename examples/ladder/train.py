@@ -206,9 +206,9 @@ class Trainer:
             with autocast(device):
                 logits = self.parallel(x)
             # The mean over the batch of all processes: DistributedDataParallel divides the gradients by their number.
-            loss = F.cross_entropy(
-                logits.float(), target, self.class_weights, reduction="sum", label_smoothing=recipe.label_smoothing
-            ) * (self.processes.world / len(batch))
+            loss = F.cross_entropy(logits.float(), target, self.class_weights, reduction="sum") * (
+                self.processes.world / len(batch)
+            )
             self.optimiser.zero_grad()
             loss.backward()
             if recipe.l1 or recipe.l2:
