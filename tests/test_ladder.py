@@ -676,6 +676,17 @@ def test_tables() -> None:
     assert {row.count("|") for row in rows} == {9}
 
 
+def test_epochs_are_those_that_were_trained() -> None:
+    """Not the preset's, where a rung has a number of its own."""
+    start = {"dataset": "cifar10", "preset": "full", "train_images": 8_000, "val_images": 10_000, "epochs": 75}
+    rungs = [finished("speed", 0.5), {**finished("decay", 0.5), "epochs": 5}]
+    for entries, wanted in ((rungs[:1], "2 epochs"), (rungs, "2 to 5 epochs")):
+        results = report.content(start, entries)
+        assert f"Trained on 8000 images for {wanted};" in report.footnotes(results)
+        figure = pictures.learning_curves(results)
+        assert figure.get_suptitle().endswith(f"CIFAR-10, full preset: 8000 training images, {wanted}")
+
+
 def test_time_to_the_goal() -> None:
     history = train.History([1.0] * 3, [0.9] * 3, [1.0] * 3, [0.93, 0.94, 0.95])
     outcome = train.Outcome(0.95, 0.99, 9.0, 5.0, [2.0, 4.5, 6.0], 1000, 3, history)

@@ -23,10 +23,11 @@ from .checkpoint import CheckpointError
 from .checks import run_checks
 from .data import DataError, Dataset, UrlOpener, load
 from .models import BACKENDS, needs_fastnorm
+from .pictures import span
 from .processes import Processes, joined, local_device
 from .recipe import Recipe
 from .rungs import PRESETS, RUNGS, Rung, recipe_of, select
-from .train import Diverged, History, Outcome, train_rung
+from .train import Diverged, History, Outcome, stage_lengths, train_rung
 
 EXIT_FAILED = 1  # a check or a rung
 EXIT_BAD_INPUT = 2
@@ -139,9 +140,10 @@ class _Run:
         checkpoints = out / "checkpoints"
         data = self.load()
         run = self.settings(data)
+        epochs = span(sum(stage_lengths(self.recipe(rung))) for rung in args.rungs)
         print(
             f"{data.name}: {run['train_images']} training and {run['val_images']} validation images ({data.source}); "
-            f"{self.preset_name} preset, {run['epochs']} epochs, backend {args.backend}, {run['device']}"
+            f"{self.preset_name} preset, {epochs} epochs, backend {args.backend}, {run['device']}"
         )
         before = self._before(run) if args.resume else None
         done = {one["name"]: one for one in before["rungs"]} if before else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,16 @@ def write_all(out: Path, results: Content) -> list[Path]:
     return paths
 
 
+def span(counts: Iterable[int]) -> str:
+    """Their common value, or the smallest and the largest."""
+    counts = set(counts)
+    return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+
+
 def _subtitle(results: Content) -> str:
     images = "CIFAR-10" if results["dataset"] == "cifar10" else "Synthetic images (not CIFAR-10)"
-    return (
-        f"{images}, {results['preset']} preset: {results['train_images']} training images, {results['epochs']} epochs"
-    )
+    epochs = span(one["epochs"] for one in results["rungs"] or [results])  # a rung may have its own number of them
+    return f"{images}, {results['preset']} preset: {results['train_images']} training images, {epochs} epochs"
 
 
 def _plain(axes: Axes, grid: str = "both") -> None:
