@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ladder import checkpoint, checks, cli, evaluate, models, pictures, processes, report, rungs, train
+from ladder import checkpoint, checks, cli, evaluate, mixing, models, pictures, processes, report, rungs, train
 from ladder.recipe import Recipe, Stage
 from ladder_small import SMALL, no_network, small_images, use_small_presets, write_binary
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -115,6 +115,41 @@ def test_every_rung_trains_two_steps(rung: rungs.Rung) -> None:
     assert np.isfinite(first.history.train_loss + first.history.val_loss).all()
     if rung.number in ("0", "1", "2", "3"):
         assert len(steps) == 2 * 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augment": (rungs.FLIP,)},
+        {"mix": mixing.MixUp()},
+        {"l1": 1e-3},
+        {"l2": 1e-3},
+        {"imbalance": 0.05},
+        {"class_weights": True},
+        {"resample": "over"},
+        {"resample": "under"},
+    ],
+    ids="-".join,
+)
+def test_every_change_reaches_training(changes: dict[str, object]) -> None:
+    plain, changed = (
+        train.train_rung(recipe_of("baseline", **fields), small_images(), backend="torch", seed=0).history
+        for fields in ({}, changes)
+    )
+    assert plain != changed
+
+
+def test_the_final_figures_are_averaged_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def evaluated(model: object, images: torch.Tensor, labels: object, averaging: object = None, *_, **__):
+        asked.append((len(images), averaging))
+        return 1.0, 0.5
+
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    recipe = recipe_of("tta", curve_images=10)
+    train.train_rung(recipe, small_images(), backend="torch", seed=0)
+    assert asked == [(10, None), (50, recipe.averaging), (64, recipe.averaging)]
 
 
 def test_another_seed_gives_other_numbers_and_another_backend_works() -> None:
