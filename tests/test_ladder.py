@@ -711,6 +711,12 @@ def test_tables() -> None:
     assert {row.count("|") for row in rows} == {9}
 
 
+def test_accuracies_on_other_classes_are_not_compared() -> None:
+    entries = [finished("decay", 0.6), finished("novel", 0.8), finished("finetune", 0.9)]
+    changes = [rung["change"] for rung in report.content({}, entries)["rungs"]]
+    assert changes == [None, None, pytest.approx(0.1)]
+
+
 def test_epochs_are_those_that_were_trained() -> None:
     """Not the preset's, where a rung has a number of its own."""
     start = {"dataset": "cifar10", "preset": "full", "train_images": 8_000, "val_images": 10_000, "epochs": 75}

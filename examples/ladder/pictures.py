@@ -133,7 +133,7 @@ def beside_chart(results: Content) -> Figure | None:
     axes.barh(
         range(len(rungs)), [one["val_accuracy"] for one in rungs], height=0.7, color=VALIDATION, label="validation"
     )
-    below = [(i, accuracy[one["on"]]) for i, one in enumerate(rungs) if one["on"] in accuracy]
+    below = [(i, accuracy[one["on"]]) for i, one in enumerate(rungs) if one["change"] is not None]
     if below:
         axes.vlines(
             [value for _, value in below],

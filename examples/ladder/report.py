@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import page, pictures
-from .rungs import Rung
+from .rungs import Rung, find
 from .train import TRAIN_EVAL_IMAGES, Outcome
 
 Content = Mapping[str, Any]
@@ -62,13 +62,14 @@ def content(
     """The content of results.json: `run`, then the keywords, and one entry a finished rung.
 
     Accuracies are in [0, 1], times in seconds, step_ms in milliseconds; `history` has one value an epoch, `change` is
-    the validation accuracy gained over the rung that it stands `on`, null where that one is not there.
+    the validation accuracy gained over the rung that it stands `on`, null where that one is not there or does not
+    compare.
     """
     accuracy = {one["name"]: one["val_accuracy"] for one in entries}
-    rungs = [
-        {**one, "change": one["val_accuracy"] - accuracy[one["on"]] if one["on"] in accuracy else None}
-        for one in entries
-    ]
+    rungs = []
+    for one in entries:
+        compares = one["on"] in accuracy and find(one["name"]).compares
+        rungs.append({**one, "change": one["val_accuracy"] - accuracy[one["on"]] if compares else None})
     return {**run, "interrupted": interrupted, "failed": list(failed), "checks": checks, "rungs": rungs}
 
 

@@ -48,6 +48,7 @@ class Rung:
         changes: fields of Recipe and their new values.
         groups: further names that --rungs knows it by, together with others.
         notes: the course notes' figures.
+        compares: whether its accuracy is of the same classes as that of the rung that it stands on.
     """
 
     number: str
@@ -57,6 +58,7 @@ class Rung:
     changes: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[str, ...] = ("ladder",)
     notes: Notes = Notes()
+    compares: bool = True
 
     @property
     def label(self) -> str:
@@ -168,7 +170,15 @@ RUNGS: tuple[Rung, ...] = (
     Rung("", "class_weights", "weights against it", "imbalanced", {"class_weights": True}, IMBALANCE),
     Rung("", "oversampling", "over-sampling against it", "imbalanced", {"resample": "over"}, IMBALANCE),
     Rung("", "undersampling", "under-sampling against it", "imbalanced", {"resample": "under"}, IMBALANCE),
-    Rung("", "novel", "only the last 5 classes", "decay", {"stages": (Stage(classes=NOVEL),)}, TRANSFER),
+    Rung(
+        "",
+        "novel",
+        "only the last 5 classes",
+        "decay",
+        {"stages": (Stage(classes=NOVEL),)},
+        TRANSFER,
+        compares=False,
+    ),
     Rung(
         "",
         "finetune",
