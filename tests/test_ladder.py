@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ladder import checkpoint, checks, cli, evaluate, mixing, models, pictures, 
 from ladder.recipe import Recipe, Stage
 from ladder_small import SMALL, no_network, small_images, use_small_presets, write_binary
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 EXAMPLES = Path(cli.__file__).parents[1]
 LADDER = [rung for rung in rungs.RUNGS if "ladder" in rung.groups]
@@ -748,6 +750,22 @@ def test_legend_and_title_are_not_cut_off(count: int) -> None:
     for drawn in (figure.legends[0], figure.axes[0].title):
         extent = drawn.get_window_extent()
         assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize("draw", [pictures.ladder_chart, pictures.beside_chart, pictures.zoo_chart])
+def test_what_is_written_in_a_bar_has_room_there(draw: Callable[[dict], Figure]) -> None:
+    start = {"dataset": "synthetic", "preset": "quick", "train_images": 8000, "val_images": 5000, "epochs": 1}
+    values = {"baseline": 0.05, "noise": 0.1, "batchnorm": 0.2, "decay": 0.15, "no_norm": 0.5, "layernorm": 0.1}
+    values |= {"dropout": 0.5, "l1l2": 0.6}
+    entries = [{**finished(name, value), "step_ms": 200 * value} for name, value in values.items()]
+    figure = draw(report.content(start, entries))
+    FigureCanvasAgg(figure).draw()
+    written = [(axes, text) for axes in figure.axes for text in axes.texts]
+    white = [(axes, text.get_window_extent()) for axes, text in written if text.get_color() == "white"]
+    assert 0 < len(white) < len(written)
+    for axes, text in white:
+        bars = [bar.get_window_extent() for bar in axes.patches]
+        assert any(bar.contains(*text.p0) and bar.contains(*text.p1) for bar in bars)
 
 
 def test_exponential_mean() -> None:

@@ -20,6 +20,8 @@ TIME = "#009E73"
 NOTES = "#222222"
 EARLIER = "#CC79A7"
 PANELS_PER_ROW = 4
+# Of its axis: a shorter bar has no room for figures, which then stand beyond it.
+ROOM = 0.2
 # A step of the exponentially weighted mean goes this share of the way to the new value.
 MEAN_STEP = 0.5
 
@@ -98,8 +100,10 @@ def ladder_chart(results: Content) -> Figure | None:
     for i, one in enumerate(rungs):
         gained = one["change"]
         text = f"{one['val_accuracy']:.1%}" + ("" if gained is None else f"\n{100 * gained:+.1f}")
-        # At the bar's foot, clear of all marks.
-        axes.text(i, 0.03, text, ha="center", va="bottom", color="white", fontsize=10, fontweight="bold")
+        # At the bar's foot, clear of all marks, or above it and the training accuracy.
+        short = one["val_accuracy"] < ROOM
+        y, colour = (max(one["val_accuracy"], one["train_accuracy"]) + 0.03, NOTES) if short else (0.03, "white")
+        axes.text(i, y, text, ha="center", va="bottom", color=colour, fontsize=10, fontweight="bold")
     axes.set_xticks(positions, [f"{one['label']}\n{_wrapped(one['adds'])}" for one in rungs], fontsize=8)
     axes.set_xlim(-0.6, len(rungs) - 0.4)
     axes.set_ylim(0.0, 1.0)
@@ -144,10 +148,10 @@ def beside_chart(results: Content) -> Figure | None:
             label="validation, the rung that it stands on",
         )
     for i, one in enumerate(rungs):
-        gained = "" if one["change"] is None else f"  {100 * one['change']:+.1f}"
-        axes.text(
-            0.01, i, f"{one['val_accuracy']:.1%}{gained}", va="center", color="white", fontsize=9, fontweight="bold"
-        )
+        text = f"{one['val_accuracy']:.1%}" + ("" if one["change"] is None else f"  {100 * one['change']:+.1f}")
+        ends = one["val_accuracy"], accuracy.get(one["on"], one["val_accuracy"])
+        x, colour = (max(ends), NOTES) if min(ends) < ROOM else (0.0, "white")
+        axes.text(x + 0.01, i, text, va="center", color=colour, fontsize=9, fontweight="bold")
     on = {one["name"]: f" (on {one['on']})" if one["on"] else "" for one in rungs}
     axes.set_yticks(range(len(rungs)), [f"{one['adds']}{on[one['name']]}" for one in rungs], fontsize=9)
     axes.set_ylim(len(rungs) - 0.4, -0.6)
@@ -171,15 +175,20 @@ def zoo_chart(results: Content) -> Figure | None:
     positions = range(len(rungs))
     left.barh(positions, [one["val_accuracy"] for one in rungs], height=0.65, color=VALIDATION)
     right.barh(positions, [one["step_ms"] for one in rungs], height=0.65, color=TIME)
+    longest = max(one["step_ms"] for one in rungs)
     for i, one in enumerate(rungs):
-        for axes, text in ((left, f"{one['val_accuracy']:.1%}"), (right, f"{one['step_ms']:.3g} ms")):
+        for axes, value, whole, text in (
+            (left, one["val_accuracy"], 1.0, f"{one['val_accuracy']:.1%}"),
+            (right, one["step_ms"], longest, f"{one['step_ms']:.3g} ms"),
+        ):
+            short = value < ROOM * whole
             axes.annotate(
                 text,
-                (0, i),
+                (value if short else 0, i),
                 (4, 0),
                 textcoords="offset points",
                 va="center",
-                color="white",
+                color=NOTES if short else "white",
                 fontweight="bold",
                 fontsize=9,
             )
