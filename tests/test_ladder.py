@@ -768,6 +768,12 @@ def test_what_is_written_in_a_bar_has_room_there(draw: Callable[[dict], Figure])
         assert any(bar.contains(*text.p0) and bar.contains(*text.p1) for bar in bars)
 
 
+def test_milliseconds() -> None:
+    assert [pictures.milliseconds(value) for value in (0.1234, 12.34, 999.4, 999.6, 1234.5)] == [
+        "0.123", "12.3", "999", "1000", "1234",
+    ]  # fmt: skip
+
+
 def test_exponential_mean() -> None:
     assert pictures.exponential_mean([1.0, 2.0, 0.0]) == pytest.approx([1.0, 1.5, 0.75])
 

@@ -23,7 +23,7 @@ from .checkpoint import CheckpointError
 from .checks import run_checks
 from .data import DataError, Dataset, UrlOpener, load
 from .models import BACKENDS, needs_fastnorm
-from .pictures import span
+from .pictures import milliseconds, span
 from .processes import Processes, joined, local_device
 from .recipe import Recipe
 from .rungs import PRESETS, RUNGS, Rung, recipe_of, select
@@ -253,7 +253,7 @@ class _Run:
             )
         print(
             f"{rung.label:<16} val {outcome.val_accuracy:.1%}  train {outcome.train_accuracy:.1%}  "
-            f"{outcome.seconds:.1f} s  {outcome.step_ms:.3g} ms a step",
+            f"{outcome.seconds:.1f} s  {milliseconds(outcome.step_ms)} ms a step",
             flush=True,
         )
         return outcome

@@ -52,6 +52,11 @@ def span(counts: Iterable[int]) -> str:
     return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
+def milliseconds(value: float) -> str:
+    """Three digits, or all of a thousand and more."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
 def _subtitle(results: Content) -> str:
     images = "CIFAR-10" if results["dataset"] == "cifar10" else "Synthetic images (not CIFAR-10)"
     epochs = span(one["epochs"] for one in results["rungs"] or [results])  # a rung may have its own number of them
@@ -179,7 +184,7 @@ def zoo_chart(results: Content) -> Figure | None:
     for i, one in enumerate(rungs):
         for axes, value, whole, text in (
             (left, one["val_accuracy"], 1.0, f"{one['val_accuracy']:.1%}"),
-            (right, one["step_ms"], longest, f"{one['step_ms']:.3g} ms"),
+            (right, one["step_ms"], longest, f"{milliseconds(one['step_ms'])} ms"),
         ):
             short = value < ROOM * whole
             axes.annotate(
