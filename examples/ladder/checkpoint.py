@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: truncated, or not a checkpoint: {reason}") from error
     if not isinstance(state, dict):
