@@ -175,18 +175,31 @@ def test_every_step_trains_in_training_mode() -> None:
     assert trainer.model.state_dict()["stages.0.0.norm.num_batches_tracked"] == 3 * 2
 
 
-def test_penalty_and_schedule_act() -> None:
+def test_penalty_acts() -> None:
     plain, penalised = (
         train.Trainer(recipe_of("baseline", l2=l2, epochs=3), small_images(), backend="torch", seed=0) for l2 in (0, 1)
     )
     for trainer in (plain, penalised):
         trainer.train_epoch()
     assert sum(k.square().sum() for k in penalised.kernels) < 0.99 * sum(k.square().sum() for k in plain.kernels)
-    trainer = train.Trainer(recipe_of("decay", epochs=3), small_images(), backend="torch", seed=0)
+
+
+@pytest.mark.parametrize(
+    "name, factors",
+    [("decay", [1, 1, 0.96, 0.96, 0.96**2, 0.96**2]), ("linear", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])],
+)
+def test_schedule_acts_at_every_step(name: str, factors: list[float]) -> None:
+    trainer = train.Trainer(recipe_of(name, epochs=3, norm=None), small_images(), backend="torch", seed=0)
     rates = []
     while not trainer.done:
         trainer.train_epoch(lambda steps: rates.append(trainer.optimiser.param_groups[0]["lr"]))
-    assert rates == pytest.approx([1e-3 * 0.96**epoch for epoch in (0, 0, 1, 1, 2, 2)])
+    assert rates == pytest.approx([1e-3 * factor for factor in factors])
+
+
+def test_every_epoch_draws_anew() -> None:
+    recipe = recipe_of("noise", lr=0.0, epochs=2)  # the weights stay, and no two epochs see the same images
+    first, second = train.train_rung(recipe, small_images(), backend="torch", seed=0).history.train_loss
+    assert first != second
 
 
 def test_stage_lengths() -> None:
@@ -308,6 +321,8 @@ def test_bad_checkpoint_is_named(tmp_path: Path) -> None:
     good = saved.read_bytes()
     with pytest.raises(checkpoint.CheckpointError, match=r"saved\.pt: cannot be gone on from: .* other settings"):
         train.train_rung(replace(recipe, lr=0.5), small_images(), **setting, resume=True)
+    with pytest.raises(checkpoint.CheckpointError, match="other settings"):
+        train.train_rung(recipe, small_images(), **setting | {"seed": 1}, resume=True)
     for content in (good[: len(good) // 2], b"", b"%PDF-1.7 and more", b"\x80\x02cos\nsystem\n.", b"\x80\x02}}}s."):
         saved.write_bytes(content)
         with pytest.raises(checkpoint.CheckpointError, match=r"saved\.pt: truncated, or not a checkpoint") as caught:

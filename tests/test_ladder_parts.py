@@ -382,6 +382,14 @@ def test_a_new_head_for_a_network_on_another_device(monkeypatch: pytest.MonkeyPa
     assert model.head.weight.is_meta
 
 
+def test_norms_are_what_they_are_called() -> None:
+    made = {kind: norms.make_norm(kind, 32) for kind in norms.NORMS}
+    assert (made["group"].num_groups, made["instance"].affine) == (4, True)
+    assert made["layer"].layer_norm.normalized_shape == (32,)
+    assert (made["lrn_inter"].size, made["lrn_intra"].size, made["lrn_intra"].region) == (5, 3, "intra")
+    assert {type(made[kind]) for kind in ("weight", "spectral")} == {torch.nn.Identity}
+
+
 def test_unknown_norm_is_named() -> None:
     with pytest.raises(ValueError, match=r"norm must be None or one of batch, .* got 'bath'"):
         norms.make_norm("bath", 8)
