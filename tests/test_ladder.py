@@ -313,6 +313,17 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, steps: int) -> 
     assert (resumed.val_accuracy, resumed.train_accuracy) == (whole.val_accuracy, whole.train_accuracy)
 
 
+def test_a_checkpoint_s_recipe_is_the_same_in_another_process() -> None:
+    program = (
+        "from ladder.rungs import PRESETS, RUNGS, recipe_of\n"
+        "for rung in RUNGS: print(repr(recipe_of(rung, PRESETS['quick'].recipe)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, capture_output=True, text=True, check=True)
+    start = rungs.PRESETS["quick"].recipe
+    assert done.stdout.splitlines() == [repr(rungs.recipe_of(rung, start)) for rung in rungs.RUNGS]
+    assert " at 0x" not in done.stdout  # an address, by chance the same
+
+
 def test_bad_checkpoint_is_named(tmp_path: Path) -> None:
     saved = tmp_path / "saved.pt"
     setting = {"backend": "torch", "seed": 0, "saved": saved}

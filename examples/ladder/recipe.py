@@ -34,6 +34,8 @@ class Stage:
 class Recipe:
     """Everything that a rung may change about one training run.
 
+    A checkpoint knows its recipe by repr(), which must be the same in another process: no plain functions in a recipe.
+
     Attributes:
         epochs: passes over the training images.
         sizes: output channels of each stage of the network, at each level of capacity; a preset has these.

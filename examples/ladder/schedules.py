@@ -13,9 +13,15 @@ from dataclasses import dataclass
 Schedule = Callable[[float, float], float]
 
 
-def constant(epoch: float, epochs: float) -> float:
+@dataclass(frozen=True)
+class Constant:
     """1 throughout."""
-    return 1.0
+
+    def __call__(self, epoch: float, epochs: float) -> float:
+        return 1.0
+
+
+constant = Constant()
 
 
 @dataclass(frozen=True)
