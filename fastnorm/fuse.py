@@ -187,19 +187,21 @@ def _methods(modules: list[nn.Module], forwards: list[Traced]) -> tuple[list[Tra
 
 def _trace(module: nn.Module, name: str) -> list[Traced]:
     """One graph, of one method of the module, if that does the same in every mode, or else two that differ."""
-    training = module.training
+    modes = [(vars(m), m.training) for m in module.modules() if "training" in vars(m)]
     autocast = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
     traced = []
     try:
         # The other way round each time, so that a forward that sets one of them is seen to.
         for on in (True, False):
-            module.training = on
+            for attributes, _ in modes:
+                attributes["training"] = on
             for device in autocast:
                 torch.set_autocast_enabled(device, not on)
             with torch.set_grad_enabled(on):
                 traced.append(trace(module, lambda m: True, name=name))
     finally:
-        module.training = training
+        for attributes, training in modes:
+            attributes["training"] = training
         for device, on in autocast.items():
             torch.set_autocast_enabled(device, on)
     first, second = traced

@@ -364,6 +364,8 @@ class Flagged(nn.Module):
             x = x * 2
         elif self.kind == "dropout":
             x = F.dropout(x, 0.0, self.training)
+        elif self.kind == "dropout of a layer":
+            x = F.dropout(x, 0.0, self.conv.training)
         elif self.kind == "grad" and not torch.is_grad_enabled():
             x = x * 2
         elif self.kind == "random":
@@ -377,7 +379,10 @@ class Flagged(nn.Module):
         return F.relu(self.norm(x))
 
 
-KINDS = ("no_grad", "autocast", "training", "dropout", "grad", "random", "sets", "data", "reentrant", "non-reentrant")
+KINDS = (
+    "no_grad", "autocast", "training", "dropout", "dropout of a layer", "grad", "random", "sets", "data", "reentrant",
+    "non-reentrant",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
