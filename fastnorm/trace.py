@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import operator
+import os
 import random
 import sys
 import warnings
@@ -126,7 +127,7 @@ def _mode() -> tuple[Any, ...]:
 def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forward") -> Traced:
     """Traces a module's forward, or another method, down to the modules that ``leaf`` says not to enter.
 
-    ``given=False`` leaves out the arguments that can be left out.
+    ``given=False`` leaves out the arguments that can be left out, see :func:`left_out`.
 
     A forward that sets attributes, changes what is in lists, dictionaries and sets that are attributes, or draws random
     numbers fails: what it does the next time need not be what it did now. All are undone, as far as attributes of
@@ -134,10 +135,10 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
     """
     if name in vars(module):
         return _untraced(module, name, f"{name} is set on the instance")
-    parameters = list(inspect.signature(getattr(type(module), name)).parameters.values())[1:]
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    function = getattr(type(module), name)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inspect.signature(function).parameters.values()):
         return _untraced(module, name, f"{name} takes any number of arguments")
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    defaults = left_out(function)
     tracer = _Tracer(leaf)
     tracer.graph, tracer.traced_func_name = fx.Graph(), name
     attributes, generators = _attributes(module), _generators()
@@ -155,8 +156,58 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
         failure = failure or "forward sets attributes"
     if _rewind(generators):
         failure = failure or "forward draws random numbers"
+    if any(not code.co_filename.startswith(_TORCH) and _asked(code, "type", "hasattr") for code in tracer.codes):
+        failure = failure or "forward asks for the type of an argument"
     complete = failure is None and not tracer.changes_mode and not defaults
     return Traced(module, name, tracer.graph, failure, complete, frozenset(tracer.codes))
+
+
+def left_out(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that a call of a method may be without, and what they are then: those that have a default, and
+    those of which the method asks whether they are None, which a proxy never is."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    asked = _asked(code, "None") if code else ()
+    return {
+        p.name: None if p.default is p.empty else p.default
+        for p in inspect.signature(function).parameters.values()
+        if p.default is not p.empty or p.name in asked
+    }
+
+
+def _asked(code: CodeType, *questions: str) -> set[str]:
+    """The arguments x of a function of which it asks one of these: "None" (x is None), "type" (type(x)), "hasattr"."""
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return {x for question, x in _questions(code) if question in questions and x in arguments and x != "self"}
+
+
+@functools.lru_cache(4096)
+def _questions(code: CodeType) -> frozenset[tuple[str, str]]:
+    """Each question and the variable of which it is asked. A proxy answers them wrongly, and cannot notice."""
+    found: set[tuple[str, str]] = set()
+    last, function = "", ""  # what has been loaded
+    for instruction in dis.get_instructions(code):
+        operation, value = instruction.opname, instruction.argval
+        if operation == "IS_OP" or "_NONE" in operation:  # a jump, from Python 3.11 on
+            found.add(("None", last))
+        elif operation not in _NOTHING and not (operation == "LOAD_CONST" and value is None):
+            if function and (variable := _variable(operation, value, 0)):
+                found.add((function, variable))
+            last, function = _variable(operation, value), value if operation == "LOAD_GLOBAL" else ""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= _questions(constant)
+    return frozenset(found)
+
+
+_NOTHING = ("EXTENDED_ARG", "CACHE", "NOP")  # instructions of no meaning here
+_TORCH = os.path.dirname(torch.__file__)
+
+
+def _variable(operation: str, value: Any, which: int = -1) -> str:
+    """The local variable that an instruction loads; from Python 3.13 on there may be two."""
+    if "LOAD_FAST" not in operation and operation != "LOAD_DEREF":
+        return ""
+    return value[which] if isinstance(value, tuple) else value
 
 
 def _untraced(module: nn.Module, name: str, reason: str) -> Traced:
@@ -324,12 +375,10 @@ def _attribute_chains(code: CodeType, self_name: str | None = None) -> tuple[tup
         operation, value = instruction.opname, instruction.argval
         if operation in ("LOAD_ATTR", "LOAD_METHOD"):
             names.append(value)
-        elif operation not in ("EXTENDED_ARG", "CACHE", "NOP"):
+        elif operation not in _NOTHING:
             found.append((beginning, tuple(names)))
-            # Python 3.13 loads two variables at once.
-            value = value[-1] if isinstance(value, tuple) and value else value
-            local = "LOAD_FAST" in operation or operation == "LOAD_DEREF"
-            beginning = "self" if local and value == self_name else "global" if "LOAD_GLOBAL" in operation else "other"
+            is_self = self_name != "" and _variable(operation, value) == self_name
+            beginning = "self" if is_self else "global" if "LOAD_GLOBAL" in operation else "other"
             names = []
     chains = {(beginning == "self", names) for beginning, names in found if names and beginning != "global"}
     for constant in code.co_consts:
@@ -359,9 +408,8 @@ def trace_everything(model: nn.Module, leaf: Leaf) -> tuple[list[Traced], set[nn
         return leaf(m) or m in opaque or has_hooks(m) or "forward" in vars(m) or isinstance(m, PARALLEL)
 
     def attempt(m: nn.Module, name: str = "forward") -> bool:
-        arguments = inspect.signature(getattr(type(m), name)).parameters.values()
-        optional = any(p.default is not p.empty for p in arguments)
-        traced[m, name] = [trace(m, is_leaf, given, name) for given in ((True, False) if optional else (True,))]
+        variants = (True, False) if left_out(getattr(type(m), name)) else (True,)
+        traced[m, name] = [trace(m, is_leaf, given, name) for given in variants]
         return _failure(traced[m, name]) is None
 
     def prepare(m: nn.Module) -> None:

@@ -393,6 +393,16 @@ def test_arguments_that_can_be_left_out() -> None:
     folded = check(model := ready(Decided(False)), images(2))
     assert difference(folded(images(2), torch.tensor(3.0)), model(images(2), torch.tensor(3.0))) < TOLERANCE
 
+    class Asked(Optional):
+        def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
+            x = self.conv(x)
+            return x if scale is None else self.norm(x)
+
+    model = ready(Asked(False))
+    folded = fastnorm.fold_batch_norm(model)
+    for scale in (None, images(2)):
+        assert difference(folded(images(2), scale), model(images(2), scale)) < TOLERANCE
+
 
 def test_layers_of_a_sequential_that_are_used_one_by_one() -> None:
     """As in a perceptual loss: the output of the convolution is taken out before it is normalised."""
