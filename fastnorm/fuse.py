@@ -50,6 +50,9 @@ _SETTINGS: dict[str, Any] = {"negative_slope": 0.01, "approximate": "none"}
 
 _ADDITIONS = (operator.add, torch.add, "add", "add_", in_place)
 
+# What these return is new, and nobody else's.
+_MAKERS = (nn.modules.conv._ConvNd, nn.Linear)
+
 
 class _Site(NamedTuple):
     """activation(norm(...)), or with ``addition`` activation(norm(...) + residual), in the graph of one forward."""
@@ -290,18 +293,22 @@ def _adds_residual(module: nn.Module, norm: fx.Node, addition: fx.Node) -> bool:
         return False
     if norm.kwargs or len(norm.args) != 1 or len(norm.args[0].users) != 1:
         return False
+    is_own = isinstance(_layer(module, norm.args[0]), _MAKERS)  # the input, which else may be a part of what is written
     node = norm.next
-    while node is not addition and not _writes(module, node):
+    while node is not addition:
         if node.op == "get_attr" and node.target.startswith(f"{norm.target}."):
             return False  # a running statistic, which is read after the update
+        if not is_own and _writes(module, node):
+            return False
         node = node.next
-    return node is addition
+    return True
 
 
 def _writes(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node may write into a tensor that was there before."""
     if node.op == "call_module":
-        return bool(getattr(_layer(module, node), "inplace", False))
+        layer = _layer(module, node)
+        return not _is_layer(layer) or bool(getattr(layer, "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "unknown_")

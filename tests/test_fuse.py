@@ -183,6 +183,23 @@ def test_a_write_between() -> None:
         assert torch.equal(fastnorm.fuse(model)(X), wanted) and not activations(model)
 
 
+def test_a_write_inside_a_module_between() -> None:
+    """The norm's input may be a part of what the module writes; what a convolution returns is nobody else's."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.conv(x)
+        return m.relu(m.small(x[:, :2]) + m.branch(x))
+
+    branch = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+    model = Graph(forward, branch=branch, small=nn.BatchNorm2d(2)).eval()
+    with torch.no_grad():
+        wanted = copy.deepcopy(model)(X)
+        assert torch.equal(fastnorm.fuse(model)(X), wanted) and not activations(model)
+
+    branch = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+    check(Graph(lambda m, x: m.relu(m.norm(m.conv(x)) + m.branch(x.sin())), branch=branch), X, norm="relu")
+
+
 MEAN = torch.randn(1, 4, 1, 1)
 
 
