@@ -15,7 +15,7 @@ from fastnorm import batch_norm
 from fastnorm.activation import add_and_activate, norm_with_residual
 from fastnorm.convert import Skip, skipped_modules
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import PARALLEL, attribute, has_hooks, trace_everything
+from fastnorm.trace import PARALLEL, attribute, does_more, trace_everything
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -193,7 +193,7 @@ class _Folding:
             self.untouchable.add(value)
 
     def _called(self, layer: nn.Module, node: fx.Node) -> None:
-        if type(layer) is nn.Identity and not has_hooks(layer) and len(node.args) == 1:
+        if type(layer) is nn.Identity and not does_more(layer) and len(node.args) == 1:
             node.replace_all_uses_with(node.args[0])
             node.graph.erase_node(node)
             return
@@ -226,8 +226,7 @@ class _Folding:
         return (
             type(norm).forward in _BATCH_NORM_FORWARDS
             and norm not in self.untouchable
-            and not has_hooks(norm)
-            and "forward" not in vars(norm)
+            and not does_more(norm)
             and norm.running_mean is not None
             and norm.running_var is not None
             and not self.read_directly & {id(t) for t in (*norm.parameters(), *norm.buffers())}
@@ -240,8 +239,7 @@ class _Folding:
             and type(layer).forward is base.forward
             and getattr(type(layer), "_conv_forward", None) is getattr(base, "_conv_forward", None)
             and layer not in self.untouchable
-            and not has_hooks(layer)
-            and "forward" not in vars(layer)
+            and not does_more(layer)
             and not isinstance(layer, LazyModuleMixin)
             and not parametrize.is_parametrized(layer)
             and layer._parameters.get("weight") is not None  # pruning and the old weight_norm compute it

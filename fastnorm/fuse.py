@@ -19,7 +19,7 @@ from fastnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fastnorm.activation import norm_with_residual
 from fastnorm.convert import becomes_norm, to_fastnorm
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import Traced, attribute, has_hooks, in_place, is_run, layers_used, methods, shows, trace
+from fastnorm.trace import Traced, attribute, does_more, in_place, is_run, layers_used, methods, shows, trace
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -252,7 +252,7 @@ def _sites(module: nn.Module, graph: fx.Graph, once: set[nn.Module]) -> list[_Si
 
 
 def _is_fusible(norm: nn.Module | None, once: set[nn.Module]) -> bool:
-    if norm not in once or has_hooks(norm) or "forward" in vars(norm) or isinstance(norm, torch.jit.ScriptModule):
+    if norm not in once or does_more(norm) or isinstance(norm, torch.jit.ScriptModule):
         return False
     return becomes_norm(norm) or (type(norm).forward in _NORM_FORWARDS and norm.activation is None)
 
@@ -261,7 +261,7 @@ def _activation(module: nn.Module, node: fx.Node, input: fx.Node) -> str | None:
     """The name of the activation that a node applies to nothing but ``input``; None if it is none that kernels have."""
     if node.op == "call_module":
         layer = _layer(module, node)
-        if type(layer) not in _MODULES or has_hooks(layer) or "forward" in vars(layer):
+        if type(layer) not in _MODULES or does_more(layer):
             return None
         name, settings = _MODULES[type(layer)], {key: getattr(layer, key, value) for key, value in _SETTINGS.items()}
     elif node.op in ("call_function", "call_method"):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.overrides import handle_torch_function
 
-from fastnorm.trace import has_hooks
+from fastnorm.trace import does_more
 
 
 def overridden(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -41,9 +41,9 @@ def recorded_call(module: nn.Module, *args: Any) -> Any:
     would do (an override that calls it, hooks, which have run by now), and in a module that is traced for itself.
     """
     tracer = args[0].tracer if isinstance(args[0], fx.Proxy) else None
-    if not isinstance(tracer, fx.Tracer) or module is tracer.root or has_hooks(module):
+    if not isinstance(tracer, fx.Tracer) or module is tracer.root or does_more(module):
         return None
-    if "forward" in vars(module) or not type(module).__module__.startswith("fastnorm."):
+    if not type(module).__module__.startswith("fastnorm."):
         return None
     while args[-1] is None:
         args = args[:-1]

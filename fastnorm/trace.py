@@ -296,11 +296,10 @@ def attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def does_more(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward, or something else: hooks, a forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return "forward" in vars(module) or any(hooks)
 
 
 def methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -405,7 +404,7 @@ def trace_everything(model: nn.Module, leaf: Leaf) -> tuple[list[Traced], set[nn
     traced: dict[tuple[nn.Module, str], list[Traced]] = {}
 
     def is_leaf(m: nn.Module) -> bool:
-        return leaf(m) or m in opaque or has_hooks(m) or "forward" in vars(m) or isinstance(m, PARALLEL)
+        return leaf(m) or m in opaque or does_more(m) or isinstance(m, PARALLEL)
 
     def attempt(m: nn.Module, name: str = "forward") -> bool:
         variants = (True, False) if left_out(getattr(type(m), name)) else (True,)

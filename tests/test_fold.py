@@ -511,6 +511,12 @@ def test_a_module_with_hooks_is_entered_on_its_own() -> None:
     assert len(folded[0]._forward_hooks) == 1
 
 
+def test_an_identity_with_a_forward_of_its_own() -> None:
+    model = ready(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Identity(), nn.BatchNorm2d(3)))
+    model[1].forward = torch.relu
+    check(model, images(2), left=1)
+
+
 def test_looking_leaves_no_trace() -> None:
     """Attributes that forward sets, and random numbers that it draws, are as if it had never run."""
 
