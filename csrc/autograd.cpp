@@ -107,7 +107,7 @@ variable_list layer_norm_gradients(const Tensor& dy, const Kept& kept) {
   if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("layer_norm_backward", 2, dy, kept));
   const NormTensors t(kept.tensors);
   return list_of(layer_norm_backward(dy, t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
-                                     kept.setting[0].toDimVector(), string_or_none(kept.setting[2]),
+                                     kept.setting[0].toIntVector(), string_or_none(kept.setting[2]),
                                      kept.setting[3].toBool(), kept.wanted));
 }
 
@@ -254,7 +254,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
 }
 
 Tensor layer_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& residual, at::IntArrayRef normalized_shape, double eps,
+                  const OptionalTensor& residual, const std::vector<int64_t>& normalized_shape, double eps,
                   std::optional<std::string_view> activation, bool subtract_mean) {
   return norm(
       kLayerNorm, input, weight, bias, residual, activation,

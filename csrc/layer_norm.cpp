@@ -69,7 +69,7 @@ static void set_statistics(Args& args, P* p) {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
                                                       const OptionalTensor& bias, const OptionalTensor& residual,
-                                                      at::IntArrayRef normalized_shape, double eps,
+                                                      const std::vector<int64_t>& normalized_shape, double eps,
                                                       std::optional<std::string_view> activation, bool subtract_mean,
                                                       bool keep) {
   const Rows rows = check_shapes(subtract_mean, input, normalized_shape, weight, bias, residual);
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gra
                                                                const OptionalTensor& weight, const OptionalTensor& bias,
                                                                const OptionalTensor& residual,
                                                                const OptionalTensor& mask, const Tensor& statistics,
-                                                               at::IntArrayRef normalized_shape,
+                                                               const std::vector<int64_t>& normalized_shape,
                                                                std::optional<std::string_view> activation,
                                                                bool subtract_mean, std::array<bool, 4> wanted) {
   const char* op = op_name(subtract_mean);

@@ -1,10 +1,12 @@
-// The C++ functions behind fastnorm._C, one line each in bindings.cpp. Each is defined in the file of its op.
+// The C++ functions behind fastnorm._C, one line each in bindings.cpp. Each is defined in the file of its op. Shapes are
+// vectors, which may come of any integers of Python: torch's own caster takes those of numpy for none.
 #pragma once
 
 #include <ATen/core/Generator.h>
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "tensors.h"
 
@@ -66,7 +68,7 @@ Tensor alpha_dropout_backward(const Tensor& grad_output, double p, const Tensor&
 // statistics (float32, float64 for float64: [3, M], rms_norm [1, M]; layer_norm.h) and the mask.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
                                                       const OptionalTensor& bias, const OptionalTensor& residual,
-                                                      at::IntArrayRef normalized_shape, double eps,
+                                                      const std::vector<int64_t>& normalized_shape, double eps,
                                                       std::optional<std::string_view> activation, bool subtract_mean,
                                                       bool keep);
 
@@ -75,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gra
                                                                const OptionalTensor& weight, const OptionalTensor& bias,
                                                                const OptionalTensor& residual,
                                                                const OptionalTensor& mask, const Tensor& statistics,
-                                                               at::IntArrayRef normalized_shape,
+                                                               const std::vector<int64_t>& normalized_shape,
                                                                std::optional<std::string_view> activation,
                                                                bool subtract_mean, std::array<bool, 4> wanted);
 // -> y. `region` "inter" or "intra", `convention` "torch" or "paper".
@@ -137,7 +139,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   std::optional<std::string_view> activation, bool skip_nonfinite_stats,
                   std::optional<std::array<double, 2>> renorm);
 Tensor layer_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& residual, at::IntArrayRef normalized_shape, double eps,
+                  const OptionalTensor& residual, const std::vector<int64_t>& normalized_shape, double eps,
                   std::optional<std::string_view> activation, bool subtract_mean);
 Tensor group_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& residual, int64_t num_groups, double eps,

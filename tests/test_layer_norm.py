@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -37,6 +38,16 @@ def test_module_as_torch(ours: type, theirs: type, shape: object, setting: dict)
     x = sample(5, *a.normalized_shape)
     torch.testing.assert_close(a(x), b(x))
     torch.testing.assert_close(copy.deepcopy(a)(x), b(x))
+
+
+@every_module
+def test_a_shape_of_numpy_s_integers(ours: type, theirs: type) -> None:
+    """As np.prod(shape) gives them."""
+    for shape in (np.prod([3, 4]), [np.int64(3), np.int32(4)]):
+        a, b = ours(shape), theirs(shape)
+        x = sample(5, *map(int, a.normalized_shape)).requires_grad_()
+        torch.testing.assert_close(a(x), b(x))
+        a(x).square().sum().backward()
 
 
 def test_layer_norm_without_bias_and_rms_norm_of_torch_s_default_eps() -> None:
