@@ -45,14 +45,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
               ": running_mean and running_var must be given together, got only ",
               is_given(running_mean) ? "running_mean" : "running_var");
   TORCH_CHECK(training || is_given(running_mean), op, ": running_mean and running_var must be given if training=False");
-  if (is_given(running_mean) && training) {
-    TORCH_CHECK(is_dense(*running_mean, Layout::kContiguous) && is_dense(*running_var, Layout::kContiguous), op,
-                ": running_mean and running_var must be contiguous to be updated");
-  }
   if (is_given(num_batches_tracked)) {
-    TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1, op,
-                ": num_batches_tracked must be one number of type Long, got shape ", num_batches_tracked->sizes(),
-                " of type ", num_batches_tracked->scalar_type());
+    TORCH_CHECK(num_batches_tracked->numel() == 1, op, ": num_batches_tracked must be one number, got shape ",
+                num_batches_tracked->sizes());
     check_place(op, "num_batches_tracked", *num_batches_tracked, input);
   }
   TORCH_CHECK_VALUE(momentum || !training || !is_given(running_mean) || is_given(num_batches_tracked), op,
@@ -69,6 +64,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   const Shape shape = shape_of(input);
   TORCH_CHECK_VALUE(!training || shape.N * shape.S != 1, op,
                     ": expected more than 1 value per channel in training, got input shape ", input.sizes());
+  if (training) {
+    check_updatable(op, running_mean, running_var);
+    TORCH_CHECK_NOT_IMPLEMENTED(!is_given(num_batches_tracked) || num_batches_tracked->scalar_type() == at::kLong, op,
+                                ": no kernel for num_batches_tracked of type ", num_batches_tracked->scalar_type(),
+                                ", wanted Long");
+  }
 
   const Tensor x = in_layout(input, shape.layout);
   const Tensor y = empty_in_layout(x, shape.layout);

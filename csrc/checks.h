@@ -45,6 +45,13 @@ inline void check_per_channel(const char* op, const char* name, const OptionalTe
               low_precision ? " or Float" : "", " for an input of type ", wanted, ", got ", type);
 }
 
+// Of statistics that a kernel updates as they lie; each may be none.
+inline void check_updatable(const char* op, const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  for (const OptionalTensor* t : {&running_mean, &running_var})
+    TORCH_CHECK_NOT_IMPLEMENTED(!is_given(*t) || is_dense(**t, Layout::kContiguous), op,
+                                ": no kernel that updates running statistics which are not contiguous");
+}
+
 // Two tensors that the kernel reads as one type.
 inline void check_same_type(const char* op, const char* name_a, const OptionalTensor& a, const char* name_b,
                             const OptionalTensor& b) {

@@ -26,8 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, co
   const bool tracks = is_given(running_mean);
   TORCH_CHECK(tracks == is_given(running_var), kOp, ": running_mean and running_var must be given together, got only ",
               tracks ? "running_mean" : "running_var");
-  TORCH_CHECK(!tracks || (is_dense(*running_mean, Layout::kContiguous) && is_dense(*running_var, Layout::kContiguous)),
-              kOp, ": running_mean and running_var must be contiguous to be updated");
+  check_updatable(kOp, running_mean, running_var);
 
   const auto [y, statistics, mask, variance] =
       normalize_groups(kOp, input, input.size(1), weight, bias, residual, eps, activation, keep_mask, tracks);

@@ -99,6 +99,13 @@ class BatchNormFunction(NormFunction):
         return z
 
     @staticmethod
+    def uncovered_when_traced(input: Tensor, weight: Tensor | None, setting: Setting) -> str | None:
+        tracked = setting[2]
+        if tracked is None or tracked.dtype == torch.int64:
+            return None
+        return f"no kernel for num_batches_tracked of type {tracked.dtype}, wanted torch.int64"
+
+    @staticmethod
     def fake_statistics(input: Tensor, setting: Setting, keep: bool) -> Tensor:
         training, (r_max, d_max) = setting[3], setting[8] or (1.0, 0.0)
         corrects = training and (r_max > 1 or d_max > 0)

@@ -264,6 +264,38 @@ def test_without_num_batches_tracked() -> None:
     assert equal(run(without, x), run(module, x)) and torch.equal(without.running_var, module.running_var)
 
 
+def _strided(module: nn.Module) -> None:
+    for name in ("running_mean", "running_var"):
+        setattr(module, name, torch.stack(2 * [getattr(module, name)], dim=1)[:, 0])
+
+
+BUFFERS: dict[str, Callable[[nn.Module], None]] = {
+    "float": lambda m: m.load_state_dict({k: t.float() for k, t in m.state_dict().items()}, assign=True),
+    "int32": lambda m: setattr(m, "num_batches_tracked", m.num_batches_tracked.int()),
+    "strided": _strided,
+}
+
+
+@pytest.mark.parametrize("momentum", (0.1, None))
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_buffers_that_no_kernel_updates(kind: str, momentum: float | None) -> None:
+    """torch takes a count of any type, and statistics in any layout."""
+    ours, torchs = (BatchNorm(6, momentum=momentum) for BatchNorm in (fastnorm.BatchNorm2d, nn.BatchNorm2d))
+    x = torch.randn(SHAPES[2]) + 1
+    for module in (ours, torchs):
+        BUFFERS[kind](module)
+    fastnorm.set_fallback("warn")
+    with pytest.warns(fastnorm.FallbackWarning, match="no kernel"):
+        y = ours(x)
+    torch.testing.assert_close(y, torchs(x))
+    fastnorm.set_fallback("silent")
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(ours, backend="aot_eager")(x), torchs(x))
+    for got, wanted in zip(ours.buffers(), torchs.buffers(), strict=True):
+        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
+
+
 def test_weight_norm_on_a_norm() -> None:
     module = fastnorm.parametrizations.weight_norm(fastnorm.LayerNorm(5))
     x = torch.randn(3, 5)
