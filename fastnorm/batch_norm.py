@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
+from torch.types import Device
 
 from fastnorm import _C, compile
 from fastnorm.activation import check_activation
@@ -242,7 +243,7 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,

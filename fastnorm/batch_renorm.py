@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
+from torch.types import Device
 
 from fastnorm.batch_norm import BatchNormFunction, _BatchNorm, check_eps
 from fastnorm.norm import norm_op
@@ -101,7 +102,7 @@ class _BatchRenorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         r_max: Limit = 3.0,

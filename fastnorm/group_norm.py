@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
+from torch.types import Device
 
 from fastnorm import compile
 from fastnorm.activation import check_activation
@@ -143,7 +144,7 @@ class GroupNorm(ChannelNormModule, nn.GroupNorm):
         num_channels: int,
         eps: float = 1e-5,
         affine: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
+from torch.types import Device
 
 from fastnorm.activation import check_activation
 from fastnorm.batch_norm import batch_norm
@@ -142,7 +143,7 @@ class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
         momentum: float | None = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from operator import itemgetter
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
+from torch.types import Device
 
 from fastnorm import compile
 from fastnorm.activation import check_activation
@@ -91,7 +93,7 @@ _layer_norm = norm_op("layer_norm", LayerNormFunction, autocast_as=("layer_norm"
 
 def layer_norm(
     input: Tensor,
-    normalized_shape: list[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -151,7 +153,7 @@ class LayerNorm(NormModule, nn.LayerNorm):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = None,

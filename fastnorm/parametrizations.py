@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from fastnorm.op import carry
 from fastnorm.transforms import is_for_kernels, loop_over_batch
 
 __all__ = ["spectral_norm", "weight_norm"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 # ---- weight_norm: its autograd function is in csrc/weight_norm.cpp
@@ -79,7 +81,7 @@ class _WeightNorm(torch_parametrizations._WeightNorm):
         return _weight_norm(weight_g, weight_v, self.dim)
 
 
-def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
+def weight_norm(module: Model, name: str = "weight", dim: int | None = 0) -> Model:
     """Weight normalisation (Salimans & Kingma 2016, arXiv:1602.07868) of a parameter: direction and length apart.
 
         w = g * v / ||v||
@@ -289,8 +291,8 @@ _spectral_norm_backward_op = compile.register(
 
 
 def spectral_norm(
-    module: nn.Module, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
-) -> nn.Module:
+    module: Model, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+) -> Model:
     """Spectral normalisation (Miyato et al. 2018, arXiv:1802.05957; Yoshida & Miyato 2017, arXiv:1705.10941).
 
         y = weight / sigma,   sigma = u^T W v,   W the weight as a matrix whose rows are ``dim``

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
+from torch.types import Device
 
 from fastnorm.activation import check_activation
 from fastnorm.layer_norm import LayerNormFunction
@@ -20,7 +23,7 @@ _EPS_FLOAT32 = torch.finfo(torch.float32).eps
 
 def rms_norm(
     input: Tensor,
-    normalized_shape: list[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
@@ -86,7 +89,7 @@ class RMSNorm(NormModule, nn.RMSNorm):
         normalized_shape: int | list[int] | torch.Size,
         eps: float | None = None,
         elementwise_affine: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = None,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
+from torch.types import Device
 
 from fastnorm import _C
 from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from fastnorm.overrides import recorded_call
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -122,7 +125,7 @@ class SyncBatchNorm(_BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Any = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
@@ -170,7 +173,7 @@ class SyncBatchNorm(_BatchNorm):
             running.copy_((1 - momentum) * running.double() + momentum * new)
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+    def convert_sync_batchnorm(cls, module: Model, process_group: Any = None) -> Model:
         """Makes each batch normalisation of a model, torch.nn's or fastnorm's, a SyncBatchNorm, in place.
 
         Each layer stays the object it was and changes its class, as with :func:`fastnorm.convert`; exact classes only.

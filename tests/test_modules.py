@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_type_hints
 from unittest import mock
 
 import pytest
@@ -76,6 +77,17 @@ def equal(got: list[Tensor], wanted: list[Tensor]) -> bool:
 def test_every_module_is_here() -> None:
     public = {n for n in fastnorm.__all__ if isinstance(k := getattr(fastnorm, n), type) and issubclass(k, nn.Module)}
     assert {type(make()).__name__ for make, _ in MODULES.values()} == public
+
+
+def test_annotations_allow_what_torchs_do() -> None:
+    """A type checker had refused a tuple as a shape, a number as a device, and what a Linear returned as a Linear."""
+    for function in (fastnorm.functional.layer_norm, fastnorm.functional.rms_norm):
+        assert get_type_hints(function)["normalized_shape"] == Sequence[int]
+    for make, _ in MODULES.values():
+        assert get_type_hints(type(make()).__init__).get("device", torch.types.Device) == torch.types.Device
+    tools = fastnorm.parametrizations.weight_norm, fastnorm.SyncBatchNorm.convert_sync_batchnorm
+    for tool in tools:
+        assert get_type_hints(tool)["return"] == get_type_hints(tool)["module"] != nn.Module
 
 
 def through_a_file(module: nn.Module) -> nn.Module:
