@@ -141,8 +141,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if has_torch_function_unary(input) and (call := recorded_call(self, input, residual)) is not None:
             return call
-        by_batch = self.training or (self.running_mean is None and self.running_var is None)
-        together = by_batch and self.training and dist.is_available() and dist.is_initialized()
+        together = self.training and dist.is_available() and dist.is_initialized()
         if not together or dist.get_world_size(self.process_group) == 1:
             return super().forward(input, residual)
         self._check_input_dim(input)
