@@ -19,7 +19,7 @@ from fastnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fastnorm.activation import norm_with_residual
 from fastnorm.convert import becomes_norm, to_fastnorm
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import Traced, attribute, does_more, in_place, is_run, layers_used, methods, shows, trace
+from fastnorm.trace import Traced, attribute, does_more, in_place, trace, used_unseen
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -106,19 +106,25 @@ def fuse(model: Model) -> Model:
         ('gelu', Identity())
     """
     modules = [module for module in model.modules() if not _is_layer(module)]
-    functions = [traced for module in modules for traced in _trace(module, "forward")]
-    forwards = len(functions)
-    others, uncounted = _methods(modules, functions)
-    functions += others
+    traced = {(module, "forward"): _trace(module, "forward") for module in modules}
+
+    def graphs(module: nn.Module, name: str) -> list[Traced]:
+        if (module, name) not in traced:
+            traced[module, name] = [t for t in _trace(module, name) if t.complete]
+        return traced[module, name]
+
+    ran = {code for variants in traced.values() for t in variants for code in t.codes}
+    uncounted: set[nn.Module | None] = set().union(*used_unseen(modules, ran, graphs))
+    functions = [t for variants in traced.values() for t in variants]
     calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
     places: dict[nn.Module, int] = defaultdict(int)  # where forwards call a layer; methods show the same once more
-    for i, (module, _, graph, failure, *_) in enumerate(functions):
+    for module, name, graph, failure, *_ in functions:
         uncounted.update(module.children() if failure is not None else ())
         for node in graph.nodes:
             layer = _layer(module, node)
             if layer is not None:
                 calls[layer].append(node)
-                places[layer] += i < forwards
+                places[layer] += name == "forward"
                 uncounted.update({layer} if node.op == "get_attr" else ())
     complete = {(function.module, function.name): function.graph for function in functions if function.complete}
     once = {layer for layer, number in places.items() if number == 1 and layer not in uncounted}
@@ -164,28 +170,6 @@ def _is_layer(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return True
     return not isinstance(module, nn.Sequential) and type(module).__module__.startswith(("torch.nn.", "fastnorm."))
-
-
-def _methods(modules: list[nn.Module], forwards: list[Traced]) -> tuple[list[Traced], set[nn.Module | None]]:
-    """Graphs of the methods that forwards call; and the layers that are used where no graph shows it.
-
-    Methods that no forward calls may do anything, and are not run.
-    """
-    ran = {code for forward in forwards for code in forward.codes}
-    failed = {forward.module for forward in forwards if forward.failure is not None}
-    traced: dict[tuple[nn.Module, str], list[Traced]] = {}
-    uncounted: set[nn.Module | None] = set()
-    for module in modules:
-        for name, function in methods(module):
-            layers = layers_used(module, function)
-            if name == "forward":
-                known = module not in failed
-            elif known := function.__code__ in ran and is_run(module, name, ran):
-                if (module, name) not in traced:
-                    traced[module, name] = _trace(module, name)
-                known = shows(traced[module, name], function) and traced[module, name][0].complete
-            uncounted |= set() if known else layers
-    return [variants[0] for variants in traced.values() if variants[0].complete], uncounted
 
 
 def _trace(module: nn.Module, name: str) -> list[Traced]:

@@ -11,7 +11,7 @@ import random
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -439,29 +439,49 @@ def trace_everything(model: nn.Module, leaf: Leaf) -> tuple[list[Traced], set[nn
     found = list(collect(model))
     ran = {code for variants in traced.values() for t in variants for code in t.codes}
     used: set[nn.Module] = set()
-    for m in model.modules():
-        for name, function in () if leaf(m) else methods(m):
-            layers = layers_used(m, function)
-            if name == "forward":
-                known = _failure(traced.get((m, name), [])) is None
-            elif known := function.__code__ in ran and is_run(m, name, ran):
-                if (m, name) not in traced and attempt(m, name):
-                    found += traced[m, name]
-                known = shows(traced[m, name], function)
-            if not known:
-                used |= layers
-                for layer in layers:
-                    found += collect(layer)
+
+    def graphs(m: nn.Module, name: str) -> list[Traced]:
+        if name != "forward" and (m, name) not in traced and attempt(m, name):
+            found.extend(traced[m, name])
+        return traced.get((m, name), [])
+
+    for layers in used_unseen((m for m in model.modules() if not leaf(m)), ran, graphs):
+        used |= layers
+        for layer in layers:
+            found += collect(layer)
     return found, used
 
 
-def is_run(module: nn.Module, name: str, ran: Container[CodeType]) -> bool:
+def used_unseen(
+    modules: Iterable[nn.Module], ran: Container[CodeType], graphs: Callable[[nn.Module, str], list[Traced]]
+) -> Iterator[set[nn.Module]]:
+    """The modules that are used by each forward and method of which there is no graph.
+
+    Methods that no forward has called may do anything: they are not run, what they use is known by their code alone.
+
+    Args:
+        ran: what forwards have called.
+        graphs: gives those of a module's forward or of another method, none if it cannot.
+    """
+    for module in modules:
+        for name, function in methods(module):
+            if name == "forward":
+                seen = _failure(graphs(module, name)) is None
+            else:
+                seen = (
+                    function.__code__ in ran and _is_run(module, name, ran) and _shows(graphs(module, name), function)
+                )
+            if not seen:
+                yield layers_used(module, function)
+
+
+def _is_run(module: nn.Module, name: str, ran: Container[CodeType]) -> bool:
     """Whether the method of this name is one that has been run already, with nothing but a module before its inputs."""
     method = inspect.getattr_static(type(module), name)
     return isinstance(method, FunctionType) and inspect.unwrap(method).__code__ in ran
 
 
-def shows(variants: list[Traced], function: Callable[..., Any]) -> bool:
+def _shows(variants: list[Traced], function: Callable[..., Any]) -> bool:
     """Whether all that a method's function does is in the graphs, be it only called by super()."""
     return _failure(variants) is None and any(function.__code__ in t.codes for t in variants)
 
