@@ -74,10 +74,10 @@ def fuse(model: Model) -> Model:
     fused becomes fastnorm's; :func:`convert` does the others.
 
     torch.fx finds them in the forward of each module by itself. Left as they are: a forward that cannot be traced, that
-    has arguments which can be left out or be None, that sets attributes or changes lists and dictionaries in them, that
-    depends on the mode, on random numbers or on a context such as torch.no_grad; normalisations and activations with
-    hooks; normalisations that are called at more than one place. A forward with tensors that are not the module's
-    (global ones, torch.arange) is not generated: only activations that are layers are fused there.
+    has arguments which can be left out or be None, that sets attributes or changes what is in them (lists, other
+    objects), that depends on the mode, on random numbers or on a context such as torch.no_grad; normalisations and
+    activations with hooks; normalisations that are called at more than one place. A forward with tensors that are not
+    the module's (global ones, torch.arange) is not generated: only activations that are layers are fused there.
 
     Other methods keep their numbers too. Where forward calls a method such as forward_features, that is traced by
     itself, and what follows a normalisation is fused only if it follows in there as well. What any other method uses by

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,9 +129,9 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
 
     ``given=False`` leaves out the arguments that can be left out, see :func:`left_out`.
 
-    A forward that sets attributes, changes what is in lists, dictionaries and sets that are attributes, or draws random
-    numbers fails: what it does the next time need not be what it did now. All are undone, as far as attributes of
-    modules and the generators of the CPU go.
+    A forward that sets attributes, changes what is in lists, dictionaries, sets and other objects that are attributes,
+    or draws random numbers fails: what it does the next time need not be what it did now. All are undone, as far as
+    attributes of modules and the generators of the CPU go.
     """
     if name in vars(module):
         return _untraced(module, name, f"{name} is set on the instance")
@@ -239,7 +239,7 @@ _CONTAINERS = (list, dict, set, deque)
 
 
 def _attributes(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The dictionaries that attributes of modules live in, and containers in them two levels down, each with a copy."""
+    """The dictionaries that attributes of modules live in, and what is in these two levels down, each with a copy."""
     found: list[tuple[Any, Any]] = []
     for m in module.modules():
         if isinstance(m, torch.jit.ScriptModule):  # of which no forward in Python sets any
@@ -248,12 +248,22 @@ def _attributes(module: nn.Module) -> list[tuple[Any, Any]]:
         own = {key: value for key, value in vars(m).items() if key not in _OF_EVERY_MODULE}
         level: list[Any] = [own]
         for _ in range(2):
-            level = [value for container in level for value in _values(container) if isinstance(value, _CONTAINERS)]
+            level = [c for container in level for value in _values(container) if (c := _contents(value)) is not None]
             found += [(container, _plain(container)) for container in level]
     return found
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _contents(value: Any) -> Any:
+    """A container as it is, of another object its attributes; None of what has none, or is not to be looked into."""
+    if isinstance(value, _CONTAINERS):
+        return value
+    if isinstance(value, (nn.Module, torch.Tensor, type, ModuleType)):
+        return None
+    attributes = getattr(value, "__dict__", None)
+    return attributes if isinstance(attributes, dict) else None
 
 
 def _plain(container: Any) -> Any:

@@ -10,6 +10,7 @@ import re
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import networks
 import pytest
@@ -419,6 +420,7 @@ class Keeps(nn.Module):
         super().__init__()
         self.norm, self.conv, self.kind = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False), kind
         containers = {"list": [], "dict": {}, "nested": {"outputs": [1]}, "set": set()}
+        containers |= {"object": SimpleNamespace(last=None), "meter": SimpleNamespace(outputs=[])}
         self.kept = {**containers, "deque": deque([1], 1), "counter": Counter()}[kind.split()[0]]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -433,12 +435,19 @@ class Keeps(nn.Module):
             self.kept.add(y)
         elif self.kind == "deque":
             self.kept.append(y)
+        elif self.kind == "object":
+            self.kept.last = y
+        elif self.kind == "meter":
+            self.kept.outputs.append(y)
         elif self.kind == "counter":
             self.kept["calls"] += 1
         return F.relu(self.norm(y))
 
 
-@pytest.mark.parametrize("kind", ("list", "dict", "nested", "set", "deque", "counter", "list unchanged"))
+KEEPING = ("list", "dict", "nested", "set", "deque", "counter", "object", "meter", "list unchanged", "meter unchanged")
+
+
+@pytest.mark.parametrize("kind", KEEPING)
 def test_forwards_that_keep_something_in_a_container(kind: str) -> None:
     """They go on to, and the container has nothing of fuse in it."""
     model, plain = nn.Sequential(Keeps(kind)), Keeps(kind)
