@@ -10,7 +10,7 @@ import os
 import random
 import sys
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -33,7 +33,8 @@ class Traced(NamedTuple):
 
     Attributes:
         complete: the graph is all that forward does: parts do not run without gradients, under autocast, checkpointed,
-            and there are no arguments that can be left out, by which it may decide.
+            nothing is returned in a class of its own, and there are no arguments that can be left out, by which it may
+            decide.
         codes: what ran while the graph was made, forward and whatever it called.
     """
 
@@ -96,22 +97,32 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=(norm_with_residual,))
         self._leaf = leaf
         self._mode = _mode()
-        self.changes_mode = False
+        self.shows_all = True
         self.codes: set[CodeType] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        self.changes_mode |= _mode() != self._mode
+        self.shows_all &= _mode() == self._mode
         frame = sys._getframe(1)
         while frame is not None and frame.f_code is not trace.__code__:
             self.codes.add(frame.f_code)
             frame = frame.f_back
         return super().create_node(*args, **kwargs)
 
+    def create_arg(self, a: Any) -> Any:
+        """Of lists and dictionaries of other classes torch.fx makes plain ones."""
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (super().create_arg(dict(a)),), {})
+        self.shows_all &= type(a) in _PLAIN or not issubclass(type(a), (list, dict))
+        return super().create_arg(a)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._leaf(m)
+
+
+_PLAIN = (list, dict, fx.immutable_collections.immutable_list, fx.immutable_collections.immutable_dict)
 
 
 def _mode() -> tuple[Any, ...]:
@@ -156,9 +167,9 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
         failure = failure or "forward sets attributes"
     if _rewind(generators):
         failure = failure or "forward draws random numbers"
-    if any(not code.co_filename.startswith(_TORCH) and _asked(code, "type", "hasattr") for code in tracer.codes):
+    if any(not code.co_filename.startswith(_NOT_FORWARDS) and _asked(code, "type", "hasattr") for code in tracer.codes):
         failure = failure or "forward asks for the type of an argument"
-    complete = failure is None and not tracer.changes_mode and not defaults
+    complete = failure is None and tracer.shows_all and not defaults
     return Traced(module, name, tracer.graph, failure, complete, frozenset(tracer.codes))
 
 
@@ -200,7 +211,7 @@ def _questions(code: CodeType) -> frozenset[tuple[str, str]]:
 
 
 _NOTHING = ("EXTENDED_ARG", "CACHE", "NOP")  # instructions of no meaning here
-_TORCH = os.path.dirname(torch.__file__)
+_NOT_FORWARDS = os.path.dirname(torch.__file__), os.path.dirname(__file__)  # what else is on the stack
 
 
 def _variable(operation: str, value: Any, which: int = -1) -> str:

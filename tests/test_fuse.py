@@ -8,7 +8,7 @@ import io
 import pickle
 import re
 import traceback
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -411,6 +411,20 @@ def test_forwards_that_a_graph_does_not_tell(kind: str) -> None:
     state = torch.get_rng_state()
     assert fastnorm.fuse(model) is model and type(model) is Flagged and type(model.norm) is nn.BatchNorm2d
     assert torch.equal(torch.get_rng_state(), state) and model.last is None
+
+
+class Outputs(dict):
+    pass
+
+
+@pytest.mark.parametrize("kind", (dict, OrderedDict, Outputs))
+def test_outputs_in_a_dictionary(kind: type[dict]) -> None:
+    """torch.fx makes plain ones of all."""
+    model = Graph(lambda m, x: kind(y=F.relu(m.norm(m.conv(x))), x=kind()))
+    wanted = copy.deepcopy(model)(X)
+    got = fastnorm.fuse(model)(X)
+    assert type(got) is type(got["x"]) is kind and list(got) == list(wanted)
+    assert difference(got["y"], wanted["y"]) < 1e-6 and (type(model) is Graph) == (kind is Outputs)
 
 
 class Keeps(nn.Module):
