@@ -76,7 +76,7 @@ class RMSNorm(NormModule, nn.RMSNorm):
         activation: fused into the kernel: None, "relu", "leaky_relu", "silu" or "gelu".
 
     Shape:
-        input, and ``residual`` where one is given to forward: (*, normalized_shape); output the same.
+        x, and ``residual`` where one is given to forward: (*, normalized_shape); output the same.
 
     Example:
         >>> norm = fastnorm.RMSNorm(16)
@@ -98,10 +98,10 @@ class RMSNorm(NormModule, nn.RMSNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.activation = activation
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # torch's name for the input, of this alone
         parameters = self._parameters  # see NormModule
         weight = parameters["weight"] if "weight" in parameters else self.weight
-        if has_torch_function_variadic(input, weight, residual) and not is_dynamo_compiling():
-            return self._overridden(rms_norm, input, residual, self.normalized_shape, weight, self.eps)
-        setting = (self.normalized_shape, _eps_of(input, self.eps), self.activation, False)
-        return _rms_norm(input, weight, None, residual, setting)
+        if has_torch_function_variadic(x, weight, residual) and not is_dynamo_compiling():
+            return self._overridden(rms_norm, x, residual, self.normalized_shape, weight, self.eps)
+        setting = (self.normalized_shape, _eps_of(x, self.eps), self.activation, False)
+        return _rms_norm(x, weight, None, residual, setting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable, Sequence
@@ -77,6 +78,18 @@ def equal(got: list[Tensor], wanted: list[Tensor]) -> bool:
 def test_every_module_is_here() -> None:
     public = {n for n in fastnorm.__all__ if isinstance(k := getattr(fastnorm, n), type) and issubclass(k, nn.Module)}
     assert {type(make()).__name__ for make, _ in MODULES.values()} == public
+
+
+@every_module
+def test_arguments_are_torchs(name: str) -> None:
+    """Of constructor and forward, in the same order with the same names and defaults; what is more comes after them."""
+    kind = type(MODULES[name][0]())
+    torchs = getattr(nn, kind.__name__, None)
+    for method in ("__init__", "forward") if torchs else ():
+        ours, wanted = (inspect.signature(getattr(k, method)).parameters.values() for k in (kind, torchs))
+        positional = [(p.name, p.default) for p in wanted if p.kind is not p.KEYWORD_ONLY]
+        assert [(p.name, p.default) for p in ours][: len(positional)] == positional
+        assert {p.name for p in wanted} <= {p.name for p in ours}
 
 
 def test_annotations_allow_what_torchs_do() -> None:
