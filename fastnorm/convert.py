@@ -101,6 +101,9 @@ def convert(model: Model, *, skip: Skip = ()) -> Model:
     reason: subclasses (their forward may do something else), lazy layers before their first batch, parametrised,
     quantised and scripted layers, layers whose ``forward`` was replaced on the instance.
 
+    Tools that go by exactly torch.nn's classes, as torch.ao.quantization.fuse_modules does, do not know fastnorm's:
+    call them before this, or after :func:`revert`.
+
     Args:
         model: any module, also a single layer.
         skip: names of modules, as model.named_modules() has them, that are left as they are with everything inside; or
