@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
+from torch.nn.utils import parametrize
 from torch.package import sys_importer
 
 from fastnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
@@ -169,7 +170,8 @@ def _is_layer(module: nn.Module) -> bool:
     """Whether there is nothing inside to fuse."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    return not isinstance(module, nn.Sequential) and type(module).__module__.startswith(("torch.nn.", "fastnorm."))
+    kind = type(module).__base__ if parametrize.is_parametrized(module) else type(module)
+    return not isinstance(module, nn.Sequential) and kind.__module__.startswith(("torch.nn.", "fastnorm."))
 
 
 def _trace(module: nn.Module, name: str) -> list[Traced]:
@@ -316,12 +318,13 @@ def _rewrite(graph: fx.Graph, site: _Site) -> None:
 def _can_be_generated(module: nn.Module, name: str, graph: fx.Graph) -> bool:
     """Whether a subclass with a method from this graph can stand in for the module's class.
 
-    Not for Sequential, of which slices have that class too, nor where the class has its own way of being pickled, nor
-    where the graph has constants that cannot be written down, or would not move with the module.
+    Not for Sequential, of which slices have that class too, nor where the class has its own way of being pickled, or is
+    one that torch made for a parametrisation, and takes away with it, nor where the graph has constants that cannot be
+    written down, or would not move with the module.
     """
     base = getattr(type(module), "_fused_from", type(module))
     own_pickling = base.__reduce__ is not object.__reduce__ or base.__reduce_ex__ is not object.__reduce_ex__
-    if isinstance(module, nn.Sequential) or own_pickling:
+    if isinstance(module, nn.Sequential) or own_pickling or parametrize.is_parametrized(module):
         return False
     if any(node.op == "get_attr" and attribute(module, node.target) is None for node in graph.nodes):
         return False

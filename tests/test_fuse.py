@@ -20,6 +20,7 @@ from ladder.models import BACKENDS, build_model
 from ladder.rungs import PRESETS, find, recipe_of
 from networks import ResidualBlock, ResNet, ViT, difference, images, outputs_and_gradients, randomize
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastnorm
@@ -762,6 +763,30 @@ def test_copies_and_files() -> None:
     plain = ResNet().eval()
     plain.load_state_dict(model.state_dict())
     assert difference(plain(images(2)), wanted) < 1e-5
+
+
+def test_a_parametrised_block() -> None:
+    """Its class, which torch made, is in torch.nn; what it calls counts. It stays, for torch takes it away again."""
+
+    class Scaled(Graph):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: m.pair(x) + m.scale * m.pair[0](x) + m.relu(m.norm(x)) + F.relu(m.other(x)))
+            self.pair, self.scale = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.Parameter(torch.zeros(1))
+
+    model = Scaled()
+    parametrize.register_parametrization(model, "scale", nn.Softplus())
+    plain = copy.deepcopy(model)
+    wanted = plain.train()(X)
+    assert difference(fastnorm.fuse(model).train()(X), wanted) < 1e-6
+    parametrize.remove_parametrizations(model, "scale")
+    model.load_state_dict({k: v for k, v in plain.state_dict().items() if "param" not in k}, strict=False)
+    assert type(model) is Scaled and difference(model(X), wanted) < 1e-6
+
+    model = fastnorm.fuse(Graph(add_in_place))  # the other way round, and fused again
+    model.register_parameter("scale", nn.Parameter(torch.zeros(1)))
+    parametrize.register_parametrization(model, "scale", nn.Softplus())
+    wanted = model(X)
+    assert torch.equal(fastnorm.fuse(model)(X), wanted) and model.scale > 0
 
 
 def test_a_graph_module() -> None:
