@@ -167,8 +167,8 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
         failure = failure or "forward sets attributes"
     if _rewind(generators):
         failure = failure or "forward draws random numbers"
-    if any(not code.co_filename.startswith(_NOT_FORWARDS) and _asked(code, "type", "hasattr") for code in tracer.codes):
-        failure = failure or "forward asks for the type of an argument"
+    if any(not code.co_filename.startswith(_NOT_FORWARDS) and _asked(code, *_QUESTIONS) for code in tracer.codes):
+        failure = failure or "forward asks what an argument is"
     complete = failure is None and tracer.shows_all and not defaults
     return Traced(module, name, tracer.graph, failure, complete, frozenset(tracer.codes))
 
@@ -177,7 +177,7 @@ def left_out(function: Callable[..., Any]) -> dict[str, Any]:
     """The arguments that a call of a method may be without, and what they are then: those that have a default, and
     those of which the method asks whether they are None, which a proxy never is."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    asked = _asked(code, "None") if code else ()
+    asked = _asked(code, "is None") if code else ()
     return {
         p.name: None if p.default is p.empty else p.default
         for p in inspect.signature(function).parameters.values()
@@ -185,28 +185,37 @@ def left_out(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+# Of what a proxy answers wrongly, and cannot notice; but ``x is None``, for which see left_out().
+_QUESTIONS = ("is", "type", "hasattr", "getattr")
+
+
 def _asked(code: CodeType, *questions: str) -> set[str]:
-    """The arguments x of a function of which it asks one of these: "None" (x is None), "type" (type(x)), "hasattr"."""
+    """The arguments of a function of which it asks one of these."""
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return {x for question, x in _questions(code) if question in questions and x in arguments and x != "self"}
+    return {x for question, x in _asks(code) if question in questions and x in arguments and x != "self"}
 
 
 @functools.lru_cache(4096)
-def _questions(code: CodeType) -> frozenset[tuple[str, str]]:
-    """Each question and the variable of which it is asked. A proxy answers them wrongly, and cannot notice."""
+def _asks(code: CodeType) -> frozenset[tuple[str, str]]:
+    """Each question that a function asks, "is None", "is" (something else) or a function's name, and the variable."""
     found: set[tuple[str, str]] = set()
-    last, function = "", ""  # what has been loaded
+    function = ""
+    loaded = ["", ""]
     for instruction in dis.get_instructions(code):
         operation, value = instruction.opname, instruction.argval
-        if operation == "IS_OP" or "_NONE" in operation:  # a jump, from Python 3.11 on
-            found.add(("None", last))
-        elif operation not in _NOTHING and not (operation == "LOAD_CONST" and value is None):
-            if function and (variable := _variable(operation, value, 0)):
-                found.add((function, variable))
-            last, function = _variable(operation, value), value if operation == "LOAD_GLOBAL" else ""
+        if "_NONE" in operation:  # a jump, from Python 3.11 on
+            found.add(("is None", loaded[-1]))
+        elif operation == "IS_OP":
+            found.update(("is None" if "None" in loaded[-2:] else "is", x) for x in loaded[-2:])
+        elif operation not in _NOTHING:
+            variables = _variables(operation, value)
+            if function and variables:
+                found.add((function, variables[0]))
+            loaded += variables or ["None" if operation == "LOAD_CONST" and value is None else ""]
+            function = value if operation == "LOAD_GLOBAL" else ""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found |= _questions(constant)
+            found |= _asks(constant)
     return frozenset(found)
 
 
@@ -214,11 +223,11 @@ _NOTHING = ("EXTENDED_ARG", "CACHE", "NOP")  # instructions of no meaning here
 _NOT_FORWARDS = os.path.dirname(torch.__file__), os.path.dirname(__file__)  # what else is on the stack
 
 
-def _variable(operation: str, value: Any, which: int = -1) -> str:
-    """The local variable that an instruction loads; from Python 3.13 on there may be two."""
+def _variables(operation: str, value: Any) -> list[str]:
+    """The local variables that an instruction loads; from Python 3.13 on there may be two."""
     if "LOAD_FAST" not in operation and operation != "LOAD_DEREF":
-        return ""
-    return value[which] if isinstance(value, tuple) else value
+        return []
+    return list(value) if isinstance(value, tuple) else [value]
 
 
 def _untraced(module: nn.Module, name: str, reason: str) -> Traced:
@@ -397,7 +406,7 @@ def _attribute_chains(code: CodeType, self_name: str | None = None) -> tuple[tup
             names.append(value)
         elif operation not in _NOTHING:
             found.append((beginning, tuple(names)))
-            is_self = self_name != "" and _variable(operation, value) == self_name
+            is_self = _variables(operation, value)[-1:] == [self_name]
             beginning = "self" if is_self else "global" if "LOAD_GLOBAL" in operation else "other"
             names = []
     chains = {(beginning == "self", names) for beginning, names in found if names and beginning != "global"}

@@ -507,12 +507,14 @@ def test_arguments_that_can_be_left_out() -> None:
         lambda self, x, y: next(F.relu(self.norm(x)) if y is None else y for _ in range(1)),
         lambda self, x, y: F.relu(self.norm(x)) if type(y) is Tensor else self.norm(x),
         lambda self, x, y: F.relu(self.norm(x)) if hasattr(y, "shape") else self.norm(x),
+        lambda self, x, y: self.norm(x) if y is X else F.relu(self.norm(x)),
+        lambda self, x, y: F.relu(self.norm(x)) if getattr(y, "shape", None) else self.norm(x),
     ),
 )
 def test_arguments_that_may_be_no_tensors(forward: Callable[..., Tensor]) -> None:
     """Without a default, too. A proxy is never None, and takes everything for an attribute."""
     block = type("Block", (Graph,), {"forward": forward})
-    check(Graph(lambda m, x: m.block(x, None) + m.block(x, x), block=block(F.relu)), X)
+    check(Graph(lambda m, x: m.block(x, None) + m.block(x, X), block=block(F.relu)), X)
 
 
 class Features(nn.Module):
