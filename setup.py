@@ -1,6 +1,7 @@
 """Build of fastnorm._C: host code and CUDA once, csrc/cpu once per instruction set, linked into one extension.
 
 CUDA is compiled in iff torch was built with it, there is a toolkit, and FASTNORM_CUDA is not 0; a GPU is not asked for.
+With FASTNORM_CUDA=1, or a CUDA_HOME, a build that would come to be without is refused.
 TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") chooses the architectures, CUDA_HOME the toolkit, MAX_JOBS how many files at once.
 FASTNORM_PLAIN=1 leaves AVX2 and AVX512 out, so that a build to debug with takes a third of the time.
 """
@@ -61,10 +62,17 @@ ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 
 def find_cuda_home():
-    """The toolkit that CUDA_HOME or CUDA_PATH names, else nvcc's own, else /usr/local/cuda; None if there is none.
+    """The toolkit that CUDA_HOME or CUDA_PATH names, else nvcc's own, else /usr/local/cuda; None for the CPU alone.
 
     nvcc may be a script that calls the compiler somewhere else, so it is asked where it is.
     """
+    wanted = os.environ.get("FASTNORM_CUDA")
+    if wanted == "0":
+        return None
+    if torch.version.cuda is None:
+        if wanted == "1":
+            raise SystemExit(f"fastnorm: FASTNORM_CUDA=1, but torch {torch.__version__} was built without CUDA")
+        return None
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [named] if named else []
     nvcc = shutil.which("nvcc")
@@ -74,7 +82,13 @@ def find_cuda_home():
     if not named:
         candidates.append("/usr/local/cuda")
     homes = [Path(c).resolve() for c in candidates]
-    return next((h for h in homes if (h / "include/cuda_runtime.h").exists() and (h / "bin/nvcc").exists()), None)
+    found = next((h for h in homes if (h / "include/cuda_runtime.h").exists() and (h / "bin/nvcc").exists()), None)
+    if found is None and (named or wanted == "1"):
+        raise SystemExit(
+            f"fastnorm: no CUDA toolkit (bin/nvcc, include/cuda_runtime.h) in {named or 'the usual places'}: "
+            "set CUDA_HOME to one, or FASTNORM_CUDA=0 to build for the CPU alone"
+        )
+    return found
 
 
 def check_cuda_version(cuda_home):
@@ -110,7 +124,7 @@ def architectures(cuda_home):
     return binaries, ptx
 
 
-CUDA_HOME = find_cuda_home() if torch.version.cuda and os.environ.get("FASTNORM_CUDA") != "0" else None
+CUDA_HOME = find_cuda_home()
 CUDA_MACROS = []
 if CUDA_HOME:
     check_cuda_version(CUDA_HOME)

@@ -93,10 +93,19 @@ def test_setup_says_what_is_wrong_before_it_compiles(tmp_path: Path) -> None:
         said = configure(tmp_path, wrong, by_script)
         assert f"needs a CUDA {major} toolkit, but {tmp_path / 'toolkit'} is CUDA {major - 1}: set CUDA_HOME" in said
     assert configure(tmp_path, wrong, FASTNORM_CUDA="0") == "fastnorm"
+    nothing = {"CUDA_HOME": str(tmp_path)}  # a toolkit that is not there
+    assert f"no CUDA toolkit (bin/nvcc, include/cuda_runtime.h) in {tmp_path}" in configure(tmp_path, right, **nothing)
+    assert configure(tmp_path, right, FASTNORM_CUDA="0", **nothing) == "fastnorm"
     said = configure(tmp_path, right, TORCH_CUDA_ARCH_LIST="8.0;7.0")
     assert "cannot compile for 7.0, only for [80, 90]" in said
     said = configure(tmp_path, right, TORCH_CUDA_ARCH_LIST="Hopper")
     assert "has entries as 9.0 or 9.0+PTX, got 'Hopper'" in said
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
+def test_setup_does_not_leave_out_what_is_asked_for(tmp_path: Path) -> None:
+    assert configure(tmp_path, "13.0") == "fastnorm"
+    assert configure(tmp_path, "13.0", FASTNORM_CUDA="1").endswith("was built without CUDA")
 
 
 # ---- devices
