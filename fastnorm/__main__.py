@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
 
@@ -70,7 +71,7 @@ def check_norms(device: torch.device) -> dict[str, float]:
 
 
 def check_dropout(device: torch.device) -> dict[str, float]:
-    """How far the share of kept elements and the mean are from what p says, in standard deviations over five."""
+    """How far the share of dropped elements is from p, in units of five standard deviations."""
     x, p = torch.ones(64, 64, 16, 16, device=device), 0.3
     errors = {}
     channels, samples = 64 * 64, 64
@@ -89,6 +90,9 @@ def check_dropout(device: torch.device) -> dict[str, float]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m fastnorm", description="What this build is, and a quick check of every op on every device."
+    ).parse_args()
     for key, value in fastnorm.build_info().items():
         print(f"{key:20} {value}")
     failed = 0

@@ -76,3 +76,9 @@ def test_self_check_runs() -> None:
     assert out.returncode == 0, out.stdout + out.stderr
     for op in ("BatchNorm2d", "BatchRenorm2d", "Dropout", "weight_norm", "spectral_norm"):
         assert f"\n{op} " in out.stdout
+
+
+def test_self_check_takes_no_arguments() -> None:
+    for argument, code in (("--help", 0), ("--quick", 2)):
+        out = subprocess.run([sys.executable, "-m", "fastnorm", argument], capture_output=True, text=True)
+        assert out.returncode == code and "usage: python -m fastnorm" in out.stdout + out.stderr
