@@ -25,6 +25,8 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_configure(config: Any) -> None:
     harness.SESSION.device = config.getoption("device")
     harness.SESSION.quick = config.getoption("quick")
+    if results := config.getoption("benchmark_json", None):
+        results.parent.mkdir(parents=True, exist_ok=True)  # before the minutes that it takes
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

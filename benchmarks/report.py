@@ -3,6 +3,7 @@
 Reads what ``pytest benchmarks --benchmark-only --benchmark-json RESULTS.json`` wrote and writes into DIR (by default
 where the first file lies) ``README.md`` with every row, losses as plainly as wins, and charts: ``speed_up.png``,
 ``memory_limit.png``, ``memory_kept.png``. Where files have a row in common, the last one's counts.
+A ``README.md`` that is not a report is left alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 # Okabe and Ito's colours, told apart by the colour-blind.
 COLOURS = {"forward": "#0072B2", "backward": "#D55E00", "both": "#009E73"}
 GREY, BLACK = "#999999", "#222222"
+TITLE = "# Benchmarks"  # by which a report is known
 PAGE = 4096  # bytes, of the least that the system provides
 WANTED_SHARE = 0.6  # of a copy's speed, for rows whose size makes memory the limit
 
@@ -287,7 +289,7 @@ def markdown(rows: Sequence[Row], machine: dict[str, Any], commit: dict[str, Any
     def part(names: Sequence[str], of: Sequence[Row]) -> list[str]:
         return markdown_table(names, ([COLUMNS[name](row) for name in names] for row in of), LEFT) if of else ["None."]
 
-    lines = ["# Benchmarks", "", machine_line(machine, commit), "", HOW, ""]
+    lines = [TITLE, "", machine_line(machine, commit), "", HOW, ""]
     lines += [line for name in pictures for line in (f"![{Path(name).stem.replace('_', ' ')}]({name})", "")]
     lines += ["## Summary", "", *summary(rows, cache), "", *limit_line(rows, cache)]
     lines += [f"## Slower than torch: {len(slower)} of {len(rows)} rows", "", *part(lost, slower), ""]
@@ -417,8 +419,15 @@ def memory_kept_chart(rows: Sequence[Row]) -> Figure:
 
 
 def write(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Writes the report of these files into a folder, and returns what it wrote."""
+    """Writes the report of these files into a folder, and returns what it wrote.
+
+    Raises:
+        ReportError: see :func:`read`; or the folder has a README.md that is not a report; nothing is written then.
+    """
     rows, machine, commit = read(paths)
+    table = out / "README.md"
+    if table.exists() and not table.read_text(encoding="utf-8").startswith(TITLE):
+        raise ReportError(f"{table} is not a report and would be lost: name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     charts = {
         "speed_up.png": speed_up_chart(rows),
@@ -427,7 +436,6 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
     }
     for name, figure in charts.items():
         figure.savefig(out / name, dpi=120)
-    table = out / "README.md"
     table.write_text(markdown(rows, machine, commit, list(charts)), encoding="utf-8")
     return [table, *(out / name for name in charts)]
 
@@ -439,7 +447,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         written = write(args.results, args.out or args.results[0].parent)
-    except ReportError as error:
+    except (ReportError, OSError) as error:
         parser.error(str(error))
     for path in written:
         print(path)

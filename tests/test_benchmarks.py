@@ -108,6 +108,16 @@ def _without_rows(content: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def test_report_leaves_other_files_alone(results: Path, tmp_path: Path) -> None:
+    """As the README in the folder of a repository; a report of before is replaced."""
+    (tmp_path / "README.md").write_text("# fastnorm\n")
+    with pytest.raises(report.ReportError, match="is not a report and would be lost"):
+        report.write([results], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    for _ in range(2):
+        report.write([results], tmp_path / "report")
+
+
 def test_rows_below_the_memorys_limit_are_listed(results: Path) -> None:
     info = json.loads(results.read_text())["benchmarks"][0]["extra_info"]
     large = {**info, "tensor_bytes": 1 << 30}
