@@ -3,7 +3,7 @@
 Reads what ``pytest benchmarks --benchmark-only --benchmark-json RESULTS.json`` wrote and writes into DIR (by default
 where the first file lies) ``README.md`` with every row, losses as plainly as wins, and charts: ``speed_up.png``,
 ``memory_limit.png``, ``memory_kept.png``. Where files have a row in common, the last one's counts.
-A ``README.md`` that is not a report is left alone.
+They must be of one machine and one torch; a ``README.md`` that is not a report is left alone.
 """
 
 from __future__ import annotations
@@ -90,17 +90,20 @@ def geometric_mean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(values)
 
 
-def read(paths: Sequence[Path]) -> tuple[list[Row], dict[str, Any], dict[str, Any]]:
-    """The rows in the order of the files, and what the last file says of the machine and of the commit.
+def read(paths: Sequence[Path]) -> tuple[list[Row], str, float]:
+    """The rows in the order of the files, the line that says where they are from, and the last-level cache in MiB.
 
     Raises:
-        ReportError: a file is missing or holds no results; in one line.
+        ReportError: a file is missing, holds no results, or is of another machine than the first; in one line.
     """
     rows: dict[tuple[Any, ...], Row] = {}
-    content: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
+    commits: list[dict[str, Any]] = []
     for path in paths:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            commits.append(content["commit_info"])
+            about, cache_mib = machine_line(content["machine_info"], commits), content["machine_info"]["cache_mib"]
             for benchmark in content["benchmarks"]:
                 row = Row.of(benchmark["extra_info"])
                 rows[row.key] = row
@@ -108,9 +111,12 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], dict[str, Any], dict[str, An
             raise ReportError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ReportError(f"{path}: not results of pytest benchmarks ({error!r})") from error
+        machine = machine or content["machine_info"]
+        if other := [key for key, value in machine.items() if content["machine_info"].get(key) != value]:
+            raise ReportError(f"{path}: of another machine than {paths[0]}, by {', '.join(other)}")
     if not rows:
         raise ReportError(f"no rows in {', '.join(map(str, paths))}")
-    return list(rows.values()), content["machine_info"], content["commit_info"]
+    return list(rows.values()), about, cache_mib
 
 
 # ---- text
@@ -250,7 +256,12 @@ def limited_by(row: Row) -> str:
     return ", ".join(reason for reason, applies in known.items() if applies)
 
 
-def machine_line(machine: dict[str, Any], commit: dict[str, Any]) -> str:
+def commit_of(commit: dict[str, Any]) -> str:
+    name = commit["id"]  # or a word, where there is no repository
+    return f"{name[:8] if len(name) == 40 else name}{' with changes' if commit.get('dirty') else ''}"
+
+
+def machine_line(machine: dict[str, Any], commits: Sequence[dict[str, Any]]) -> str:
     built = machine["fastnorm"]
     parts = [
         machine["device"],
@@ -259,7 +270,7 @@ def machine_line(machine: dict[str, Any], commit: dict[str, Any]) -> str:
         f"{built['instruction_set']} kernels",
         f"torch {built['torch']}",
         f"fastnorm {built['fastnorm']}",
-        f"commit {commit['id'][:8]}{' with changes' if commit.get('dirty') else ''}",
+        f"commit {' and '.join(dict.fromkeys(map(commit_of, commits)))}",
         f"Python {machine['python']}",
         f"huge pages: {machine['huge_pages']}",
         *(["freed memory is kept"] if machine["keeps_freed_memory"] else []),
@@ -277,8 +288,7 @@ page faults in a call of fastnorm's, times 4 KiB (a huge page is one fault). *Ke
 included."""
 
 
-def markdown(rows: Sequence[Row], machine: dict[str, Any], commit: dict[str, Any], pictures: Sequence[str]) -> str:
-    cache = machine["cache_mib"]
+def markdown(rows: Sequence[Row], about: str, cache: float, pictures: Sequence[str]) -> str:
     slower, behind, below = losses(rows, "torch"), losses(rows, "compile"), below_the_limit(rows, cache)
     every = [name for name in COLUMNS if name != "limited by"]
     full = markdown_table(every, ([COLUMNS[name](row) for name in every] for row in rows), LEFT)
@@ -289,7 +299,7 @@ def markdown(rows: Sequence[Row], machine: dict[str, Any], commit: dict[str, Any
     def part(names: Sequence[str], of: Sequence[Row]) -> list[str]:
         return markdown_table(names, ([COLUMNS[name](row) for name in names] for row in of), LEFT) if of else ["None."]
 
-    lines = [TITLE, "", machine_line(machine, commit), "", HOW, ""]
+    lines = [TITLE, "", about, "", HOW, ""]
     lines += [line for name in pictures for line in (f"![{Path(name).stem.replace('_', ' ')}]({name})", "")]
     lines += ["## Summary", "", *summary(rows, cache), "", *limit_line(rows, cache)]
     lines += [f"## Slower than torch: {len(slower)} of {len(rows)} rows", "", *part(lost, slower), ""]
@@ -424,19 +434,19 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
     Raises:
         ReportError: see :func:`read`; or the folder has a README.md that is not a report; nothing is written then.
     """
-    rows, machine, commit = read(paths)
+    rows, about, cache_mib = read(paths)
     table = out / "README.md"
     if table.exists() and not table.read_text(encoding="utf-8").startswith(TITLE):
         raise ReportError(f"{table} is not a report and would be lost: name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     charts = {
         "speed_up.png": speed_up_chart(rows),
-        "memory_limit.png": memory_limit_chart(rows, machine["cache_mib"]),
+        "memory_limit.png": memory_limit_chart(rows, cache_mib),
         "memory_kept.png": memory_kept_chart(rows),
     }
     for name, figure in charts.items():
         figure.savefig(out / name, dpi=120)
-    table.write_text(markdown(rows, machine, commit, list(charts)), encoding="utf-8")
+    table.write_text(markdown(rows, about, cache_mib, list(charts)), encoding="utf-8")
     return [table, *(out / name for name in charts)]
 
 

@@ -118,6 +118,24 @@ def test_report_leaves_other_files_alone(results: Path, tmp_path: Path) -> None:
         report.write([results], tmp_path / "report")
 
 
+def test_report_says_where_all_rows_are_from(results: Path, tmp_path: Path) -> None:
+    content = json.loads(results.read_text())
+    first, second = copy.deepcopy(content), copy.deepcopy(content)
+    first["commit_info"], second["commit_info"] = {"id": "a" * 40, "dirty": False}, {"id": "unversioned", "dirty": True}
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, changed in zip(paths, (first, second), strict=True):
+        path.write_text(json.dumps(changed))
+    assert ", commit aaaaaaaa and unversioned with changes, " in report.write(paths, tmp_path / "one")[0].read_text()
+    second["machine_info"]["cache_mib"] += 1
+    paths[1].write_text(json.dumps(second))
+    with pytest.raises(report.ReportError, match=r"second.json: of another machine than .*first.json, by cache_mib$"):
+        report.write(paths, tmp_path / "two")
+    del second["machine_info"]["threads"]
+    paths[1].write_text(json.dumps(second))
+    with pytest.raises(report.ReportError, match=r"not results of pytest benchmarks \(KeyError\('threads'\)\)"):
+        report.write(paths[1:], tmp_path / "two")
+
+
 def test_rows_below_the_memorys_limit_are_listed(results: Path) -> None:
     info = json.loads(results.read_text())["benchmarks"][0]["extra_info"]
     large = {**info, "tensor_bytes": 1 << 30}
