@@ -2,8 +2,8 @@
 
 Reads what ``pytest benchmarks --benchmark-only --benchmark-json RESULTS.json`` wrote and writes into DIR (by default
 where the first file lies) ``README.md`` with every row, losses as plainly as wins, and charts: ``speed_up.png``,
-``memory_limit.png``, ``memory_kept.png``. Where files have a row in common, the last one's counts.
-They must be of one machine and one torch; a ``README.md`` that is not a report is left alone.
+``memory_limit.png`` and, where there are rows for it, ``memory_kept.png``. Where files have a row in common, the last
+one's counts. They must be of one machine and one torch; a ``README.md`` that is not a report is left alone.
 """
 
 from __future__ import annotations
@@ -344,9 +344,9 @@ def speed_up_chart(rows: Sequence[Row]) -> Figure:
 
 
 def times_axis(axes: Axes) -> None:
-    """Ticks at 0.5, 1, 2, 5, 10, ... of what is shown, written so."""
+    """Ticks at 0.5, 1, 2, 5, 10, ... of what is shown, written so, or of many decades at 0.1, 1, 10, ..."""
     low, high = axes.get_xlim()
-    ticks = [m * 10.0**e for e in range(-2, 5) for m in (1, 2, 5)]
+    ticks = [m * 10.0**e for e in range(-3, 6) for m in ((1, 2, 5) if high < 1e4 * low else (1,))]
     axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -361,15 +361,14 @@ def memory_limit_chart(rows: Sequence[Row], cache_mib: float) -> Figure:
         "dropout": "#CC79A7",
         "LocalResponseNorm": "#56B4E9",
         "parametrizations": "#E69F00",
+        "others": GREY,
     }
 
     def family(op: str) -> str:
-        for name, words in zip(
-            families, ("Batch", "Group Instance", "Layer RMS", "Drop Alpha", "Local", "_norm"), strict=True
-        ):
-            if any(word in op for word in words.split()):
-                return name
-        raise ValueError(f"no family for {op}")
+        words_of = ("Batch", "Group Instance", "Layer RMS", "Drop Alpha", "Local", "_norm", "")
+        return next(
+            name for name, words in zip(families, words_of, strict=True) if any(word in op for word in words.split(" "))
+        )
 
     panels = ("forward", "backward")
     large = [row for row in rows if row.tensor_bytes >= 1 << 16]  # the calls' overhead decides below
@@ -392,6 +391,9 @@ def memory_limit_chart(rows: Sequence[Row], cache_mib: float) -> Figure:
         inside = axes.get_xaxis_transform()
         axes.text(cache_mib / 2, 0.02, "in the cache ", ha="right", fontsize=8, transform=inside)
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, cache_mib / 8), max(high, cache_mib * 2))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(0, None)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -400,19 +402,24 @@ def memory_limit_chart(rows: Sequence[Row], cache_mib: float) -> Figure:
         axes.grid(alpha=0.3)
         if passes == "forward":
             axes.set_ylabel("speed, of a copy's in the same run")
-    marks = [axes.plot([], [], "o", color=colour, label=name)[0] for name, colour in families.items()]
+    shown = {family(row.op) for row in rows}
+    marks = [axes.plot([], [], "o", color=families[name], label=name)[0] for name in families if name in shown]
     marks.append(axes.plot([], [], "s", color=BLACK, mfc="none", label="bfloat16")[0])
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False, fontsize=8)
     return figure
 
 
-def memory_kept_chart(rows: Sequence[Row]) -> Figure:
-    """Bytes kept for backward and the peak of both passes, in units of the input, of each op's largest float32 row."""
-    largest = {
+def of_memory(rows: Sequence[Row]) -> dict[str, Row]:
+    """By op the largest float32 row of those that are about memory."""
+    return {
         op: max(of_op, key=lambda row: (row.dtype == "float32", row.layout == "contiguous", row.tensor_bytes))
         for op, of_op in by_op(rows).items()
         if not op.endswith(("eval", "_norm"))
     }
+
+
+def memory_kept_chart(largest: dict[str, Row]) -> Figure:
+    """Bytes kept for backward and the peak of both passes, in units of the input, of a row for each op."""
     figure = Figure(figsize=(10, 1.6 + 0.34 * len(largest)), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True)
     titles = {"saved_bytes": "kept for backward", "peak_bytes": "peak"}
@@ -442,8 +449,9 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
     charts = {
         "speed_up.png": speed_up_chart(rows),
         "memory_limit.png": memory_limit_chart(rows, cache_mib),
-        "memory_kept.png": memory_kept_chart(rows),
     }
+    if largest := of_memory(rows):
+        charts["memory_kept.png"] = memory_kept_chart(largest)
     for name, figure in charts.items():
         figure.savefig(out / name, dpi=120)
     table.write_text(markdown(rows, about, cache_mib, list(charts)), encoding="utf-8")

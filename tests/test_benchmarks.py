@@ -108,6 +108,18 @@ def _without_rows(content: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def test_report_of_a_few_rows(results: Path, tmp_path: Path) -> None:
+    """Of an op that no chart knows, and of one that keeps no tensor worth a chart."""
+    content = json.loads(results.read_text())
+    path = tmp_path / "few.json"
+    for op, charts in (("Softmax", 3), ("weight_norm", 2)):
+        content["benchmarks"][0]["extra_info"]["op"] = op
+        path.write_text(json.dumps({**content, "benchmarks": content["benchmarks"][:1]}))
+        table, *pictures = report.write([path], tmp_path / op)
+        assert len(pictures) == charts
+        assert all(f"]({picture.name})" in table.read_text() for picture in pictures)
+
+
 def test_report_leaves_other_files_alone(results: Path, tmp_path: Path) -> None:
     """As the README in the folder of a repository; a report of before is replaced."""
     (tmp_path / "README.md").write_text("# fastnorm\n")
