@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+import fastnorm
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
+from workloads import Workload, alike  # noqa: E402
 
 
 def python(script: str, log: Path) -> gpu_check.Step:
@@ -110,6 +113,26 @@ def test_rows_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     assert written == [(0, 1), (1, 1)]
     gpu_check.benchmark(time.monotonic() - 1, rows, missing, write)
     assert len(rows) == 1 and len(missing) == 3 and len(written) == 2  # there was no time
+
+
+def fake_benchmark(monkeypatch: pytest.MonkeyPatch, *benches: Workload) -> tuple[list[gpu_check.Row], list[str]]:
+    fake_check(monkeypatch, {})
+    monkeypatch.setattr(gpu_check, "benches", lambda: benches)
+    rows: list[gpu_check.Row] = []
+    missing: list[str] = []
+    gpu_check.benchmark(time.monotonic() + 60, rows, missing, lambda: None)
+    return rows, missing
+
+
+def layer_norm(*shape: int, **settings: Any) -> Workload:
+    return Workload("LayerNorm", *alike("LayerNorm", shape[-1]), shape, **settings)
+
+
+def test_torchs_op_is_not_measured_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    fastnorm.set_fallback("silent")
+    fake_benchmark(monkeypatch, layer_norm(4, 8))
+    with pytest.raises(NotImplementedError, match="layer_norm: no kernel"):
+        fastnorm.functional.layer_norm(torch.ones(4, 8, dtype=torch.complex64), (8,))
 
 
 def test_every_row_is_of_its_own() -> None:
