@@ -256,14 +256,14 @@ def benches() -> list[Workload]:
     return found
 
 
-def libraries(bench: Workload, compiles: bool) -> dict[str, nn.Module]:
-    """The modules to compare, by library."""
+def libraries(bench: Workload, others: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The modules to compare, by library: fastnorm's, torch's and of the others those that can be imported."""
     modules = {"fastnorm": bench.ours(), "torch": bench.theirs()}
     for peer in bench.peers:
-        if make := _peer(*PEERS[peer]):
+        if peer in others and (make := _peer(*PEERS[peer])):
             modules[peer.split()[0]] = make(bench.shape[-1])
     modules = {name: module.to("cuda", bench.dtype) for name, module in modules.items()}
-    if compiles:
+    if "compile" in others:
         torch._dynamo.reset()
         modules["compile"] = torch.compile(bench.theirs().to("cuda", bench.dtype), dynamic=False)
     return modules
@@ -280,8 +280,8 @@ def forward_and_backward(module: nn.Module, dy: Tensor, inputs: list[Tensor]) ->
     return {"forward": lambda: lambda: module(*inputs), "backward": backward}
 
 
-def measure(bench: Workload, clock: CudaClock, compiles: bool) -> list[Row]:
-    """A row for each pass."""
+def measure(bench: Workload, clock: CudaClock, others: tuple[str, ...]) -> list[Row]:
+    """A row for each pass; ``others`` are peers and "compile"."""
 
     def make() -> Tensor:
         t = torch.randn(bench.shape, device="cuda").to(bench.dtype)
@@ -289,16 +289,12 @@ def measure(bench: Workload, clock: CudaClock, compiles: bool) -> list[Row]:
 
     x, dy, target = make(), make(), make()
     inputs = [x.requires_grad_(), *([make().requires_grad_()] if bench.residual else [])]
-    tiny = x.numel() < MEBI
-    passes = {
-        name: forward_and_backward(module, dy, inputs)
-        for name, module in libraries(bench, compiles and not tiny).items()
-    }
+    passes = {name: forward_and_backward(module, dy, inputs) for name, module in libraries(bench, others).items()}
     rows = []
     for index, passed in enumerate(("forward", "backward")):
         prepare = {name: both[passed] for name, both in passes.items()}
         prepare["copy"] = lambda: lambda: target.copy_(x.detach())
-        times = by_turns(prepare, clock, tiny=tiny)
+        times = by_turns(prepare, clock, tiny=bench.numel < MEBI)
         row = Row(
             bench.op, passed, bench.shape, str(bench.dtype)[6:], bench.layout,
             bench.moved[index] * x.numel() * x.element_size(), {name: t.median * 1e3 for name, t in times.items()},
@@ -322,12 +318,17 @@ def benchmark(deadline: float, rows: list[Row], missing: list[str], write: Calla
             continue
         # one shape of each op, in the first half of the time
         key = bench.op, bench.dtype, bench.layout
-        compiles = key not in compiled and time.monotonic() < (started + deadline) / 2
-        compiled.add(key)
-        try:
-            rows += measure(bench, clock, compiles)
-        except Exception as error:  # a peer's, perhaps: the other rows are still worth having
-            missing.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        compiles = key not in compiled and bench.numel >= MEBI and time.monotonic() < (started + deadline) / 2
+        if compiles:
+            compiled.add(key)
+        others = (*bench.peers, *(["compile"] if compiles else []))
+        for tried in (others, ()) if others else ((),):  # an error may be a peer's or the compiler's
+            try:
+                rows += measure(bench, clock, tried)
+                break
+            except Exception as error:  # the other rows are still worth having
+                what = f"{name} beside {', '.join(tried)}" if tried else name
+                missing.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         write()
 
 

@@ -65,10 +65,13 @@ def row(op: str, **ms: float) -> gpu_check.Row:
 def fake_check(monkeypatch: pytest.MonkeyPatch, checked: dict[str, str]) -> None:
     """A GPU that measures two operations: 0.01 ms for fastnorm's, 0.02 for torch's, and an error."""
 
-    def measure(bench: Any, clock: None, compiles: bool) -> list[gpu_check.Row]:
+    def measure(bench: Any, clock: None, others: tuple[str, ...]) -> list[gpu_check.Row]:
         if bench.op == "LRN":
             raise RuntimeError("no kernel\nfor this")
-        return [row(bench.op, fastnorm=0.01, torch=0.02, copy=0.005)]
+        if "liger LayerNorm" in others:
+            raise TypeError("no such argument")
+        ms = {"compile": 0.02} if "compile" in others else {}
+        return [row(bench.op, fastnorm=0.01, torch=0.02, copy=0.005, **ms)]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "machine", lambda: {"device": "none"})
@@ -126,6 +129,18 @@ def fake_benchmark(monkeypatch: pytest.MonkeyPatch, *benches: Workload) -> tuple
 
 def layer_norm(*shape: int, **settings: Any) -> Workload:
     return Workload("LayerNorm", *alike("LayerNorm", shape[-1]), shape, **settings)
+
+
+def test_one_large_shape_of_an_op_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, missing = fake_benchmark(monkeypatch, layer_norm(4, 8), layer_norm(2048, 1024), layer_norm(1024, 2048))
+    assert ["compile" in r.ms for r in rows] == [False, True, False] and not missing
+
+
+def test_a_peer_that_fails_takes_no_row_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, missing = fake_benchmark(monkeypatch, layer_norm(2048, 1024, peers=("liger LayerNorm",)))
+    assert [r.op for r in rows] == ["LayerNorm"]
+    name = "LayerNorm [2048, 1024] float32 contiguous beside liger LayerNorm, compile"
+    assert missing == [f"{name}: TypeError: no such argument"]
 
 
 def test_torchs_op_is_not_measured_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
