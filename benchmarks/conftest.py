@@ -25,23 +25,31 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_configure(config: Any) -> None:
     harness.SESSION.device = config.getoption("device")
     harness.SESSION.quick = config.getoption("quick")
+    if harness.SESSION.device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no GPU")
     if results := config.getoption("benchmark_json", None):
         results.parent.mkdir(parents=True, exist_ok=True)  # before the minutes that it takes
     fastnorm.set_fallback("error")  # torch's own op would be measured under fastnorm's name
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Of the benchmarks; tests that were named beside them stay as they are."""
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=harness.REPLAY))
+        if "workload" in parameters_of(item):
+            item.add_marker(pytest.mark.benchmark(timer=harness.REPLAY))
     if config.getoption("quick"):
         left_out = [item for item in items if not is_quick(item)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if is_quick(item)]
 
 
+def parameters_of(item: Any) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 def is_quick(item: Any) -> bool:
-    parameters = item.callspec.params
-    return parameters["workload"].quick and parameters["passes"] != "both"
+    parameters = parameters_of(item)
+    return "workload" not in parameters or (parameters["workload"].quick and parameters["passes"] != "both")
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
