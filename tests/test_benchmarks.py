@@ -220,6 +220,13 @@ def test_peak_bytes_is_what_was_allocated_at_once() -> None:
         torch.empty(one, dtype=torch.int8)
 
     assert memory.peak_bytes(run, "cpu") == 2 * one
+    held: list[torch.Tensor | None] = [torch.empty(one, dtype=torch.int8)]
+
+    def replace_held() -> None:  # as a training step does with its gradients
+        held[0] = None
+        held[0] = torch.empty(one, dtype=torch.int8)
+
+    assert memory.peak_bytes(replace_held, "cpu") == 0
 
 
 def test_calls_are_timed_by_turns() -> None:
