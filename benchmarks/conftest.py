@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from typing import Any
 
@@ -12,8 +11,6 @@ import report
 import torch
 
 import fastnorm
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory has much to say
 
 
 def pytest_addoption(parser: Any) -> None:

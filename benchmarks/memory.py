@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import fastnorm
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler has much to say
 
 
 def saved_bytes(
