@@ -223,19 +223,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of each network in each layout")
     parser.add_argument("--out", type=Path, help="folder for train_step.md and train_step.json")
     args = parser.parse_args()
+    trainings = [training for training in TRAININGS if args.networks.lower() in training.name.lower()]
+    if not trainings:
+        parser.error(f"--networks: none of {', '.join(t.name for t in TRAININGS)} contains {args.networks!r}")
+    if args.batch is not None and args.batch < 1:
+        parser.error(f"--batch: at least 1, got {args.batch}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no GPU")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that it takes
     if args.device == "cpu":
         keep_freed_memory()
     results: list[Result] = []
-    for training in TRAININGS:
-        if args.networks.lower() not in training.name.lower():
-            continue
+    for training in trainings:
         for layout in training.layouts:
             sized = Training(training.name, training.make, args.batch or training.batch)
             results += measure(sized, layout, args.device, args.seconds)
     table = markdown(results)
     print(table, end="")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         built = fastnorm.build_info()
         about = {"torch": built["torch"], "fastnorm": built["fastnorm"], "threads": torch.get_num_threads()}
         content = {**about, "results": [asdict(result) for result in results]}

@@ -261,3 +261,22 @@ def test_training_step() -> None:
     assert fused.saved_bytes - recomputed.saved_bytes == 4 * 8 * 30 * 30 * 4  # the second convolution's input
     assert 0 < fused.peak_bytes < theirs.peak_bytes
     assert len(train_step.markdown(results).splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--networks AlexNet", "none of ResNet-18, VGG 32-64-128, ViT, 6 blocks of 192 contains 'AlexNet'"),
+        ("--batch 0", "--batch: at least 1, got 0"),
+        ("--device cuda", "--device: torch sees no GPU"),
+    ],
+)
+def test_training_step_refuses(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *arguments.split()])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train_step, "measure", lambda *_: [])
+    with pytest.raises(SystemExit):
+        train_step.main()
+    assert message in capsys.readouterr().err
