@@ -16,8 +16,7 @@ import json
 import re
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from memory import peak_bytes, saved_bytes
 from report import markdown_table
 from timing import by_turns, clock_of
 from torch import nn
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,8 +81,13 @@ TRAININGS = (
 
 RECOMPUTED = "fused, outputs recomputed"  # under fastnorm.recompute
 
-# torch's names of what fastnorm takes over; add_ is the optimiser's.
-OURS = re.compile(r"aten::(native_)?(batch_norm|layer_norm|relu_?|threshold|gelu|add|dropout|bernoulli_?)(_backward)?")
+# torch's names of what fastnorm takes over; mul and div_ are dropout's. An addition is one of forward: in backward
+# autograd adds up gradients, and then the optimiser has its own.
+OURS = re.compile(
+    r"aten::((native_|cudnn_)?(batch_norm|layer_norm|relu_?|threshold|gelu|dropout|bernoulli_?)(_backward)?|mul|div_)"
+)
+ADDITION = re.compile(r"aten::add_?")
+NOT_FORWARD = re.compile(r"autograd::engine|Optimizer\.")  # how torch.profiler's names of these begin
 
 
 @dataclass(frozen=True)
@@ -131,36 +136,55 @@ def step_of(library: str, model: nn.Module, x: torch.Tensor, labels: torch.Tenso
 
 
 class OpSeconds(TorchDispatchMode):
-    """The time of each of torch's ops on a CPU, forward and backward.
+    """The time on a CPU that torch spends in its ops, and in those that fastnorm takes over, forward and backward.
 
     torch.profiler would tell it, too, but under it some take several times as long as without.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: dict[str, float] = defaultdict(float)
+        self.ours = self.all = 0.0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         start = time.perf_counter()
         result = function(*args, **(kwargs or {}))
-        self.of[function.overloadpacket._qualified_op_name] += time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self.all += spent
+        name = function.overloadpacket._qualified_op_name
+        if OURS.fullmatch(name) or (torch.is_grad_enabled() and ADDITION.fullmatch(name)):
+            self.ours += spent
         return result
 
 
-def share_in_norms(step: Callable[[], Any], device: str, seconds: float) -> float:
-    """The part of a step, which takes so many seconds, that torch spends in what fastnorm takes over."""
+def share_in_norms(step: Callable[[], Any], device: str) -> float:
+    """Of the time that torch's ops take in a step, the part in what fastnorm takes over; both of the same steps."""
     if device == "cpu":
         with OpSeconds() as ops:
             for _ in range(3):
                 step()
-        return sum(spent for op, spent in ops.of.items() if OURS.fullmatch(op)) / (3 * seconds)
+        return ops.ours / ops.all
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     ) as profile:
         for _ in range(3):
             step()
-    times = {event.key: event.self_device_time_total for event in profile.key_averages()}
-    return sum(spent for op, spent in times.items() if OURS.fullmatch(op)) / sum(times.values())
+    return share_of_kernels(profile.events() or ())
+
+
+def share_of_kernels(events: Iterable[Any]) -> float:
+    """Of the kernels' time in a profile, the part of those that OURS have started, themselves or through other ops.
+
+    A kernel is an event of the profile, too, beside the op that started it.
+    """
+    roots = [event for event in events if event.device_type == DeviceType.CPU and event.cpu_parent is None]
+
+    def ours(event: Any, is_forward: bool = True) -> float:
+        is_forward = is_forward and not NOT_FORWARD.match(event.name)
+        if OURS.fullmatch(event.name) or (is_forward and ADDITION.fullmatch(event.name)):
+            return event.device_time_total
+        return sum(ours(child, is_forward) for child in event.cpu_children)
+
+    return sum(map(ours, roots)) / sum(event.device_time_total for event in roots)
 
 
 def measure(training: Training, layout: str, device: str, seconds: float) -> list[Result]:
@@ -181,7 +205,7 @@ def measure(training: Training, layout: str, device: str, seconds: float) -> lis
             times[name].median,
             times[name].quartiles,
             len(times[name].rounds),
-            share_in_norms(steps[name], device, times[name].median) if name == "torch" else None,
+            share_in_norms(steps[name], device) if name == "torch" else None,
             peak_bytes(steps[name], device),
             saved_bytes(lambda model=model: F.cross_entropy(model(x), labels), model.parameters(), context_of(name)),
         )

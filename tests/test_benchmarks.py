@@ -10,11 +10,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 import fastnorm
 
@@ -261,6 +263,32 @@ def test_training_step() -> None:
     assert fused.saved_bytes - recomputed.saved_bytes == 4 * 8 * 30 * 30 * 4  # the second convolution's input
     assert 0 < fused.peak_bytes < theirs.peak_bytes
     assert len(train_step.markdown(results).splitlines()) == 6
+
+
+def test_share_of_a_gpus_time() -> None:
+    """What an op has others do is its own; kernels, which a profile lists as well, do not count twice."""
+
+    def event(name: str, time: float, *children: Any, device: Any = DeviceType.CPU) -> SimpleNamespace:
+        made = SimpleNamespace(name=name, device_type=device, device_time_total=time, cpu_children=children)
+        made.cpu_parent = None
+        for child in children:
+            child.cpu_parent = made
+        return made
+
+    def listed(*events: Any) -> list[Any]:
+        return [one for made in events for one in (made, *listed(*made.cpu_children))]
+
+    events = listed(
+        event("aten::conv2d", 4.0, event("aten::cudnn_convolution", 4.0)),
+        event("aten::batch_norm", 2.0, event("aten::cudnn_batch_norm", 2.0)),
+        event("aten::relu", 1.0, event("aten::clamp_min", 1.0)),
+        event("aten::add_", 1.0),
+        event("autograd::engine::evaluate_function: X", 2.5, event("aten::cudnn_batch_norm_backward", 2.0)),
+        event("autograd::engine::evaluate_function: Y", 1.0, event("aten::add_", 1.0)),
+        event("Optimizer.step#SGD.step", 0.5, event("aten::add_", 0.5)),
+    )
+    kernels = [event("sgemm", 5.0, device=DeviceType.CUDA), event("bn_fw_tr", 5.0, device=DeviceType.CUDA)]
+    assert train_step.share_of_kernels([*events, *kernels]) == pytest.approx(0.5)  # of 12
 
 
 @pytest.mark.parametrize(
