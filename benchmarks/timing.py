@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import resource
 import statistics
 import time
@@ -98,7 +99,8 @@ class Times:
 def by_turns(
     prepare: dict[str, Prepare], clock: CpuClock | CudaClock, *, tiny: bool = False, seconds: float = 1.0
 ) -> dict[str, Times]:
-    """Times each of several calls once a round.
+    """Times each of several calls once a round, in another order each: what comes after a call finds the caches as it
+    left them, and gets the memory that it freed.
 
     Args:
         prepare: by name; each does what is not timed and returns what is.
@@ -108,10 +110,11 @@ def by_turns(
     repeats = REPEATS if tiny else 1
     times: dict[str, list[float]] = {name: [] for name in prepare}
     faults = dict.fromkeys(prepare, 0)
+    orders = random.Random(0)
 
     def measure() -> None:
-        for name, make in prepare.items():
-            calls = [make() for _ in range(repeats)]
+        for name in orders.sample(list(prepare), len(prepare)):
+            calls = [prepare[name]() for _ in range(repeats)]
             before = clock.page_faults()
             times[name].append(clock.seconds(calls, tiny) / repeats)
             faults[name] += clock.page_faults() - before
