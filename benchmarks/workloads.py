@@ -173,7 +173,7 @@ def alike(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[[], nn.Module]
 
 
 class AddAct(nn.Module):
-    """What a user of torch writes where fastnorm fuses: act(norm(x) + residual)."""
+    """What a user of torch writes where fastnorm fuses: act(norm(x) + residual), in place as torchvision's ResNet."""
 
     def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
         super().__init__()
@@ -181,10 +181,17 @@ class AddAct(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         z = self.norm(x)
-        return self.activation(z if residual is None else z + residual)
+        if residual is not None:
+            z += residual
+        return self.activation(z)
 
 
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+# SiLU's backward needs its input, so that in place it would take a copy.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
 
 
 def fused(
