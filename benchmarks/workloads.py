@@ -45,10 +45,6 @@ ALEXNET = {"AlexNet conv1": (32, 96, 55, 55), "AlexNet conv2": (32, 256, 27, 27)
 TINY = {"tiny": (2, 4, 4, 4)}
 
 
-def at_most(numel: int, shape: Shape) -> bool:
-    return math.prod(shape) <= numel
-
-
 @dataclass(frozen=True)
 class Workload:
     """One op at one shape: a module a library, all given the same input, and a residual if there is one."""
@@ -85,7 +81,7 @@ class Workload:
     @property
     def tiny(self) -> bool:
         """Too small for anything but the calls' own overhead to count."""
-        return at_most(1 << 16, self.shape)
+        return self.numel <= 1 << 16
 
     def minimum_bytes(self, passes: str, cache_bytes: int) -> int:
         """Bytes that any program moves between the processor and its memory: inputs read, outputs written."""
