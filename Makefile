@@ -138,5 +138,5 @@ format: $(VENV)/.ready
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist fastnorm.egg-info fastnorm/_C*.so runs .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf build dist fastnorm.egg-info fastnorm/_C*.so runs .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
