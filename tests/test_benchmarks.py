@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,6 +28,7 @@ pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import harness  # noqa: E402
 import memory  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
@@ -60,6 +63,9 @@ def test_a_run_records_both_libraries(results: Path) -> None:
         for one in row["seconds"].values():
             first, third = one["quartiles"]
             assert first <= one["median"] <= third
+        copied = 2 * row["tensor_bytes"] / median["copy"] / 1e9
+        assert row["share_of_copy"] == pytest.approx(row["gigabytes_per_s"] / copied)
+        assert row["tensor_bytes"] == 128
     assert [row["minimum_bytes"] for row in rows] == [2 * 128, 3 * 128]
 
 
@@ -108,6 +114,17 @@ def _without_rows(content: dict[str, Any], folder: Path) -> Path:
     path = folder / "empty.json"
     path.write_text(json.dumps({**content, "benchmarks": []}))
     return path
+
+
+def test_report_of_compiled_rows(results: Path, tmp_path: Path) -> None:
+    content = json.loads(results.read_text())
+    for benchmark, ratio in zip(content["benchmarks"], (0.5, 8.0), strict=True):
+        benchmark["extra_info"]["speed_up"] = {"torch": ratio, "compile": ratio}
+    path = tmp_path / "compiled.json"
+    path.write_text(json.dumps(content))
+    text = report.write([path], tmp_path)[0].read_text()
+    assert "| LayerNorm | 2 | 2.00 | 0.50 | 1 | 2.00 | 1 of 2 |" in text  # geometric means
+    assert "## Slower than torch.compile: 1 of 2 rows" in text
 
 
 def test_report_of_a_few_rows(results: Path, tmp_path: Path) -> None:
@@ -196,6 +213,55 @@ def test_minimum_bytes_depend_on_what_fits_in_the_cache() -> None:
     assert workload("contiguous").minimum_bytes("both", cache - 1) == 8 * 4 * numel
     assert workload("channels_last").minimum_bytes("backward", cache) == 5 * 4 * numel
     assert workload("channels_last").minimum_bytes("backward", 4 * numel) == 3 * 4 * numel
+
+
+def workloads() -> list[Workload]:
+    """Of each op and layout the smallest, in float32."""
+    smallest: dict[tuple[str, str], Workload] = {}
+    for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+        for workload in importlib.import_module(path.stem).WORKLOADS:
+            key = workload.op, workload.layout
+            if workload.dtype == torch.float32 and workload.numel < getattr(smallest.get(key), "numel", math.inf):
+                smallest[key] = workload
+    return list(smallest.values())
+
+
+@pytest.mark.parametrize("workload", workloads(), ids=str)
+def test_both_sides_of_a_pair_compute_the_same(workload: Workload) -> None:
+    torch.manual_seed(0)
+    made = harness.subjects(replace(workload, compiles=False), "cpu")
+    last = made.inputs[0].movedim(1, -1).is_contiguous() and not made.inputs[0].is_contiguous()
+    assert last == (workload.layout == "channels_last")
+    ours, theirs = made.modules["fastnorm"], made.modules["torch"]
+    ours.load_state_dict({key.removeprefix("norm."): value for key, value in theirs.state_dict().items()})
+    y = {name: made.forward(name) for name in made.modules}
+    assert all(t.shape == made.dy.shape for t in y.values())
+    if "rop" in workload.op:  # other masks
+        assert all((t == 0).any() or "Alpha" in workload.op for t in y.values())
+        return
+    if workload.op != "BatchRenorm2d":  # which torch has not
+        torch.testing.assert_close(y["fastnorm"], y["torch"])
+        gradients = {name: made.gradients(name, y[name]) for name in made.modules}
+        for a, b in zip(gradients["fastnorm"], gradients["torch"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_each_pass_times_itself_alone() -> None:
+    made = harness.subjects(Workload("LayerNorm", *alike("LayerNorm", 8), (4, 8)), "cpu")
+    calls: list[str] = []
+    made.modules["fastnorm"].register_forward_hook(lambda *_: calls.append("forward"))
+    made.inputs[0].register_hook(lambda _: calls.append("backward"))
+    for passes, before, timed in (
+        ("forward", [], ["forward"]),
+        ("backward", ["forward"], ["backward"]),
+        ("both", [], ["forward", "backward"]),
+    ):
+        calls.clear()
+        call = made.prepare("fastnorm", passes)()
+        assert calls == before
+        calls.clear()
+        call()
+        assert calls == timed
 
 
 def test_saved_bytes_count_a_storage_once() -> None:
