@@ -177,6 +177,10 @@ def test_rows_below_the_memorys_limit_are_listed(results: Path) -> None:
     text = " ".join(report.limit_line([*faster, small], cache_mib=32))
     assert "Of the 2 rows" in text and "is 1.59." in text and "it would be 2.68, and 1 of them" in text
     assert report.limit_line([small], cache_mib=32) == []
+    above = replace(rows[0], speed_up={"torch": 3.0}, share_of_copy=1.5)  # a copy's speed would not be less
+    assert "it would be 3.00," in " ".join(report.limit_line([above], cache_mib=32))
+    half = replace(small, tensor_bytes=16 << 20)  # as large as the cache are input and output together
+    assert not half.is_memory_bound(32) and replace(half, tensor_bytes=(16 << 20) + 1).is_memory_bound(32)
 
 
 def test_what_limits_a_row(results: Path) -> None:
@@ -301,6 +305,9 @@ def test_calls_are_timed_by_turns() -> None:
     order: list[str] = []
 
     class Clock(timing.CpuClock):
+        def page_faults(self) -> int:
+            return 100 * len(order)
+
         def seconds(self, calls: list[Any], tiny: bool) -> float:
             order.append(calls[0]())
             return {"a": 1.0, "b": 2.0}[order[-1]] * len(calls)
@@ -312,6 +319,7 @@ def test_calls_are_timed_by_turns() -> None:
     assert set(rounds) == {("a", "b"), ("b", "a")}  # none always comes after the same
     assert times["a"].rounds == (1.0,) * timing.MIN_ROUNDS
     assert (times["b"].median, times["b"].quartiles) == (2.0, (2.0, 2.0))
+    assert times["a"].page_faults == 100 / timing.REPEATS  # in a call
 
 
 def test_training_step() -> None:
@@ -331,6 +339,16 @@ def test_training_step() -> None:
     assert fused.saved_bytes - recomputed.saved_bytes == 4 * 8 * 30 * 30 * 4  # the second convolution's input
     assert 0 < fused.peak_bytes < theirs.peak_bytes
     assert len(train_step.markdown(results).splitlines()) == 6
+
+
+def test_table_of_training_steps() -> None:
+    def result(library: str, median: float, share: float | None, kept: int) -> train_step.Result:
+        quartiles = (0.9 * median, 1.1 * median)
+        return train_step.Result("small", 4, "contiguous", "cpu", library, median, quartiles, 7, share, 3 << 20, kept)
+
+    text = train_step.markdown([result("torch", 1.0, 0.2, 10 << 20), result("fused", 0.9, None, 8 << 20)])
+    assert "| small, batch 4 | contiguous | torch | 1000 ±10% |  | 20% |  | 3 | 10 |  |" in text
+    assert "| small, batch 4 | contiguous | fused | 900 ±10% | 1.11 |  | 50% | 3 | 8 | 80% |" in text
 
 
 def test_share_of_a_gpus_time() -> None:
