@@ -149,7 +149,7 @@ class LayerNorm(NormModule, nn.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape: int | list[int] | torch.Size,
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,

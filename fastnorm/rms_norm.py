@@ -86,7 +86,7 @@ class RMSNorm(NormModule, nn.RMSNorm):
 
     def __init__(
         self,
-        normalized_shape: int | list[int] | torch.Size,
+        normalized_shape: int | Sequence[int],
         eps: float | None = None,
         elementwise_affine: bool = True,
         device: Device = None,
