@@ -37,7 +37,7 @@ NVCC := $(shell command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc)
 $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" ninja numpy \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" ninja pybind11 numpy \
 		"pytest>=8" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" ruff==0.17.5 clang-format==18.1.8 mypy==2.4.1 \
 		"build>=1.2"
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastnorm.pth"
@@ -102,7 +102,7 @@ mutate: build
 $(CUDA_VENV)/.ready: Makefile
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(CUDA_TORCH)
-	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77,<82" ninja numpy \
+	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77,<82" ninja pybind11 numpy \
 		"pytest>=8" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66"
 	touch $@
 
