@@ -46,15 +46,6 @@ struct DropoutKernel {
     });
   }
 
-  // The same for a run that is kept or dropped as a whole.
-  FASTNORM_LOOP void apply_uniform(int64_t at, int64_t n, bool keeps) const {
-    const P factor = keeps ? scale : P(acc_t(0)), shift = keeps ? shift_kept : shift_dropped;
-    map_run(at, n, [&](const P& value, int64_t, auto) {
-      if constexpr (!kShifted) return value * factor;
-      return fmadd(value, factor, shift);
-    });
-  }
-
   template <typename F>
   void map_run(int64_t at, int64_t n, const F& f) const {
     const T* from = x + at;
@@ -152,29 +143,64 @@ struct DropoutKernel {
   void whole_channels() const {
     const int64_t numel = a.shape.numel();
     parallel_for_ranges((numel + 63) / 64, numel, [&](int64_t begin, int64_t end) {
-      end = std::min(numel, end * 64);
-      int64_t i = begin * 64, channel = i / S, next = (channel + 1) * S;
-      uint64_t bits = keep.of_group(static_cast<uint64_t>(channel / 64 * 64 / kElementsPerPhilox));
-      while (i < end) {
-        apply_uniform(i, std::min(next, end) - i, bits >> (channel % 64) & 1);
-        i = next;
-        next += S;
-        if (++channel % 64 == 0) bits = keep.of_group(static_cast<uint64_t>(channel / kElementsPerPhilox));
+      scale_planes(begin * 64, std::min(numel, end * 64));
+      if (stream) stream_fence();
+    });
+  }
+
+  // Scalar math: y[i] = x[i] * (channel kept ? scale : 0) + (channel kept ? shift_kept : shift_dropped)
+  FASTNORM_LOOP void scale_planes(int64_t i, int64_t end) const {
+    const P kept = scale, dropped(acc_t(0)), to_kept = shift_kept, to_dropped = shift_dropped;
+    const int64_t plane = S;
+    int64_t channel = i / plane, next = (channel + 1) * plane;
+    const auto draw_group = [&] {
+      return keep.of_group(static_cast<uint64_t>(channel / 64 * 64 / kElementsPerPhilox));
+    };
+    for (uint64_t bits = draw_group(); i < end; i = next, next += plane) {
+      const bool keeps = bits >> (channel % 64) & 1;
+      const P factor = keeps ? kept : dropped, shift = keeps ? to_kept : to_dropped;
+      map_run(i, std::min(next, end) - i, [&](const P& value, int64_t, auto) {
+        if constexpr (!kShifted) return value * factor;
+        return fmadd(value, factor, shift);
+      });
+      if (++channel % 64 == 0) bits = draw_group();
+    }
+  }
+
+  // A sample's channels have their factors, and their shifts, in arrays, short rows several as one.
+  void whole_channels_last() const {
+    const int64_t fold = C < 64 ? 256 / C : 1, width = fold * C;
+    parallel_for_ranges(N * S, a.shape.numel(), [&](int64_t begin, int64_t end) {
+      const ScratchArray<uint8_t> bits(C / 8 + P::kSize);
+      const ScratchArray<acc_t> factor(width + P::kSize), shift(width + P::kSize);
+      for (int64_t row = begin; row < end;) {
+        const int64_t n = row / S, next = std::min(end, (n + 1) * S);
+        sample_bits(n, bits.data());
+        for_packs<T>(C, [&](int64_t c, auto, int) {
+          const uint32_t here = load_bits<T>(&bits[c / 8]);
+          choose(here, scale, P(acc_t(0))).store_acc(&factor[c]);
+          choose(here, shift_kept, shift_dropped).store_acc(&shift[c]);
+        });
+        for (int64_t c = C; c < width; c += C) {
+          std::copy(&factor[0], &factor[C], &factor[c]);
+          std::copy(&shift[0], &shift[C], &shift[c]);
+        }
+        scale_rows(row * C, next * C, width, factor.data(), shift.data());
+        row = next;
       }
       if (stream) stream_fence();
     });
   }
 
-  void whole_channels_last() const {
-    parallel_for_ranges(N * S, a.shape.numel(), [&](int64_t begin, int64_t end) {
-      const ScratchArray<uint8_t> bits((C + 7) / 8);
-      for (int64_t row = begin; row < end;) {
-        const int64_t n = row / S, next = std::min(end, (n + 1) * S);
-        sample_bits(n, bits.data());
-        for (; row < next; ++row) apply(row * C, C, bits.data());
-      }
-      if (stream) stream_fence();
-    });
+  // Scalar math: y[i] = x[i] * factor[i % width] + shift[i % width]
+  FASTNORM_LOOP void scale_rows(int64_t begin, int64_t end, int64_t width, const acc_t* factor,
+                                const acc_t* shift) const {
+    for (int64_t row = begin; row < end; row += width) {
+      map_run(row, std::min(width, end - row), [&](const P& value, int64_t i, auto) {
+        if constexpr (!kShifted) return value * P::load_acc(factor + i);
+        return fmadd(value, P::load_acc(factor + i), P::load_acc(shift + i));
+      });
+    }
   }
 
   // One bit for each channel of sample n.
