@@ -26,6 +26,7 @@ template <typename T, bool kShifted>
 struct DropoutKernel {
   using P = Pack<T>;
   using acc_t = acc_type<T>;
+  static constexpr int64_t kAhead = 8192 / sizeof(T);  // two pages, at whose ends the prefetchers begin anew
   const Dropout& a;
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
@@ -33,12 +34,21 @@ struct DropoutKernel {
   const KeepBits keep{a.seed, a.offset, a.level.threshold};
   const P scale{static_cast<acc_t>(a.level.scale)};
   const P shift_kept{static_cast<acc_t>(a.level.shift_kept)}, shift_dropped{static_cast<acc_t>(a.level.shift_dropped)};
-  const bool stream = a.shape.numel() * size_of(a.dtype) >= stream_threshold();
+  const int64_t bytes = a.shape.numel() * size_of(a.dtype);
+  const bool stream = bytes >= stream_threshold();
+  // Whether x and y come from memory, as other work has driven them out of the cache: what lies ahead is asked for then.
+  // Where bits are drawn for every element, memory has more time.
+  const bool far = bytes >= stream_threshold() / (a.by_channel ? 4 : 2);
 
   // Scalar math: y[i] = x[i] * (bit i ? scale : 0) + (bit i ? shift_kept : shift_dropped)
-  FASTNORM_LOOP void apply(int64_t at, int64_t n, const uint8_t* bits) const {
+  void apply(int64_t at, int64_t n, const uint8_t* bits) const {
+    far ? apply_bits<true>(at, n, bits) : apply_bits<false>(at, n, bits);
+  }
+
+  template <bool kFar>
+  FASTNORM_LOOP void apply_bits(int64_t at, int64_t n, const uint8_t* bits) const {
     const P kept = scale, dropped(acc_t(0)), to_kept = shift_kept, to_dropped = shift_dropped;
-    map_run(at, n, [&](const P& value, int64_t i, auto count) {
+    map_run<kFar>(at, n, [&](const P& value, int64_t i, auto count) {
       const uint32_t here = load_bits<T>(bits + i / 8, count);
       const P factor = choose(here, kept, dropped);
       if constexpr (!kShifted) return value * factor;
@@ -46,13 +56,18 @@ struct DropoutKernel {
     });
   }
 
-  template <typename F>
+  template <bool kFar, typename F>
   void map_run(int64_t at, int64_t n, const F& f) const {
     const T* from = x + at;
     T* to = y + at;
     const bool past_caches = stream && fills_lines(to, n);
-    for_packs<T>(
-        n, [&](int64_t i, auto count, int) { put(f(P::load(from + i, count), i, count), to + i, count, past_caches); });
+    for_packs<T>(n, [&](int64_t i, auto count, int) {
+      if constexpr (kFar) {
+        prefetch(from + i + kAhead);
+        if (!past_caches) prefetch_to_write(to + i + kAhead);
+      }
+      put(f(P::load(from + i, count), i, count), to + i, count, past_caches);
+    });
   }
 
   void contiguous() const {
@@ -143,12 +158,14 @@ struct DropoutKernel {
   void whole_channels() const {
     const int64_t numel = a.shape.numel();
     parallel_for_ranges((numel + 63) / 64, numel, [&](int64_t begin, int64_t end) {
-      scale_planes(begin * 64, std::min(numel, end * 64));
+      const int64_t last = std::min(numel, end * 64);
+      far ? scale_planes<true>(begin * 64, last) : scale_planes<false>(begin * 64, last);
       if (stream) stream_fence();
     });
   }
 
   // Scalar math: y[i] = x[i] * (channel kept ? scale : 0) + (channel kept ? shift_kept : shift_dropped)
+  template <bool kFar>
   FASTNORM_LOOP void scale_planes(int64_t i, int64_t end) const {
     const P kept = scale, dropped(acc_t(0)), to_kept = shift_kept, to_dropped = shift_dropped;
     const int64_t plane = S;
@@ -159,7 +176,7 @@ struct DropoutKernel {
     for (uint64_t bits = draw_group(); i < end; i = next, next += plane) {
       const bool keeps = bits >> (channel % 64) & 1;
       const P factor = keeps ? kept : dropped, shift = keeps ? to_kept : to_dropped;
-      map_run(i, std::min(next, end) - i, [&](const P& value, int64_t, auto) {
+      map_run<kFar>(i, std::min(next, end) - i, [&](const P& value, int64_t, auto) {
         if constexpr (!kShifted) return value * factor;
         return fmadd(value, factor, shift);
       });
@@ -185,7 +202,8 @@ struct DropoutKernel {
           std::copy(&factor[0], &factor[C], &factor[c]);
           std::copy(&shift[0], &shift[C], &shift[c]);
         }
-        scale_rows(row * C, next * C, width, factor.data(), shift.data());
+        far ? scale_rows<true>(row * C, next * C, width, factor.data(), shift.data())
+            : scale_rows<false>(row * C, next * C, width, factor.data(), shift.data());
         row = next;
       }
       if (stream) stream_fence();
@@ -193,10 +211,11 @@ struct DropoutKernel {
   }
 
   // Scalar math: y[i] = x[i] * factor[i % width] + shift[i % width]
+  template <bool kFar>
   FASTNORM_LOOP void scale_rows(int64_t begin, int64_t end, int64_t width, const acc_t* factor,
                                 const acc_t* shift) const {
     for (int64_t row = begin; row < end; row += width) {
-      map_run(row, std::min(width, end - row), [&](const P& value, int64_t i, auto) {
+      map_run<kFar>(row, std::min(width, end - row), [&](const P& value, int64_t i, auto) {
         if constexpr (!kShifted) return value * P::load_acc(factor + i);
         return fmadd(value, P::load_acc(factor + i), P::load_acc(shift + i));
       });
