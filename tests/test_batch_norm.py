@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import reference
@@ -156,6 +157,28 @@ def test_nan_and_inf_are_placed_as_by_torch() -> None:
                     y.backward(torch.ones_like(y))
                     z.backward(torch.ones_like(z))
                     assert torch.equal(ours.grad.isnan(), theirs.grad.isnan())
+
+
+@pytest.mark.parametrize("activation", ("silu", "gelu"))
+def test_smooth_activations_of_any_argument_against_float64(activation: str) -> None:
+    """Also where their exponential leaves float32's range, and far beyond."""
+    z = torch.cat([torch.linspace(-130, 130, 20001), torch.tensor([1e-40, 0.0, 2.0**18, 2.0**21, 1e18, 3e38])])
+    z = torch.cat([z, -z])
+
+    def both(norm: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        y = norm(x.requires_grad_())
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+    zero, one = torch.zeros(1), torch.ones(1)
+    got = both(lambda x: fn.batch_norm(x, zero, one, eps=0.0, activation=activation), z.view(-1, 1).clone())
+    exact = both(getattr(nn.functional, activation), z.double().view(-1, 1))
+    for value, wanted in zip(got, exact, strict=True):
+        error = (value.double() - wanted).abs() / (1 + wanted.abs())
+        assert error.max() < 6e-7, z[error.argmax()]
+    # Silu on the left is x * exp(x): it keeps its digits while they are normal numbers.
+    if activation == "silu":
+        left = (z < 0) & (z > -80)
+        torch.testing.assert_close(got[0][left].double(), exact[0][left], rtol=4e-7, atol=0.0)
 
 
 @pytest.mark.parametrize("momentum", (0.1, None))

@@ -7,14 +7,15 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// exp(x), to 1 ulp or so. For float32 in line, by the coefficients of Cephes' expf (Moshier, 1989): a call of at::vec's
-// would spill every vector register that the loop around it keeps its coefficients in.
+// exp(x), to 1 ulp or so; of NaN it may be anything. For float32 in line, by vectors.h's or the coefficients of Cephes'
+// expf (Moshier, 1989): a call of at::vec's would spill every vector register that the loop around it keeps its
+// coefficients in.
 // Scalar math: n = round(x / ln 2);  r = x - n ln 2;  exp = 2^n * (1 + r + r^2 (c0 + c1 r + ... + c5 r^5))
 template <typename Vec>
 Vec exponential(const Vec& x) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<typename Vec::value_type, float>) {
-    const Vec in_range = vec::clamp(x, Vec(-104), Vec(89));  // 0 and infinity begin within; NaN stays
+    const Vec in_range = vec::clamp(x, Vec(-104), Vec(89));  // 0 and infinity begin within
     const Vec n = (in_range * Vec(static_cast<float>(M_LOG2E))).round();
     const Vec r = vec::fmadd(n, Vec(2.12194440e-4f), vec::fmadd(n, Vec(-0.693359375f), in_range));
     Vec q = vec::fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
@@ -35,7 +36,7 @@ Vec exponential(const Vec& x) {
 // exp is most of the work.
 template <typename Vec>
 struct Normal {
-  Vec exp, cdf;
+  Vec exp, cdf;  // anything where z is NaN
 
   explicit Normal(const Vec& z) : exp(exponential(z * z * Vec(-0.5))), cdf(cdf_of(z)) {}
 
