@@ -15,15 +15,18 @@ template <typename Vec>
 Vec exponential(const Vec& x) {
 #if defined(__x86_64__) && !defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<typename Vec::value_type, float>) {
-    const Vec in_range = vec::clamp(x, Vec(-104), Vec(89));  // 0 and infinity begin within
-    const Vec n = (in_range * Vec(static_cast<float>(M_LOG2E))).round();
+    const Vec in_range = vec::clamp(x, Vec(-87.33f), Vec(89));  // 0, for what is not a normal number, and infinity
+    const Vec ones(0x1.8p23f);                                  // a number added to it is rounded to a whole one
+    const Vec rounded = vec::fmadd(in_range, Vec(static_cast<float>(M_LOG2E)), ones), n = rounded - ones;
     const Vec r = vec::fmadd(n, Vec(2.12194440e-4f), vec::fmadd(n, Vec(-0.693359375f), in_range));
     Vec q = vec::fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
     q = vec::fmadd(q, r, Vec(8.3334519073e-3f));
     q = vec::fmadd(q, r, Vec(4.1665795894e-2f));
     q = vec::fmadd(q, r, Vec(1.6666665459e-1f));
     q = vec::fmadd(q, r, Vec(5.0000001201e-1f));
-    return times_power_of_2(Vec(1) + vec::fmadd(r * r, q, r), n);
+    const Vec half_power = power_of_2_below(rounded),
+              half = vec::fmadd(half_power, vec::fmadd(r * r, q, r), half_power);
+    return half + half;
   }
 #endif
   return x.exp();

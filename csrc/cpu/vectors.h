@@ -7,8 +7,8 @@
 //                     Any n will do, for a pack has several vectors
 //   choose            lane i of one vector where bit i is set, of another elsewhere
 //   lane_sum          in float64, in a tree: what a row or chunk costs once, so in few instructions
-//   times_power_of_2  x * 2^n for float32, n whole, |n| < 252. For activation.h's exponential(), where there is none here:
-//   exponential       exp(x) for float32, to 1 ulp or so; of NaN it is anything. With AVX512 alone
+//   exponential       exp(x) for float32, to 1 ulp or so; of NaN it is anything. With AVX512; activation.h has it for others
+//   power_of_2_below  2^(n - 1), or 0 if that is no normal number, n being the last bits of 1.5 * 2^23 + n. For that, on x86
 //   stream_vector     a store past the caches, to an address that is a multiple of the vector's size. Not ordered with
 //                     other stores: stream_fence() once after the last, before another thread may read
 #pragma once

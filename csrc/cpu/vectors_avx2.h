@@ -78,13 +78,9 @@ inline double lane_sum(vec::Vectorized<float> v) {
       _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))));
 }
 
-inline __m256 power_of_2(__m256i n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-}
-// By the powers of n's halves, which float32 has where it does not have that of n.
-inline vec::Vectorized<float> times_power_of_2(const vec::Vectorized<float>& x, const vec::Vectorized<float>& n) {
-  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
-  return _mm256_mul_ps(_mm256_mul_ps(x, power_of_2(half)), power_of_2(_mm256_sub_epi32(whole, half)));
+inline vec::Vectorized<float> power_of_2_below(const vec::Vectorized<float>& rounded) {
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(rounded), 23), _mm256_set1_epi32(126 << 23)));
 }
 
 inline void stream_vector(float* p, const vec::Vectorized<float>& v) { _mm256_stream_ps(p, v); }

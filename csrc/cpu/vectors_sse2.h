@@ -259,13 +259,8 @@ inline double lane_sum(const vec::Vectorized<float>& v) {
   return lane_sum(vec::Vectorized<double>(_mm_add_pd(_mm_cvtps_pd(v), _mm_cvtps_pd(_mm_movehl_ps(v, v)))));
 }
 
-inline __m128 power_of_2(__m128i n) {
-  return _mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(n, _mm_set1_epi32(127)), 23));
-}
-// By the powers of n's halves, which float32 has where it does not have that of n.
-inline vec::Vectorized<float> times_power_of_2(const vec::Vectorized<float>& x, const vec::Vectorized<float>& n) {
-  const __m128i whole = _mm_cvtps_epi32(n), half = _mm_sub_epi32(whole, _mm_srai_epi32(whole, 1));
-  return x * vec::Vectorized<float>(power_of_2(half)) * vec::Vectorized<float>(power_of_2(_mm_sub_epi32(whole, half)));
+inline vec::Vectorized<float> power_of_2_below(const vec::Vectorized<float>& rounded) {
+  return _mm_castsi128_ps(_mm_add_epi32(_mm_slli_epi32(_mm_castps_si128(rounded), 23), _mm_set1_epi32(126 << 23)));
 }
 
 inline void stream_vector(float* p, const vec::Vectorized<float>& v) { _mm_stream_ps(p, v); }
