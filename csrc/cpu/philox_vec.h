@@ -10,8 +10,9 @@ namespace {
 constexpr int kGroupBlocks = 64 / kElementsPerPhilox;
 
 // 32-bit words live in the low halves of 64-bit lanes; what a product leaves in the high halves is ignored by the next
-// one. keep(): byte i has a bit for each of lane i's eight 16-bit numbers, whether it is >= threshold. A lane's numbers
-// come as r[0] and r[1] have them, but with the words of each exchanged: high half first.
+// one. exclusive_or() of three comes to the first of them last, which is a product's and has others wait for it. keep():
+// byte i has a bit for each of lane i's eight 16-bit numbers, whether it is >= threshold. A lane's numbers come as r[0]
+// and r[1] have them, but with the words of each exchanged: high half first.
 #if defined(CPU_CAPABILITY_AVX512)
 struct Lanes {
   static constexpr int kSize = 8, kAtOnce = 6;  // 4 of 32 registers each
@@ -51,7 +52,7 @@ struct Lanes {
   Lanes high_to_low() const { return {_mm256_srli_epi64(v, 32)}; }
   Lanes low_to_high() const { return {_mm256_slli_epi64(v, 32)}; }
   static Lanes exclusive_or(Lanes a, Lanes b) { return {_mm256_xor_si256(a.v, b.v)}; }
-  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(exclusive_or(a, b), c); }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(a, exclusive_or(b, c)); }
 
   static uint64_t keep(const Lanes (&r)[2], uint32_t threshold) {
     const __m256i t = _mm256_set1_epi16(static_cast<int16_t>(threshold));
@@ -75,7 +76,7 @@ struct Lanes {
   Lanes high_to_low() const { return {_mm_srli_epi64(v, 32)}; }
   Lanes low_to_high() const { return {_mm_slli_epi64(v, 32)}; }
   static Lanes exclusive_or(Lanes a, Lanes b) { return {_mm_xor_si128(a.v, b.v)}; }
-  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(exclusive_or(a, b), c); }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(a, exclusive_or(b, c)); }
 
   static uint64_t keep(const Lanes (&r)[2], uint32_t threshold) {
     const __m128i t = _mm_set1_epi16(static_cast<int16_t>(threshold));
@@ -117,7 +118,7 @@ struct Lanes {
   static Lanes exclusive_or(Lanes a, Lanes b) {
     return each([&](int i) { return a.v[i] ^ b.v[i]; });
   }
-  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(exclusive_or(a, b), c); }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return exclusive_or(a, exclusive_or(b, c)); }
 
   static uint64_t keep(const Lanes (&r)[2], uint32_t threshold) {
     uint64_t bits = 0;
