@@ -344,7 +344,7 @@ struct ColumnsForward : ForwardGroups {
 // ---- backward
 
 // Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = dz * scale - ((x - mean) * slope + offset). Prefetches what lies
-// `ahead`, if not 0.
+// `ahead`, if not 0, and then the next page of dx, too.
 template <typename Act, typename T, typename C>
 FASTNORM_LOOP void group_gradient_run(Act act, const RunGradient<T>& g, T* dx, T* dresidual, int64_t n,
                                       const Affine<C>& affine, const C& slopes, const C& offsets, bool stream,
@@ -358,7 +358,10 @@ FASTNORM_LOOP void group_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
   from.with_dz(act, [&](const auto& dz_at) {
     for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
-      if (ahead) from.prefetch(i + ahead);
+      if (ahead) {
+        from.prefetch(i + ahead);
+        if (dx && !stream) prefetch_to_write(dx + i + 4096 / sizeof(T));
+      }
       const P x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
       if (dresidual) put(dz, dresidual + i, count, stream_residual);
@@ -455,7 +458,7 @@ struct PlanesBackward : BackwardGroups<T> {
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
   // As in forward, where the next slice comes from memory.
   const bool fetches_next = Base::in_two_sweeps && L * sizeof(T) >= 4096 && L * sizeof(T) <= 131072 &&
-                            stream_output(a.shape.numel(), a.dtype, /*inputs=*/2);
+                            2 * a.shape.numel() * size_of(a.dtype) >= stream_threshold();
   const int64_t kept_bytes = Base::bytes_to_keep(L);
 
   void run() const {
