@@ -111,7 +111,8 @@ Tensor spectral_norm_backward(const Tensor& grad_output, const Tensor& weight_, 
   const Tensor v_row = permuted ? to_memory_order(v, weight) : v;
 
   SpectralNormBackward args{};
-  const int64_t S = permuted ? w : weight.stride(dim);
+  int64_t S = 1;  // not weight.stride(dim), which may be any number where dim has one element
+  for (int64_t d = dim + 1; d < weight.dim(); ++d) S *= weight.size(d);
   args.shape = {weight.numel() / (h * S), h, S, Layout::kContiguous};
   args.dtype = dtype_of(weight);
   args.weight = weight.const_data_ptr();

@@ -97,6 +97,22 @@ def test_power_method_against_float64(iterations: int, dtype: torch.dtype) -> No
             assert abs(sigma.item() / (wanted_u @ matrix @ wanted_v).item() - 1) < kept
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_spectral_gradient_of_one_row_whatever_its_stride(dtype: torch.dtype) -> None:
+    """No element is a stride of a dimension of one away, so that torch lets it be any number."""
+    layouts = ((1, 3), (5, 1), 0), ((1, 3), (0, 1), 0), ((4, 1), (1, 7), 1), ((2, 1, 5), (5, 100, 1), 1)
+    for shape, strides, dim in layouts:
+        weight = torch.randn(20).to(dtype).as_strided(shape, strides)
+        assert weight.is_contiguous()
+        u, v = (nn.functional.normalize(torch.randn(n), dim=0).to(dtype) for n in (1, weight.numel()))
+        gradients = []
+        for w in (weight, weight.clone(memory_format=torch.contiguous_format)):
+            w = w.detach().requires_grad_()
+            y = fastnorm.parametrizations.SpectralNormFunction.apply(w, u.clone(), v.clone(), 1, dim, 1e-12)
+            gradients += torch.autograd.grad(y, w, torch.arange(1.0, 1 + w.numel()).to(dtype).view(shape))
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("scale", (1e-36, 1e-20, 1e-9, 1e9, 1e18, 1e30))
 def test_scales_whose_squares_leave_float32(scale: float) -> None:
     weight = (torch.randn(40, 70, dtype=torch.float64) * scale).float()
