@@ -43,6 +43,37 @@ def test_outputs_past_the_caches(capability: str) -> None:
     run_tests("against_float64 or mask or in_place", ATEN_CPU_CAPABILITY=capability, FASTNORM_STREAM_THRESHOLD="0")
 
 
+# The last byte of weight and of bias is that of a page, and the page after it may not be read. Rows that are not whole
+# packs begin anywhere within a cache line.
+GUARDED = """
+import ctypes, mmap, torch, fastnorm.functional as fn
+libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+torch.set_num_threads(2)  # three rows are then too few to be split otherwise than by chunks
+
+def guarded(t):
+    size = (t.nbytes + page - 1) // page * page
+    memory = mmap.mmap(-1, size + page)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(begin + size), ctypes.c_size_t(page), 0) == 0
+    return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).copy_(t)
+
+for N in (4097, 4099, 4103, 8195, 8199):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for parameters in {torch.float64 if dtype == torch.float64 else torch.float32, dtype}:
+            x, weight, bias = torch.randn(3, N).to(dtype), *(guarded(torch.randn(N).to(parameters)) for _ in range(2))
+            y = fn.layer_norm(x, (N,), weight, bias)
+            assert torch.equal(y, fn.layer_norm(x, (N,), weight.clone(), bias.clone()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect by ctypes")
+@pytest.mark.parametrize("capability", (BEST.lower(), *LESSER))
+def test_nothing_is_read_past_the_parameters(capability: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "FASTNORM_STREAM_THRESHOLD": "0"}
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", GUARDED], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
 @pytest.mark.parametrize("capability", (BEST.lower(), *LESSER))
 def test_the_kernels_follow_torch(capability: str) -> None:
     if capability not in ("avx512", "avx2", "default"):

@@ -53,7 +53,7 @@ class ParameterArrays {
 
   template <typename Args>
   ParameterArrays(const Args& a, int64_t first, int64_t n)
-      : in_place_(a.weight && a.bias && a.param_dtype == kAccDtype && n % Pack<T>::kSize == 0),
+      : in_place_(a.weight && a.bias && a.param_dtype == kAccDtype && are_readable(first, n, a.N)),
         stride_((n / Pack<T>::kSize + 1) * Pack<T>::kSize),
         copies_(in_place_ ? 0 : 2 * stride_),
         parameters_{PerColumn<T>(place(a.weight, a.param_dtype, first, n, 0)),
@@ -63,6 +63,13 @@ class ParameterArrays {
 
  private:
   static constexpr Dtype kAccDtype = std::is_same_v<acc_t, double> ? Dtype::kFloat64 : Dtype::kFloat32;
+
+  // Columns of N, in whole packs, where they lie. Where rows are not whole packs, one that is streamed has them from any
+  // column on (for_packs_after), so the last may reach a pack past n.
+  static bool are_readable(int64_t first, int64_t n, int64_t N) {
+    constexpr int64_t kSize = Pack<T>::kSize;
+    return n % kSize == 0 && (N % kSize == 0 || first + n + kSize <= N);
+  }
 
   const acc_t* place(const void* from, Dtype dtype, int64_t first, int64_t n, int64_t index) const {
     if (in_place_) return static_cast<const acc_t*>(from) + first;
