@@ -1,5 +1,6 @@
 """The tests of ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer, which `make sanitize` makes: each
-instruction set that it has. Leaks are not looked for, as Python's own would drown them.
+instruction set that it has, and drawn calls once more with outputs written as large ones are. Leaks are not looked for,
+as Python's own would drown them.
 
 With --quick a choice of them, for `make sanitize-quick`. Other arguments go to pytest.
 """
@@ -43,9 +44,11 @@ def main() -> int:
     best = named.stdout.split()[0].lower()
     sets = {"avx512": ("avx512", "avx2", "default"), "avx2": ("avx2", "default")}.get(best, (best,))
     quick, arguments = "--quick" in sys.argv, [a for a in sys.argv[1:] if a != "--quick"]
-    files = [str(HERE / f"test_{name}.py") for name in (QUICK_FILES if quick else FILES)]
-    for name in sets:
-        print(f"sanitizers: {name}", flush=True)
+    runs = [(name, QUICK_FILES if quick else FILES, {}) for name in sets]
+    if not quick:
+        runs += [(name, ("fuzz",), {"FASTNORM_STREAM_THRESHOLD": "0"}) for name in sets]
+    for name, files, streamed in runs:
+        print(f"sanitizers: {name}{', outputs past the caches' if streamed else ''}", flush=True)
         command = [
             sys.executable,
             "-m",
@@ -56,11 +59,11 @@ def main() -> int:
             "no:cacheprovider",
             "-k",
             QUICK if quick else LEFT_OUT,
-            *files,
+            *(str(HERE / f"test_{file}.py") for file in files),
         ]
         # of torch's own kernels, too: tests allow more where vectors are short
         forced = {"ATEN_CPU_CAPABILITY": name} if name in ("avx512", "avx2", "default") else {}
-        done = subprocess.run([*command, *arguments], env={**environment, **forced}, cwd=HERE.parent)
+        done = subprocess.run([*command, *arguments], env={**environment, **forced, **streamed}, cwd=HERE.parent)
         if done.returncode != 0:
             return done.returncode
     return 0

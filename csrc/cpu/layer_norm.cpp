@@ -36,7 +36,7 @@ constexpr int64_t kAhead = 8192 / sizeof(T);
 
 // ---- parameters
 
-// A weight and a bias for each column, in the arithmetic's type, readable in whole packs.
+// A weight and a bias for each column, in the arithmetic's type, readable in whole packs from any column on.
 template <typename T>
 struct ColumnParameters {
   PerColumn<T> weight, bias;
@@ -54,7 +54,7 @@ class ParameterArrays {
   template <typename Args>
   ParameterArrays(const Args& a, int64_t first, int64_t n)
       : in_place_(a.weight && a.bias && a.param_dtype == kAccDtype && are_readable(first, n, a.N)),
-        stride_((n / Pack<T>::kSize + 1) * Pack<T>::kSize),
+        stride_((n + 2 * Pack<T>::kSize - 1) / Pack<T>::kSize * Pack<T>::kSize),
         copies_(in_place_ ? 0 : 2 * stride_),
         parameters_{PerColumn<T>(place(a.weight, a.param_dtype, first, n, 0)),
                     PerColumn<T>(place(a.bias, a.param_dtype, first, n, 1))} {}
@@ -64,8 +64,8 @@ class ParameterArrays {
  private:
   static constexpr Dtype kAccDtype = std::is_same_v<acc_t, double> ? Dtype::kFloat64 : Dtype::kFloat32;
 
-  // Columns of N, in whole packs, where they lie. Where rows are not whole packs, one that is streamed has them from any
-  // column on (for_packs_after), so the last may reach a pack past n.
+  // Whether columns of N are readable where they lie. Packs of a row that is streamed begin where it does within one
+  // (for_packs_after), so the last reaches past n unless rows are whole packs.
   static bool are_readable(int64_t first, int64_t n, int64_t N) {
     constexpr int64_t kSize = Pack<T>::kSize;
     return n % kSize == 0 && (N % kSize == 0 || first + n + kSize <= N);
