@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._C import _get_tracing_state
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -41,7 +42,10 @@ def norm_with_residual(norm: nn.Module, input: torch.Tensor, residual: Any) -> t
     """
     if has_torch_function_variadic(input, residual) and not is_dynamo_compiling():  # see overrides.py
         return handle_torch_function(norm_with_residual, (input, residual), norm, input, residual)
-    if isinstance(residual, torch.Tensor) and residual.shape == input.shape and residual.dtype == input.dtype:
+    if isinstance(residual, torch.Tensor) and (
+        _get_tracing_state() is not None  # torch.jit.trace records torch's own ops alone, and warns of comparisons
+        or (residual.shape == input.shape and residual.dtype == input.dtype)
+    ):
         return norm(input, residual=residual)
     plain = nn.Module.__new__(type(norm))
     plain.__dict__.update(vars(norm), activation=None)  # of the same tensors: running statistics go on

@@ -753,6 +753,15 @@ def test_the_ladder(backend: str) -> None:
     check(model, images(4), **{f"stages.{i}.{j}.norm": "relu" for i in range(3) for j in range(2)})
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "error::torch.jit.TracerWarning")
+def test_torch_jit_trace_has_nothing_to_warn_of() -> None:
+    """As of the model on torch.nn; what it records takes other sizes, too."""
+    model = ResNet().eval()
+    torch.jit.trace(model, images(2))
+    traced = torch.jit.trace(fastnorm.fuse(copy.deepcopy(model)), images(2))
+    torch.testing.assert_close(traced(images(3)), model(images(3)))
+
+
 def test_copies_and_files() -> None:
     model = fastnorm.fuse(ResNet()).eval()
     wanted = model(images(2))
