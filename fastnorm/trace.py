@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils._mode_utils import no_dispatch
 
 from fastnorm.activation import norm_with_residual
 
@@ -242,8 +243,10 @@ def _rewind(generators: tuple[Any, ...]) -> bool:
     """Sets the generators to where they were; True if any had moved."""
     torch_state, python_state, numpy_state = generators
     now_torch, now_python, now_numpy = _generators()
+    with no_dispatch():  # of FakeTensorMode, which takes no tensors but its own
+        same = torch.equal(now_torch, torch_state)
     moved = not (
-        torch.equal(now_torch, torch_state)
+        same
         and now_python == python_state
         and np.array_equal(now_numpy[1], numpy_state[1])
         and now_numpy[2:] == numpy_state[2:]

@@ -20,6 +20,7 @@ from ladder.models import BACKENDS, build_model
 from ladder.rungs import PRESETS, find, recipe_of
 from networks import ResidualBlock, ResNet, ViT, difference, images, outputs_and_gradients, randomize
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -760,6 +761,14 @@ def test_torch_jit_trace_has_nothing_to_warn_of() -> None:
     torch.jit.trace(model, images(2))
     traced = torch.jit.trace(fastnorm.fuse(copy.deepcopy(model)), images(2))
     torch.testing.assert_close(traced(images(3)), model(images(3)))
+
+
+def test_under_a_fake_tensor_mode() -> None:
+    """Where a model is made to see what it would take, and no tensor is a real one but the generator's state."""
+    with FakeTensorMode():
+        model = fastnorm.fuse(ResNet())
+        assert activations(model) == RESNET
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_copies_and_files() -> None:
