@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import harness
+import machine
 import pytest
 import report
 import torch
@@ -50,44 +50,15 @@ def is_quick(item: Any) -> bool:
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    """The processor, or the GPU, and versions; no names of hosts."""
-    info = {key: value for key, value in fastnorm.build_info().items() if isinstance(value, str | int | bool)}
-    device = torch.cuda.get_device_name() if harness.SESSION.device == "cuda" else processor()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "cache_mib": harness.clock(harness.SESSION.device).cache_bytes / 2**20,
-        "huge_pages": huge_pages(),
-        "keeps_freed_memory": harness.SESSION.device == "cpu" and harness.keeps_freed_memory(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "fastnorm": info,
-    }
+    return machine.machine_info(harness.SESSION.device)
 
 
-def processor() -> str:
-    """Its name, from Linux, or what Python knows of it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def huge_pages() -> str:
-    """When Linux gives huge pages: always, madvise or never."""
-    try:
-        with open("/sys/kernel/mm/transparent_hugepage/enabled") as line:
-            return line.read().split("[")[1].split("]")[0]
-    except (OSError, IndexError):
-        return "unknown"
+def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
+    return machine.commit_info()
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Keeps what the report needs: the rounds themselves and the names of branches and folders go."""
-    commit = output_json["commit_info"]
-    output_json["commit_info"] = {key: commit[key] for key in ("id", "time", "dirty") if key in commit}
+    """Keeps what the report needs: the rounds themselves go."""
     for one in output_json["benchmarks"]:
         one["stats"].pop("data", None)
         del one["params"], one["param"]  # repr of objects, with addresses; the name says it, too

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from memory import peak_bytes, saved_bytes
-from report import markdown_table
+from report import machine_line, markdown_table
 from timing import by_turns, clock_of
 from torch import nn
 from torch.autograd import DeviceType
@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
 import networks  # noqa: E402
 from ladder.allocator import keep_freed_memory  # noqa: E402
+from machine import commit_info, machine_info  # noqa: E402
 
 import fastnorm  # noqa: E402
 
@@ -266,11 +267,11 @@ def main() -> None:
     table = markdown(results)
     print(table, end="")
     if args.out:
-        built = fastnorm.build_info()
-        about = {"torch": built["torch"], "fastnorm": built["fastnorm"], "threads": torch.get_num_threads()}
-        content = {**about, "results": [asdict(result) for result in results]}
+        machine, commit = machine_info(args.device), commit_info()
+        content = {"machine_info": machine, "commit_info": commit, "results": [asdict(result) for result in results]}
         (args.out / "train_step.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (args.out / "train_step.md").write_text(table, encoding="utf-8")
+        about = machine_line(machine, [commit])
+        (args.out / "train_step.md").write_text(f"{about}\n\n{table}", encoding="utf-8")
 
 
 if __name__ == "__main__":

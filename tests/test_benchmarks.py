@@ -76,6 +76,7 @@ def test_results_name_the_machine_but_not_the_host(results: Path) -> None:
     assert machine["threads"] >= 1 and machine["device"]
     assert machine["keeps_freed_memory"] == (platform.libc_ver()[0] == "glibc")
     assert str(ROOT) not in text
+    assert set(json.loads(text)["commit_info"]) == {"id", "time", "dirty"}
     assert "node" not in machine and f'"{platform.node()}"' not in text
 
 
@@ -375,6 +376,19 @@ def test_share_of_a_gpus_time() -> None:
     )
     kernels = [event("sgemm", 5.0, device=DeviceType.CUDA), event("bn_fw_tr", 5.0, device=DeviceType.CUDA)]
     assert train_step.share_of_kernels([*events, *kernels]) == pytest.approx(0.5)  # of 12
+
+
+def test_training_steps_say_where_they_are_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the words of the other benchmarks."""
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--networks", "ViT", "--out", str(tmp_path)])
+    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(harness, "keeps_freed_memory", lambda: True)
+    monkeypatch.setattr(train_step, "measure", lambda *_: [])
+    train_step.main()
+    content = json.loads((tmp_path / "train_step.json").read_text())
+    assert set(content) == {"machine_info", "commit_info", "results"}
+    about = report.machine_line(content["machine_info"], [content["commit_info"]])
+    assert (tmp_path / "train_step.md").read_text().startswith(f"{about}\n\n| network |")
 
 
 @pytest.mark.parametrize(
