@@ -64,8 +64,8 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
     By torch's allocator: the scratch memory of fastnorm's CPU kernels is its own, and not counted. On planes of 7x7 it
     is a sixth of a tensor, for long rows an eighth, else a twentieth at most.
     """
-    run()
     if device == "cuda":
+        run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

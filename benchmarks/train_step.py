@@ -196,6 +196,9 @@ def measure(training: Training, layout: str, device: str, seconds: float) -> lis
     models = {name: m.to(device, memory_format=memory_format) for name, m in variants(training).items()}
     steps = {name: step_of(name, model, x, labels) for name, model in models.items()}
     times = by_turns({name: lambda step=step: step for name, step in steps.items()}, clock_of(device), seconds=seconds)
+    share = share_in_norms(steps["torch"], device)
+    for model in models.values():
+        model.zero_grad()  # memory that is freed under the profiler, but was not allocated under it, has it complain
     return [
         Result(
             training.name,
@@ -206,7 +209,7 @@ def measure(training: Training, layout: str, device: str, seconds: float) -> lis
             times[name].median,
             times[name].quartiles,
             len(times[name].rounds),
-            share_in_norms(steps[name], device) if name == "torch" else None,
+            share if name == "torch" else None,
             peak_bytes(steps[name], device),
             saved_bytes(lambda model=model: F.cross_entropy(model(x), labels), model.parameters(), context_of(name)),
         )

@@ -323,7 +323,7 @@ def test_calls_are_timed_by_turns() -> None:
     assert times["a"].page_faults == 100 / timing.REPEATS  # in a call
 
 
-def test_training_step() -> None:
+def test_training_step(capfd: pytest.CaptureFixture[str]) -> None:
     """A network with one normalisation: the fused one keeps no more than torch's, and the table has a line for each."""
 
     def network() -> nn.Module:
@@ -340,6 +340,7 @@ def test_training_step() -> None:
     assert fused.saved_bytes - recomputed.saved_bytes == 4 * 8 * 30 * 30 * 4  # the second convolution's input
     assert 0 < fused.peak_bytes < theirs.peak_bytes
     assert len(train_step.markdown(results).splitlines()) == 6
+    assert "before the profiling started" not in capfd.readouterr().err
 
 
 def test_table_of_training_steps() -> None:
