@@ -258,8 +258,13 @@ def main() -> None:
         parser.error(f"--batch: at least 1, got {args.batch}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: torch sees no GPU")
+    if not args.seconds >= 0:  # nor NaN
+        parser.error(f"--seconds: at least 0, got {args.seconds}")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that it takes
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that it takes
+        except OSError as error:
+            parser.error(f"--out: {error}")
     if args.device == "cpu":
         keep_freed_memory()
     results: list[Result] = []

@@ -398,12 +398,16 @@ def test_training_steps_say_where_they_are_from(monkeypatch: pytest.MonkeyPatch,
         ("--networks AlexNet", "none of ResNet-18, VGG 32-64-128, ViT, 6 blocks of 192 contains 'AlexNet'"),
         ("--batch 0", "--batch: at least 1, got 0"),
         ("--device cuda", "--device: torch sees no GPU"),
+        ("--seconds -1", "--seconds: at least 0, got -1.0"),
+        ("--seconds nan", "--seconds: at least 0, got nan"),
+        (f"--out {Path(__file__).name}", f"--out: [Errno 17] File exists: '{Path(__file__).name}'"),
     ],
 )
 def test_training_step_refuses(
     arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train_step.py", *arguments.split()])
+    monkeypatch.chdir(Path(__file__).parent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train_step, "measure", lambda *_: [])
     with pytest.raises(SystemExit):
