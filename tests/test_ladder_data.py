@@ -328,6 +328,32 @@ def test_wrong_checksum_is_an_error_and_leaves_nothing(cache: Path, published: b
     assert not list(cache.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_lies_where_an_archive_is_unpacked_is_named(cache: Path, published: bytes, kind: str) -> None:
+    """Before the download; what lies there stays."""
+    folder = cache / data.VERSIONS[0].folder
+    stray = folder / "readme.html" if kind == "folder" else folder
+    stray.parent.mkdir(parents=True)
+    stray.write_text("mine")
+
+    def open_url(*_: object, **__: object) -> object:
+        raise AssertionError("asked for")
+
+    message = "cifar-10-batches-bin: .* where an archive is to be unpacked: move it away"
+    with pytest.raises(data.DataError, match=message):
+        data.load("auto", None, train_images=4, seed=0, open_url=open_url)
+    (cache / data.VERSIONS[0].archive).write_bytes(published)
+    with pytest.raises(data.DataError, match=message):
+        data.load("auto", cache, train_images=4, seed=0, open_url=open_url)
+    assert stray.read_text() == "mine"
+
+
+def test_a_batch_that_lies_alone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "test_batch").touch()
+    with pytest.raises(data.DataError, match="data_batch_1: missing, though test_batch lies there"):
+        data.find_cifar10(tmp_path)
+
+
 # Synthetic images, subset
 
 

@@ -252,6 +252,10 @@ VERSIONS = (
 
 def read_folder(folder: Path, version: Version) -> Dataset:
     """All batches of one version. Raises DataError, naming the file, where one is missing or not what it should be."""
+    missing = [name for name in version.files if not (folder / name).exists()]
+    others = [name for name in version.files if name not in missing]
+    if missing and others:  # it may be the other that does not belong here
+        raise DataError(f"{folder / missing[0]}: missing, though {others[0]} lies there")
     pixels, labels = zip(*(version.read(folder / name) for name in version.files), strict=True)
     return Dataset(
         "cifar10",
@@ -286,6 +290,7 @@ def unpack(archive: Path, version: Version, folder: Path) -> None:
     Only regular files with the batch files' names are written, and under those names alone: no path from the archive
     is followed. An archive with a member that leads out of its folder is refused.
     """
+    _require_room(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         staged = Path(scratch) / folder.name
         staged.mkdir()
@@ -311,6 +316,13 @@ def unpack(archive: Path, version: Version, folder: Path) -> None:
         if missing:
             raise DataError(f"{archive}: has no member {missing[0]}")
         staged.rename(folder)
+
+
+def _require_room(folder: Path) -> None:
+    """For an archive to be unpacked; what a user has put there stays."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        what = "holds other files and none of CIFAR-10's batches" if folder.is_dir() else "a file"
+        raise DataError(f"{folder}: {what}, where an archive is to be unpacked: move it away")
 
 
 # Download
@@ -396,6 +408,7 @@ def load(
             cache = cache_folder()
             found = find_cifar10(cache)
             if found is None:
+                _require_room(cache / VERSIONS[0].folder)
                 download(URL, cache / VERSIONS[0].archive, MD5, open_url)
                 found = find_cifar10(cache)
                 assert found is not None  # the archive is there now
