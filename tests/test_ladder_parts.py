@@ -189,6 +189,13 @@ def test_long_tail_keeps_a_geometric_share() -> None:
     assert torch.equal(kept, kept.sort().values)
 
 
+def test_best_weights_are_of_one_set_of_classes() -> None:
+    for rung in rungs.RUNGS:
+        recipe = rungs.recipe_of(rung, SMALL)
+        compares = recipe.patience is not None or any(stage.from_best for stage in recipe.stages)
+        assert not compares or len({stage.classes for stage in recipe.stages}) == 1, rung.name
+
+
 def test_resampling_balances_the_classes() -> None:
     labels = torch.tensor([0] * 7 + [1] * 3 + [2])
     plain = sampling.epoch_indices(labels, None, generator())

@@ -18,7 +18,8 @@ class Stage:
         share: of the run's epochs, relative to the other stages'; every stage has at least one epoch.
         optimiser, lr: instead of the recipe's.
         from_best: go on from the best weights so far instead of the last ones.
-        classes: train and validate on images of these classes alone.
+        classes: train and validate on images of these classes alone. Accuracies on other classes do not compare: where
+            stages differ in them, none is from_best, and the recipe has no patience.
         fresh_head: start with a new last layer.
     """
 

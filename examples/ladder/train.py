@@ -139,8 +139,6 @@ class Trainer:
             self.model.load_state_dict(self.best)
         if stage.fresh_head:
             reset_head(self.model, torch.Generator().manual_seed(self._seed("head")))
-        if self._stage_index >= 0 and stage.classes != self.stage.classes:
-            self.best, self.best_accuracy = None, -1.0  # accuracies on other classes do not compare
         self._enter(index)
 
     def _seed(self, purpose: str, *, of_process: bool = False) -> int:
