@@ -819,8 +819,8 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert processes.local_device(torch.device("cuda")) == torch.device("cuda", 0)
 
 
-def test_torchrun(tmp_path: Path) -> None:
-    """Two processes on halves of each batch come to what one comes to on the whole, but for rounding."""
+def run_processes(tmp_path: Path, count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The small ladder under torchrun."""
     launcher = tmp_path / "launch.py"
     launcher.write_text(
         "import os\n"
@@ -839,14 +839,17 @@ def test_torchrun(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":  # the loopback address, whatever this machine calls itself
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    arguments = [str(launcher), "--dataset", "synthetic", "--device", "cpu", "--epochs", "2", "--rungs", "0,2,wide"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += [str(launcher), "--device", "cpu", "--epochs", "2"]
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """Two processes on halves of each batch come to what one comes to on the whole, but for rounding."""
     both = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        done = subprocess.run(
-            [*command, *arguments, "--out", str(out)], env=environment, capture_output=True, text=True
-        )
+        done = run_processes(tmp_path, count, "--dataset", "synthetic", "--rungs", "0,2,wide", "--out", str(out))
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("written:") == 1  # one of them speaks
         both.append(results_in(out))
@@ -857,3 +860,17 @@ def test_torchrun(tmp_path: Path) -> None:
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
         assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3)
     assert re.fullmatch(r"[\d.]+", str(both[1]["rungs"][2]["val_accuracy"]))
+
+
+@pytest.mark.parametrize("kind", ["data", "out"])
+def test_what_one_process_fails_at_ends_all_of_them(tmp_path: Path, kind: str) -> None:
+    """With its one line; the traceback is torchrun's own."""
+    (tmp_path / "file").write_text("x")
+    arguments = {
+        "data": ["--data", str(write_binary(tmp_path / "broken", count=0))],
+        "out": ["--dataset", "synthetic", "--out", str(tmp_path / "file" / "out")],
+    }[kind]
+    done = run_processes(tmp_path, 2, *arguments)
+    assert done.returncode != 0
+    assert done.stderr.count("cifar_ladder.py: error: ") == 1
+    assert done.stderr.count("Traceback (most recent call last)") == 1 and "exitcode  : 2" in done.stderr

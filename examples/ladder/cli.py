@@ -24,7 +24,7 @@ from .checks import run_checks
 from .data import DataError, Dataset, UrlOpener, load
 from .models import BACKENDS, needs_fastnorm
 from .pictures import milliseconds, span
-from .processes import Processes, joined, local_device
+from .processes import FailedElsewhere, Processes, joined, local_device
 from .recipe import Recipe
 from .rungs import PRESETS, RUNGS, Rung, recipe_of, select
 from .train import Diverged, History, Outcome, stage_lengths, train_rung
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None, *, open_url: UrlOpener = urllib.requ
                 return _Run(args, device, processes, open_url).climb()
     except (DataError, CheckpointError, report.ReportError, _SettingsError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except FailedElsewhere:
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)  # between the rungs: before the first one, or while a report is made
@@ -105,15 +107,15 @@ class _Run:
         """The images, on the device. The first process goes first, for it may have to fetch them."""
         args = self.args
         for first in (True, False):
-            if first == self.processes.is_first:
-                data = load(
-                    args.dataset,
-                    args.data,
-                    train_images=self.preset.train_images,
-                    seed=args.seed,
-                    open_url=self.open_url,
-                )
-            self.processes.wait()
+            with self.processes.together():
+                if first == self.processes.is_first:
+                    data = load(
+                        args.dataset,
+                        args.data,
+                        train_images=self.preset.train_images,
+                        seed=args.seed,
+                        open_url=self.open_url,
+                    )
         return data.to(self.device)
 
     def settings(self, data: Dataset) -> dict[str, Any]:
@@ -148,13 +150,14 @@ class _Run:
         before = self._before(run) if args.resume else None
         done = {one["name"]: one for one in before["rungs"]} if before else {}
         checks = before["checks"] if before else None
-        if self.processes.is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            if not args.resume:
-                checkpoint.discard(checkpoints, [rung.name for rung in RUNGS])
-            # Before the first checkpoint, so that --resume knows whose it is, and what cannot be written to is noticed.
-            report.write_json(out, self._content(run, done, [], None, checks))
-        self.processes.wait()
+        with self.processes.together():
+            if self.processes.is_first:
+                out.mkdir(parents=True, exist_ok=True)
+                if not args.resume:
+                    checkpoint.discard(checkpoints, [rung.name for rung in RUNGS])
+                # Before the first checkpoint, so that --resume knows whose it is, and what cannot be written to is
+                # noticed.
+                report.write_json(out, self._content(run, done, [], None, checks))
 
         failed: list[dict[str, str]] = []
         interrupted: Rung | None = None
@@ -173,9 +176,10 @@ class _Run:
             except KeyboardInterrupt:
                 interrupted = rung
                 break
-            if self.processes.is_first:
-                report.write_json(out, self._content(run, done, failed, None, checks))
-                saved.unlink(missing_ok=True)
+            with self.processes.together():
+                if self.processes.is_first:
+                    report.write_json(out, self._content(run, done, failed, None, checks))
+                    saved.unlink(missing_ok=True)
         if self.processes.is_first:
             self._close(self._content(run, done, failed, interrupted, checks))
         if interrupted is not None:

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+class FailedElsewhere(Exception):
+    """Another process has failed, and says why."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among `world` of them. The first one, rank 0, prints and writes."""
@@ -34,10 +38,25 @@ class Processes:
             for tensor in sums:
                 dist.all_reduce(tensor)
 
-    def wait(self) -> None:
-        """Returns once every process is here."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what one process may fail at, with a file for one: all are here at the end, and none goes on alone.
+
+        Raises:
+            FailedElsewhere: in the processes that have not failed themselves, where another has.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
         if self.world > 1:
-            dist.barrier()
+            failed = [False] * self.world
+            dist.all_gather_object(failed, failure is not None)
+            if failure is None and any(failed):
+                raise FailedElsewhere
+        if failure is not None:
+            raise failure
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model for training: with more than one process gradients, and BatchNorm's statistics, are those of all

@@ -322,7 +322,9 @@ def train_rung(
         on_epoch(trainer.history)
     while not trainer.done:
         trainer.train_epoch(lambda steps: on_step(epochs, steps))
-        if saved is not None and processes.is_first:
-            checkpoint.save(saved, trainer.state_dict())
+        if saved is not None:
+            with processes.together():
+                if processes.is_first:
+                    checkpoint.save(saved, trainer.state_dict())
         on_epoch(trainer.history)
     return trainer.outcome()
