@@ -613,16 +613,21 @@ def test_a_new_run_removes_the_ladder_s_checkpoints_and_no_other_file(tmp_path: 
     assert sorted(path.name for path in folder.iterdir()) == ["mine.pt", "notes.txt"]
 
 
-@pytest.mark.usefixtures("small_presets")
-def test_a_rung_that_fails_does_not_stop_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def break_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rung diverges."""
     broken = replace(rungs.find("noise"), changes={"lr": 1e30})
     listed = [broken if rung.name == "noise" else rung for rung in rungs.RUNGS]
     for module in (rungs, cli):
         monkeypatch.setattr(module, "RUNGS", tuple(listed))
     monkeypatch.setattr(rungs, "find", lambda name: next(rung for rung in listed if rung.name == name))
     monkeypatch.setattr(cli, "recipe_of", lambda rung, start: replace(start, **rung.changes))
+
+
+@pytest.mark.usefixtures("small_presets")
+def test_a_rung_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_noise(monkeypatch)
     assert run_cli(tmp_path, "--rungs", "0,1,2") == 1
     content = results_in(tmp_path)
     assert [rung["name"] for rung in content["rungs"]] == ["baseline", "batchnorm"]
@@ -630,6 +635,24 @@ def test_a_rung_that_fails_does_not_stop_the_others(
     assert "the training loss became nan" in content["failed"][0]["reason"]
     assert "1 noise          failed" in capsys.readouterr().out
     assert "the training loss became nan" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("small_presets")
+def test_resume_keeps_what_failed_until_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        break_noise(patch)
+        assert run_cli(tmp_path, "--rungs", "0,1") == 1
+        failed = results_in(tmp_path)["failed"]
+        assert [one["name"] for one in failed] == ["noise"]
+        assert run_cli(tmp_path, "--rungs", "2", "--resume") == 0  # of the rungs that were asked for none failed
+        assert results_in(tmp_path)["failed"] == failed
+        assert "noise" in (tmp_path / "report.html").read_text()
+        assert run_cli(tmp_path, "--rungs", "0,1,2", "--resume") == 1
+        assert results_in(tmp_path)["failed"] == failed
+    assert run_cli(tmp_path, "--rungs", "1", "--resume") == 0
+    content = results_in(tmp_path)
+    assert content["failed"] == []
+    assert [rung["name"] for rung in content["rungs"]] == ["baseline", "noise", "batchnorm"]
 
 
 @pytest.mark.usefixtures("small_presets", "short_sweep")

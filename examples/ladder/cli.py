@@ -150,6 +150,7 @@ class _Run:
         before = self._before(run) if args.resume else None
         done = {one["name"]: one for one in before["rungs"]} if before else {}
         checks = before["checks"] if before else None
+        failed = {one["name"]: one for one in before["failed"]} if before else {}
         with self.processes.together():
             if self.processes.is_first:
                 out.mkdir(parents=True, exist_ok=True)
@@ -157,9 +158,8 @@ class _Run:
                     checkpoint.discard(checkpoints, [rung.name for rung in RUNGS])
                 # Before the first checkpoint, so that --resume knows whose it is, and what cannot be written to is
                 # noticed.
-                report.write_json(out, self._content(run, done, [], None, checks))
+                report.write_json(out, self._content(run, done, failed, None, checks))
 
-        failed: list[dict[str, str]] = []
         interrupted: Rung | None = None
         passed = True
         if args.check:
@@ -170,8 +170,9 @@ class _Run:
             saved = checkpoint.of_rung(checkpoints, rung.name)
             try:
                 done[rung.name] = report.entry(rung, self._train(rung, data, saved))
+                failed.pop(rung.name, None)
             except Diverged as error:
-                failed.append({"name": rung.name, "label": rung.label, "reason": str(error)})
+                failed[rung.name] = {"name": rung.name, "label": rung.label, "reason": str(error)}
                 print(f"{rung.label:<16} failed: {error}; on to the next")
             except KeyboardInterrupt:
                 interrupted = rung
@@ -185,18 +186,20 @@ class _Run:
         if interrupted is not None:
             print(f"interrupted in rung {interrupted.name}: finished: {len(done)}; --resume goes on", file=sys.stderr)
             return EXIT_INTERRUPTED
-        return EXIT_FAILED if failed or not passed else 0
+        return EXIT_FAILED if not passed or any(rung.name in failed for rung in args.rungs) else 0
 
     @staticmethod
     def _content(
         run: dict[str, Any],
         done: dict[str, dict[str, Any]],
-        failed: list[dict[str, str]],
+        failed: dict[str, dict[str, str]],
         interrupted: Rung | None,
         checks: dict[str, Any] | None,
     ) -> dict[str, Any]:
         entries = [done[rung.name] for rung in RUNGS if rung.name in done]
-        return report.content(run, entries, failed=failed, interrupted=interrupted and interrupted.name, checks=checks)
+        failures = [failed[rung.name] for rung in RUNGS if rung.name in failed]
+        stopped = interrupted and interrupted.name
+        return report.content(run, entries, failed=failures, interrupted=stopped, checks=checks)
 
     def _close(self, results: dict[str, Any]) -> None:
         """Writes everything and prints the table."""
