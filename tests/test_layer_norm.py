@@ -164,6 +164,17 @@ def test_a_row_does_not_depend_on_the_rows_around_it(name: str) -> None:
         assert torch.equal(function(x, (N,)), alone)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("N", (1030, 2055, 4099))
+def test_rows_that_begin_anywhere_within_a_cache_line(N: int, dtype: torch.dtype) -> None:
+    """Where they are written past the caches, their packs begin at any column: for the sanitizers, see sanitize.py."""
+    x, weight, bias = sample(9, N).to(dtype), sample(N).to(dtype), sample(N).to(dtype)
+    for w, b in ((weight, bias), (weight.float(), bias.float()), (None, bias), (None, None)):
+        y = fn.layer_norm(x, (N,), w, b)
+        wanted = nn.functional.layer_norm(x.double(), (N,), *(None if t is None else t.double() for t in (w, b)))
+        assert error(y, wanted) <= 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("name", ("layer_norm", "rms_norm"))
 def test_scales_far_from_one(name: str) -> None:
     """Squares that leave float32's range, above and below."""
