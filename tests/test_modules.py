@@ -8,7 +8,7 @@ import io
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import get_type_hints
+from typing import Any, get_type_hints
 from unittest import mock
 
 import pytest
@@ -153,6 +153,27 @@ def test_inference_mode(name: str) -> None:
         assert torch.equal(y, wanted)
     assert equal(list(module.state_dict().values()), list(twin.state_dict().values()))
     run(module.train(), x)  # an ordinary call afterwards
+
+
+class NoGradient(torch.autograd.Function):
+    """Its input, of which nothing depends on what comes after."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        return None
+
+
+@every_module
+def test_a_gradient_that_is_not_there(name: str) -> None:
+    """Then there is none of the input and the parameters either, or it is zero."""
+    module, x = module_and_input(name)
+    leaf = x.clone().requires_grad_()
+    NoGradient.apply(module(leaf)).sum().backward()
+    assert all(t.grad is None or not t.grad.any() for t in (leaf, *module.parameters()))
 
 
 @every_module
