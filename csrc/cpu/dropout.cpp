@@ -26,7 +26,6 @@ template <typename T, bool kShifted>
 struct DropoutKernel {
   using P = Pack<T>;
   using acc_t = acc_type<T>;
-  static constexpr int64_t kAhead = 8192 / sizeof(T);  // two pages, at whose ends the prefetchers begin anew
   const Dropout& a;
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
@@ -63,8 +62,8 @@ struct DropoutKernel {
     const bool past_caches = stream && fills_lines(to, n);
     for_packs<T>(n, [&](int64_t i, auto count, int) {
       if constexpr (kFar) {
-        prefetch(from + i + kAhead);
-        if (!past_caches) prefetch_to_write(to + i + kAhead);
+        prefetch(from + i + kAhead<T>);
+        if (!past_caches) prefetch_to_write(to + i + kAhead<T>);
       }
       put(f(P::load(from + i, count), i, count), to + i, count, past_caches);
     });

@@ -360,7 +360,7 @@ FASTNORM_LOOP void group_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
     for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
       if (ahead) {
         from.prefetch(i + ahead);
-        if (dx && !stream) prefetch_to_write(dx + i + 4096 / sizeof(T));
+        if (dx && !stream) prefetch_to_write(dx + i + kAhead<T> / 2);
       }
       const P x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);

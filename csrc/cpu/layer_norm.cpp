@@ -29,11 +29,6 @@ namespace {
 constexpr int64_t kShortRow = 512;  // elements
 constexpr int kGroup = 4;
 
-// How far ahead of a sweep the elements are that it asks for, at least: two pages, at whose ends the processor's own
-// prefetchers begin anew.
-template <typename T>
-constexpr int64_t kAhead = 8192 / sizeof(T);
-
 // ---- parameters
 
 // A weight and a bias for each column, in the arithmetic's type, readable in whole packs from any column on.

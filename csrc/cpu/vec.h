@@ -143,6 +143,11 @@ bool fills_lines(const T* p, int64_t n) {
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0); }
 inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
+// How far ahead of a sweep the elements are that it asks for where they come from memory: two pages, at whose ends the
+// processor's own prefetchers begin anew.
+template <typename T>
+constexpr int64_t kAhead = 8192 / sizeof(T);
+
 template <typename T, typename Count>
 void put(const Pack<T>& pack, T* p, Count count, bool stream) {
   if constexpr (std::is_same_v<Count, Full>) {
