@@ -3,7 +3,8 @@
 // backward takes no lock of the interpreter. fastnorm/norm.py and dropout.py have the same functions in Python, for what
 // these do not know: fastnorm.recompute, writing in place, other kernels in _C's place.
 //
-// Backward is the kernel where a plain first derivative is due. Under create_graph, for a batch of gradients and inside
+// Backward is the kernel where a plain first derivative is due. It is given the last reference to dy where the engine
+// had that, and writes dx over it: no fresh memory, and lines that are in the cache. Under create_graph, for a batch of gradients and inside
 // of compiled autograd it is the dispatcher's op, which is differentiable and can be traced.
 //
 // torch's headers of its autograd take longer to compile than all of an op: they are included here alone.
@@ -97,46 +98,46 @@ Gradients norm_gradients_by_op(const char* op, size_t activation_at, const Tenso
 
 variable_list list_of(const Gradients& g) { return {std::get<0>(g), std::get<1>(g), std::get<2>(g), std::get<3>(g)}; }
 
-variable_list batch_norm_gradients(const Tensor& dy, const Kept& kept) {
+variable_list batch_norm_gradients(Tensor dy, const Kept& kept) {
   if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("batch_norm_backward", 3, dy, kept));
   const NormTensors t(kept.tensors);
-  return list_of(batch_norm_backward(dy, t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
+  return list_of(batch_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
                                      kept.setting[0].toBool(), string_or_none(kept.setting[3]), kept.wanted));
 }
 
-variable_list layer_norm_gradients(const Tensor& dy, const Kept& kept) {
+variable_list layer_norm_gradients(Tensor dy, const Kept& kept) {
   if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("layer_norm_backward", 2, dy, kept));
   const NormTensors t(kept.tensors);
-  return list_of(layer_norm_backward(dy, t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
+  return list_of(layer_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
                                      kept.setting[0].toIntVector(), string_or_none(kept.setting[2]),
                                      kept.setting[3].toBool(), kept.wanted));
 }
 
-variable_list group_norm_gradients(const Tensor& dy, const Kept& kept) {
+variable_list group_norm_gradients(Tensor dy, const Kept& kept) {
   if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("group_norm_backward", 2, dy, kept));
   const NormTensors t(kept.tensors);
-  return list_of(group_norm_backward(dy, t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
+  return list_of(group_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
                                      kept.setting[0].toInt(), string_or_none(kept.setting[2]), kept.wanted));
 }
 
-variable_list instance_norm_gradients(const Tensor& dy, const Kept& kept) {
+variable_list instance_norm_gradients(Tensor dy, const Kept& kept) {
   if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("instance_norm_backward", 2, dy, kept));
   const NormTensors t(kept.tensors);
-  return list_of(instance_norm_backward(dy, t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
+  return list_of(instance_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
                                         string_or_none(kept.setting[2]), kept.wanted));
 }
 
 // ---- dropout: input
 
-variable_list dropout_gradients(const Tensor& dy, const Kept& kept) {
+variable_list dropout_gradients(Tensor dy, const Kept& kept) {
   const Tensor& state = kept.tensors[0];
   const double p = kept.setting[0].toDouble();
   const int64_t channel_dims = kept.setting[1].toInt();
   const bool alpha = kept.setting[2].toBool();
   if (!is_for_kernels(dy))
     return {call_op(alpha ? "alpha_dropout_backward" : "dropout", {dy, p, state, channel_dims})[0].toTensor()};
-  if (alpha) return {alpha_dropout_backward(dy, p, state, channel_dims)};
-  return {dropout(dy, p, state, channel_dims, false)};
+  if (alpha) return {alpha_dropout_backward(std::move(dy), p, state, channel_dims)};
+  return {dropout(std::move(dy), p, state, channel_dims, false)};
 }
 
 // ---- weight_norm: v and g
@@ -155,7 +156,7 @@ variable_list composite_weight_norm_gradients(const Tensor& dw, const Tensor& v,
   return {dv.to(v.scalar_type()), dg.view(g.sizes()).to(g.scalar_type())};
 }
 
-variable_list weight_norm_gradients(const Tensor& dw, const Kept& kept) {
+variable_list weight_norm_gradients(Tensor dw, const Kept& kept) {
   const Tensor &v = kept.tensors[0], &g = kept.tensors[1], &norm = kept.tensors[2];
   if (!is_for_kernels(dw)) return composite_weight_norm_gradients(dw, v, g);
   const auto [dv, dg] = weight_norm_backward(dw, v, g, norm, {kept.wanted[0], kept.wanted[1]});
@@ -165,9 +166,9 @@ variable_list weight_norm_gradients(const Tensor& dw, const Kept& kept) {
 // ---- the node of all
 
 enum Op : int64_t { kBatchNorm, kLayerNorm, kGroupNorm, kInstanceNorm, kDropout, kWeightNorm };
-constexpr variable_list (*kGradients[])(const Tensor& dy, const Kept&) = {batch_norm_gradients, layer_norm_gradients,
-                                                                          group_norm_gradients, instance_norm_gradients,
-                                                                          dropout_gradients,    weight_norm_gradients};
+constexpr variable_list (*kGradients[])(Tensor dy, const Kept&) = {batch_norm_gradients, layer_norm_gradients,
+                                                                   group_norm_gradients, instance_norm_gradients,
+                                                                   dropout_gradients,    weight_norm_gradients};
 
 // What an op's forward returns, and what is kept of it.
 struct Result {
@@ -182,8 +183,9 @@ struct OpFunction : torch::autograd::Function<OpFunction> {
   static constexpr size_t kInputs = 4;
   static constexpr const char* kKept = "kept";
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return variable_list(kInputs);
+  static variable_list backward(AutogradContext* ctx, variable_list& grads) {
+    Tensor dy = std::move(grads[0]);
+    if (!dy.defined()) return variable_list(kInputs);
     const variable_list tensors = ctx->get_saved_variables();
     const auto list = ctx->saved_data.at(kKept).toListRef();
     Kept kept{tensors, list.slice(1 + kInputs), {}};
@@ -192,8 +194,8 @@ struct OpFunction : torch::autograd::Function<OpFunction> {
     const auto gradients = kGradients[list[0].toInt()];
 
     // They are linear in dy, so a tangent of forward mode that it has has the same.
-    const Tensor &dy = grads[0], tangent = dy._fw_grad(/*level=*/0);
-    variable_list found = gradients(tangent.defined() ? dy._fw_primal(/*level=*/0) : dy, kept);
+    const Tensor tangent = dy._fw_grad(/*level=*/0);
+    variable_list found = gradients(tangent.defined() ? dy._fw_primal(/*level=*/0) : std::move(dy), kept);
     if (tangent.defined()) {
       const variable_list tangents = gradients(tangent, kept);
       for (size_t i = 0; i < found.size(); ++i)

@@ -174,11 +174,12 @@ struct BackwardOperands {
   }
 
   // dx and dresidual, undefined where not wanted.
-  std::array<Tensor, 2> make_elements(const Tensor& grad_output, bool wants_dx, bool wants_dresidual) {
+  std::array<Tensor, 2> make_elements(Tensor grad_output, bool wants_dx, bool wants_dresidual) {
     const bool passed_on = args.activation == Activation::kNone;  // dresidual = dz = dy
     Tensor dx, dresidual;
-    if (wants_dx) dx = empty_in_layout(x, args.shape.layout);
     if (wants_dresidual) dresidual = passed_on ? grad_output : empty_in_layout(x, args.shape.layout);
+    grad_output.reset();
+    if (wants_dx) dx = last_reference_or_empty(dy, args.shape.layout);
     args.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
     args.dresidual = dresidual.defined() && !passed_on ? dresidual.mutable_data_ptr() : nullptr;
     return {dx, dresidual};
@@ -186,13 +187,13 @@ struct BackwardOperands {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    Tensor grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
   const bool corrected = statistics.dim() == 2 && statistics.size(0) == 4;
   BackwardOperands o(corrected ? kRenorm : kOp, grad_output, input, weight, bias, residual, mask, statistics,
                      activation, corrected);
-  const auto [dx, dresidual] = o.make_elements(grad_output, wanted[0], wanted[3]);
+  const auto [dx, dresidual] = o.make_elements(std::move(grad_output), wanted[0], wanted[3]);
   Tensor dweight, dbias;
   if (wanted[1] && is_given(weight)) dweight = input.numel() ? new_empty_like(*o.weight) : new_zeros_like(*o.weight);
   if (wanted[2] && is_given(bias)) dbias = input.numel() ? new_empty_like(*o.bias) : new_zeros_like(*o.bias);

@@ -32,7 +32,7 @@ Tensor dropout_state(const std::optional<at::Generator>& generator, const Tensor
 // The layout that a tensor is read in: channels_last where only that is dense.
 static Layout layout_of(const Tensor& t) { return t.dim() < 2 ? Layout::kContiguous : shape_of(t).layout; }
 
-static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel (*level)(double), const Tensor& state,
+static Tensor apply(const char* op, Tensor input, double p, DropoutLevel (*level)(double), const Tensor& state,
                     int64_t channel_dims, bool inplace) {
   check_supported(op, input);
   TORCH_CHECK_VALUE(p >= 0 && p <= 1, op, ": p must be in [0, 1], got ", p);
@@ -60,10 +60,11 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
 
   const bool dense = is_dense(input, layout);
   const Tensor x = dense ? input : in_layout(input, layout);
-  const Tensor y = inplace && dense ? input : inplace ? x : empty_in_layout(x, layout);
+  if (!inplace) input.reset();
+  const Tensor y = inplace ? x : last_reference_or_empty(x, layout);
   // As torch does where an op writes: refuse an inference tensor outside of inference mode, and let autograd know.
   if (inplace && dense) input.unsafeGetTensorImpl()->bump_version();
-  if (input.numel() > 0) {
+  if (x.numel() > 0) {
     args.dtype = dtype_of(x);
     const int64_t* numbers = state.const_data_ptr<int64_t>();
     if (state.is_cpu()) {
@@ -75,26 +76,26 @@ static Tensor apply(const char* op, const Tensor& input, double p, DropoutLevel 
     args.level = level(p);
     args.x = x.const_data_ptr();
     args.y = y.mutable_data_ptr();
-    FASTNORM_RUN(dropout, args, input);
+    FASTNORM_RUN(dropout, args, x);
   }
   if (inplace && !dense) input.copy_(y);
   return inplace ? input : y;
 }
 
-Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace) {
-  return apply("dropout", input, p, dropout_level, state, channel_dims, inplace);
+Tensor dropout(Tensor input, double p, const Tensor& state, int64_t channel_dims, bool inplace) {
+  return apply("dropout", std::move(input), p, dropout_level, state, channel_dims, inplace);
 }
 
-Tensor alpha_dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace) {
-  return apply("alpha_dropout", input, p, alpha_dropout_level, state, channel_dims, inplace);
+Tensor alpha_dropout(Tensor input, double p, const Tensor& state, int64_t channel_dims, bool inplace) {
+  return apply("alpha_dropout", std::move(input), p, alpha_dropout_level, state, channel_dims, inplace);
 }
 
-Tensor alpha_dropout_backward(const Tensor& grad_output, double p, const Tensor& state, int64_t channel_dims) {
+Tensor alpha_dropout_backward(Tensor grad_output, double p, const Tensor& state, int64_t channel_dims) {
   const auto linear_part = [](double p) {
     const DropoutLevel level = alpha_dropout_level(p);
     return DropoutLevel{level.threshold, level.scale};
   };
-  return apply("alpha_dropout_backward", grad_output, p, linear_part, state, channel_dims, false);
+  return apply("alpha_dropout_backward", std::move(grad_output), p, linear_part, state, channel_dims, false);
 }
 
 }  // namespace fastnorm

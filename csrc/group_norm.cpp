@@ -75,9 +75,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups_backward(
-    const char* op, const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics,
-    int64_t num_groups, std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
+    const char* op, Tensor grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
   check_like_input(op, "grad_output", grad_output, input);
   check_per_channel(op, "weight", weight, input);
   check_per_channel(op, "bias", bias, input);
@@ -99,10 +99,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups_backward(
                        r = in_layout(residual, shape.layout);
   const Tensor x = in_layout(input, shape.layout), dy = in_layout(grad_output, shape.layout);
   Tensor dx, dweight, dbias, dresidual;
-  if (wanted[0]) dx = empty_in_layout(x, shape.layout);
+  if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, shape.layout);
+  grad_output.reset();
+  if (wanted[0]) dx = last_reference_or_empty(dy, shape.layout);
   if (wanted[1] && is_given(w)) dweight = input.numel() ? new_empty_like(*w) : new_zeros_like(*w);
   if (wanted[2] && is_given(b)) dbias = input.numel() ? new_empty_like(*b) : new_zeros_like(*b);
-  if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, shape.layout);
   if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
 
   GroupNormBackward args{};
@@ -141,13 +142,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    Tensor grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
   check_supported(kOp, input);
   check_groups(input, num_groups);
-  return normalize_groups_backward(kOp, grad_output, input, weight, bias, residual, mask, statistics, num_groups,
-                                   activation, wanted);
+  return normalize_groups_backward(kOp, std::move(grad_output), input, weight, bias, residual, mask, statistics,
+                                   num_groups, activation, wanted);
 }
 
 }  // namespace fastnorm

@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups(const char* op, cons
 
 // Checks of everything but num_groups, allocation, and the kernel. -> as group_norm_backward.
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_groups_backward(
-    const char* op, const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics,
-    int64_t num_groups, std::optional<std::string_view> activation, std::array<bool, 4> wanted);
+    const char* op, Tensor grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
+    std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
 }  // namespace fastnorm

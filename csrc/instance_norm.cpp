@@ -47,12 +47,12 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, co
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> instance_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    Tensor grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted) {
   check_supported(kOp, input);
-  return normalize_groups_backward(kOp, grad_output, input, weight, bias, residual, mask, statistics, input.size(1),
-                                   activation, wanted);
+  return normalize_groups_backward(kOp, std::move(grad_output), input, weight, bias, residual, mask, statistics,
+                                   input.size(1), activation, wanted);
 }
 
 }  // namespace fastnorm

@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const
   return {y, statistics, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_output, const Tensor& input,
                                                                const OptionalTensor& weight, const OptionalTensor& bias,
                                                                const OptionalTensor& residual,
                                                                const OptionalTensor& mask, const Tensor& statistics,
@@ -136,10 +136,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gra
                        r = in_layout(residual, Layout::kContiguous);
   const Tensor x = in_layout(input, Layout::kContiguous), dy = in_layout(grad_output, Layout::kContiguous);
   Tensor dx, dweight, dbias, dresidual;
-  if (wanted[0]) dx = empty_in_layout(x, Layout::kContiguous);
+  if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, Layout::kContiguous);
+  grad_output.reset();
+  if (wanted[0]) dx = last_reference_or_empty(dy, Layout::kContiguous);
   if (wanted[1] && is_given(w)) dweight = input.numel() ? new_empty_like(*w) : new_zeros_like(*w);
   if (wanted[2] && is_given(b)) dbias = input.numel() ? new_empty_like(*b) : new_zeros_like(*b);
-  if (wanted[3]) dresidual = act == Activation::kNone ? grad_output : empty_in_layout(x, Layout::kContiguous);
   if (input.numel() == 0) return {dx, dweight, dbias, dresidual};
 
   LayerNormBackward args{};

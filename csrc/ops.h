@@ -21,9 +21,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     bool training, std::optional<double> momentum, double eps, std::optional<std::string_view> activation,
     bool skip_nonfinite_stats, std::optional<std::array<double, 2>> renorm, bool keep_mask);
 
-// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
+// -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so. This and the backwards below that take
+// `grad_output` by value write dx over it where the caller gave the last reference away (last_reference_or_empty).
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    Tensor grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, bool training,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
@@ -57,13 +58,13 @@ Tensor dropout_state(const std::optional<at::Generator>& generator, const Tensor
 
 // -> input * mask / (1 - p), the mask drawn from `state`; `channel_dims` leading dimensions have a draw each, 0: one an
 // element.
-Tensor dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
+Tensor dropout(Tensor input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
 // -> a * (mask ? input : alpha') + b (dropout.h), of the same mask.
-Tensor alpha_dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
+Tensor alpha_dropout(Tensor input, double p, const Tensor& state, int64_t channel_dims, bool inplace);
 
 // -> dx = a * mask * grad_output
-Tensor alpha_dropout_backward(const Tensor& grad_output, double p, const Tensor& state, int64_t channel_dims);
+Tensor alpha_dropout_backward(Tensor grad_output, double p, const Tensor& state, int64_t channel_dims);
 // layer_norm, or rms_norm without `subtract_mean`. -> y, and with `keep`, else undefined, what backward needs:
 // statistics (float32, float64 for float64: [3, M], rms_norm [1, M]; layer_norm.h) and the mask.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const
                                                       bool keep);
 
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_output, const Tensor& input,
                                                                const OptionalTensor& weight, const OptionalTensor& bias,
                                                                const OptionalTensor& residual,
                                                                const OptionalTensor& mask, const Tensor& statistics,
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, const
 
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    Tensor grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics, int64_t num_groups,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_forward(const Tensor& input, co
 
 // -> dx, dweight, dbias, dresidual, each undefined where `wanted` says so.
 std::tuple<Tensor, Tensor, Tensor, Tensor> instance_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    Tensor grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const Tensor& statistics,
     std::optional<std::string_view> activation, std::array<bool, 4> wanted);
 

@@ -4,6 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_ops.h>
 #include <ATen/ops/empty_strided_ops.h>
+#include <c10/core/CPUAllocator.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -111,6 +112,19 @@ Tensor empty_in_layout(const Tensor& x, Layout layout) {
   constexpr size_t kWorthHugePages = 8 << 20;
   if (y.is_cpu() && y.nbytes() >= kWorthHugePages) advise_huge_pages(y.mutable_data_ptr(), y.nbytes());
   return y;
+}
+
+// As torch's engine asks before it adds one gradient to another in place, and that the memory is no other library's, nor
+// more than the tensor.
+static bool is_last_reference(const Tensor& t) {
+  if (!t.is_cpu() || t.use_count() != 1 || t.requires_grad()) return false;
+  const c10::Storage& memory = t.storage();
+  return memory.use_count() == 1 && memory.nbytes() == t.nbytes() &&
+         memory.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+}
+
+Tensor last_reference_or_empty(const Tensor& dy, Layout layout) {
+  return is_last_reference(dy) ? dy : empty_in_layout(dy, layout);
 }
 
 Tensor in_layout(const Tensor& t, Layout layout) {

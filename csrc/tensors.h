@@ -45,6 +45,10 @@ bool is_dense(const Tensor& t);
 // first write: faulting in 4 KiB pages one by one takes longer than a kernel's own work.
 Tensor empty_in_layout(const Tensor& x, Layout layout);
 
+// Where the gradient of what dy, dense in `layout`, is the gradient of is to be written: over dy, if it lies on the CPU
+// and this is the last reference to it and to its memory, or else to a new tensor.
+Tensor last_reference_or_empty(const Tensor& dy, Layout layout);
+
 // A mask (mask.h) of so many bytes for a tensor that is read in `layout`, and the shape in which that was. The mask's
 // rank tells: a hook on what is kept may bring a tensor back in another layout.
 Tensor new_mask(int64_t bytes, Layout layout, at::Device device);

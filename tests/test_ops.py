@@ -216,6 +216,21 @@ def test_inputs_and_gradient_are_not_written(case: Case, device: str) -> None:
         assert torch.equal(t, old)
 
 
+@every_dtype
+@every_case
+@every_device
+def test_gradient_that_nobody_else_holds(case: Case, dtype: torch.dtype, device: str) -> None:
+    """Backward may write dx over it; every bit is what it is of one that the caller holds."""
+    for shape in case.shapes[2:6]:
+        for layout in (torch.clone, channels_last):
+            tensors = [layout(t) for t in case.inputs(shape, dtype, device)]
+            dy = layout(cotangent(tensors[0]))
+            _, held = differentiate(case.fastnorm, tensors, dy)
+            _, alone = differentiate(lambda *leaves: case.fastnorm(*leaves) * 1, tensors, dy)
+            for a, b in zip(held, alone, strict=True):
+                assert torch.equal(a, b)
+
+
 @every_case
 @every_device
 def test_empty(case: Case, device: str) -> None:

@@ -59,7 +59,7 @@ struct DropoutKernel {
   void map_run(int64_t at, int64_t n, const F& f) const {
     const T* from = x + at;
     T* to = y + at;
-    const bool past_caches = stream && fills_lines(to, n);
+    const bool past_caches = stream && to != from && fills_lines(to, n);
     for_packs<T>(n, [&](int64_t i, auto count, int) {
       if constexpr (kFar) {
         prefetch(from + i + kAhead<T>);

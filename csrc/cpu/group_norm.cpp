@@ -353,19 +353,18 @@ FASTNORM_LOOP void group_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const C slope = slopes, offset = offsets;
-  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask, ahead) : 0;
-  stream = stream && head >= 0;
-  const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
+  const PastCaches past_caches(from, dx, dresidual, n, stream, ahead);
   from.with_dz(act, [&](const auto& dz_at) {
-    for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
+    for_packs_after<T>(past_caches.head, n, [&](int64_t i, auto count, int) {
       if (ahead) {
         from.prefetch(i + ahead);
-        if (dx && !stream) prefetch_to_write(dx + i + kAhead<T> / 2);
+        if (dx && !past_caches.dx) prefetch_to_write(dx + i + kAhead<T> / 2);
       }
       const P x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
-      if (dresidual) put(dz, dresidual + i, count, stream_residual);
-      if (dx) put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope[i], offset[i])), dx + i, count, stream);
+      if (dresidual) put(dz, dresidual + i, count, past_caches.dresidual);
+      if (dx)
+        put(fmsub(dz, local.scale[i], fmadd(x - local.mean[i], slope[i], offset[i])), dx + i, count, past_caches.dx);
     });
   });
 }

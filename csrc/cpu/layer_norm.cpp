@@ -372,7 +372,7 @@ struct RowsBackward {
     const Affine<RowWise<T>> z = affine(row, parameters);
     const P mean_g(coefficients.mean_g), mean_g_xhat(coefficients.mean_g_xhat);
     T *const to = offset_by(dx, at), *const to_residual = offset_by(dresidual, at);
-    const bool past_caches = stream && fills_lines(to, n), adds = wants_columns;
+    const bool past_caches = stream && to != from.dy && fills_lines(to, n), adds = wants_columns;
     const bool residual_past_caches = stream && fills_lines(to_residual, n);
     const int64_t fetched = ahead;
     from.with_dz(act, [&](const auto& dz_at) {

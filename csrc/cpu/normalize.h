@@ -204,6 +204,25 @@ InputGradient<Uniform<T>> uniform(const SliceGradient<acc_type<T>>& g, bool cons
   return {Uniform<T>(g.slope), Uniform<T>(g.offset), constant_statistics};
 }
 
+// Which gradients of a run are written past the caches, from `head` elements on. Not a dx that is written over dy, whose
+// lines are there.
+struct PastCaches {
+  int64_t head = 0;
+  bool dx = false, dresidual = false;
+
+  template <typename T>
+  PastCaches(const RunGradient<T>& g, const T* to, const T* to_residual, int64_t n, bool stream, int64_t ahead) {
+    const bool over_dy = to == g.dy;
+    const T* const first = to && !over_dy ? to : to_residual;
+    if (!stream || !first) return;
+    const int64_t before = head_of_run(first, n, g.mask, ahead);
+    if (before < 0) return;
+    head = before;
+    dx = first == to;
+    dresidual = to_residual && elements_before_pack(to_residual + head) == 0;
+  }
+};
+
 // Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = (dz - (x - mean) * slope - offset) * scale. Prefetches what
 // lies `ahead`, if not 0.
 template <typename Act, typename T, typename C>
@@ -214,19 +233,17 @@ FASTNORM_LOOP void input_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const InputGradient<C> by = coefficient;
-  const int64_t head = stream ? head_of_run(dx ? dx : dresidual, n, g.mask, ahead) : 0;
-  stream = stream && head >= 0;
-  const bool stream_residual = stream && dresidual && elements_before_pack(dresidual + head) == 0;
+  const PastCaches past_caches(from, dx, dresidual, n, stream, ahead);
   from.with_dz(act, [&](const auto& dz_at) {
-    for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
+    for_packs_after<T>(past_caches.head, n, [&](int64_t i, auto count, int) {
       if (ahead) {
         from.prefetch(i + ahead);
-        if (dx && !stream) prefetch_to_write(dx + i + ahead);
+        if (dx && !past_caches.dx) prefetch_to_write(dx + i + ahead);
       }
       P x(0);
       if constexpr (!kIsNone<Act>) x = P::load(from.x + i, count);
       const P dz = dz_at(i, count, x, local);
-      if (dresidual) put(dz, dresidual + i, count, stream_residual);
+      if (dresidual) put(dz, dresidual + i, count, past_caches.dresidual);
       if (dx == nullptr) return;
       P d = dz;
       if (!by.constant_statistics) {
@@ -234,7 +251,7 @@ FASTNORM_LOOP void input_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
         d = d - fmadd(x - local.mean[i], by.slope[i], by.offset[i]);
       }
       d = d * local.scale[i];
-      put(d, dx + i, count, stream);
+      put(d, dx + i, count, past_caches.dx);
     });
   });
 }

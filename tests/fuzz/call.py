@@ -77,7 +77,11 @@ def check(call: Call) -> None:
 
     assert y.requires_grad == bool(call.wanted), f"{call.setting}: y.requires_grad is {y.requires_grad}"
     if call.wanted:
-        gradients = torch.autograd.grad(y, [leaves[name] for name in call.wanted], dy)
+        wanted_leaves = [leaves[name] for name in call.wanted]
+        gradients = torch.autograd.grad(y, wanted_leaves, dy, retain_graph=True)
+        over_dy = torch.autograd.grad(y * 1, wanted_leaves, dy)  # from a gradient that nobody else holds
+        for name, got, same in zip(call.wanted, gradients, over_dy, strict=True):
+            assert torch.equal(got, same), f"{call.setting}: the gradient of {name} is another, written over dy"
         by_name = dict(zip(leaves, exact, strict=True))
         references = torch.autograd.grad(
             wanted_y, [by_name[name] for name in call.wanted], dy.double(), materialize_grads=True
