@@ -151,11 +151,29 @@ struct Parts {
   int64_t rows(int64_t part) const { return part == full ? 1 : begin(part + 1) - begin(part); }
   int64_t width(int64_t part) const { return part == full ? sample.rest : sample.width; }
 
+  // What lies ahead by as much is asked for in the second sweep, in which memory would only be written: the next sample,
+  // where samples come from memory and two of them stay in the cache.
+  template <typename T>
+  int64_t ahead(bool from_memory) const {
+    constexpr int64_t kNear = 1 << 20;  // bytes
+    const int64_t elements = sample.rows * sample.width + sample.rest;
+    return from_memory && elements * static_cast<int64_t>(sizeof(T)) <= kNear ? elements : 0;
+  }
+
   // From row to row.
   Strides strides() const { return {sample.width, MaskRows{sample.rows, sample.width}.bytes_per_row()}; }
   // Where a row of a sample has its bits of the mask.
   int64_t mask_byte(int64_t n, int64_t row) const { return n * mask_bytes_per_sample + row * strides().mask_bytes; }
 };
+
+// Calls f(ahead), or f() where that is 0: a loop that asks at every pack takes up to a tenth longer. Around an exponential
+// memory has time enough.
+template <typename Act, typename F>
+void with_or_without(Act, int64_t ahead, const F& f) {
+  if constexpr (!kMayBeSmooth<Act>)
+    if (ahead) return f(ahead);
+  f();
+}
 
 // a * b - c
 template <typename T>
@@ -284,6 +302,7 @@ struct ColumnsForward : ForwardGroups {
   const Parts parts{a.shape, a.mask};
   const int64_t width = parts.sample.width;
   const ScratchArray<Moments> partial{a.shape.N * parts.size() * G};
+  const int64_t ahead = parts.ahead<T>(stream);
 
   void run() const { sweep_twice(*this, a.shape.N, parts.size()); }
 
@@ -334,8 +353,11 @@ struct ColumnsForward : ForwardGroups {
     visit<T>(a.activation, [&](auto act) {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
         const int64_t i = n * C * S + row * width;
-        normalize_run(act, x + i, offset_by(residual, i), y + i, offset_by(a.mask, parts.mask_byte(n, row)), columns,
-                      coefficients, stream);
+        with_or_without(act, ahead, [&](auto... ahead) {
+          normalize_run<sizeof...(ahead) != 0>(act, x + i, offset_by(residual, i), y + i,
+                                               offset_by(a.mask, parts.mask_byte(n, row)), columns, coefficients,
+                                               stream, ahead...);
+        });
       }
     });
   }
@@ -636,6 +658,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
   const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/Base::in_two_sweeps ? 2 : 1);
+  const int64_t ahead = parts.ahead<T>(stream && Base::in_two_sweeps);
   // A pack beyond the end of a row would overwrite the next, which is swept at its side.
   const int64_t kept_bytes = parts.sample.width % Pack<T>::kSize == 0 ? Base::bytes_to_keep(C * S) : 0;
 
@@ -710,8 +733,10 @@ struct ColumnsBackward : BackwardGroups<T> {
     visit<T>(a.activation, [&](auto act) {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
         const int64_t i = n * C * S + row * parts.sample.width;
-        group_gradient_run(act, row_gradient(of, n, row), offset_by(dx, i), offset_by(dresidual, i), columns, affine,
-                           slope, offset, stream);
+        with_or_without(act, ahead, [&](auto... ahead) {
+          group_gradient_run(act, row_gradient(of, n, row), offset_by(dx, i), offset_by(dresidual, i), columns, affine,
+                             slope, offset, stream, ahead...);
+        });
       }
     });
   }

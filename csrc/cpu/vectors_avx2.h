@@ -5,19 +5,53 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <tuple>
+#include <type_traits>
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
 namespace vec = at::vec;
 
+// bfloat16 is the upper half of a float32, so half words of zeros below it widen it. Instructions work within the two
+// halves of a vector; this permutation goes between quarters 0 1 2 3 and 0 2 1 3, either way.
+namespace bfloat16 {
+
+inline __m256i swap_quarters(__m256i x) { return _mm256_permute4x64_epi64(x, 0xD8); }
+
+// To the nearest, ties to even, of both vectors at once: their upper halves side by side as half words, and their lower
+// ones. NaN stays NaN, for a number larger than any cannot become larger.
+inline __m256i narrow(__m256i low, __m256i high) {
+  constexpr int kOdd = 0xAA;  // half words
+  const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, kOdd);
+  const __m256i lower = _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), kOdd);
+  const __m256i beyond_half = _mm256_xor_si256(lower, _mm256_set1_epi16(-0x8000));  // lower - 0x8000, signed
+  const __m256i minus_odd = _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_and_si256(upper, _mm256_set1_epi16(1)));
+  const __m256i minus_one_up = _mm256_cmpgt_epi16(beyond_half, minus_odd);
+  const __m256i rounded = _mm256_max_epu16(_mm256_subs_epi16(upper, minus_one_up), upper);
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13,
+                                         2, 3, 6, 7, 10, 11, 14, 15);
+  return swap_quarters(_mm256_shuffle_epi8(rounded, order));
+}
+
+}  // namespace bfloat16
+
 template <typename T>
 std::tuple<vec::Vectorized<float>, vec::Vectorized<float>> widen(const vec::Vectorized<T>& x) {
-  return vec::convert_to_float<T>(x);
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const __m256i zero = _mm256_setzero_si256(), quarters = bfloat16::swap_quarters(x);
+    return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, quarters)),
+            _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, quarters))};
+  } else {
+    return vec::convert_to_float<T>(x);
+  }
 }
 template <typename T>
 vec::Vectorized<T> narrow(const vec::Vectorized<float>& low, const vec::Vectorized<float>& high) {
-  return vec::convert_from_float<T>(low, high);
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return bfloat16::narrow(_mm256_castps_si256(low), _mm256_castps_si256(high));
+  } else {
+    return vec::convert_from_float<T>(low, high);
+  }
 }
 
 inline __m256i lane_mask_32(int n) {
