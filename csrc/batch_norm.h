@@ -69,7 +69,7 @@ struct BatchNormBackward {
   const double *r, *d;  // as forward made them, or null
   const uint8_t* mask;  // or null
 
-  void *dx, *dresidual;   // each or null: not wanted
+  void *dx, *dresidual;   // each or null: not wanted; on the CPU dx may be dy
   void *dweight, *dbias;  // of param_dtype, each or null
 
   // For batches of several processes, what the sums are for is apart from where they come from.

@@ -52,7 +52,7 @@ struct GroupNormBackward {
   const double *mean, *rstd;
   const uint8_t* mask;  // or null
 
-  void *dx, *dresidual;   // each or null: not wanted
+  void *dx, *dresidual;   // each or null: not wanted; on the CPU dx may be dy
   void *dweight, *dbias;  // of param_dtype, each or null
 };
 

@@ -55,7 +55,7 @@ struct LayerNormBackward {
   const void *mean, *rstd, *rest;
   const uint8_t* mask;
 
-  void *dx, *dresidual;   // each or null: not wanted
+  void *dx, *dresidual;   // each or null: not wanted; on the CPU dx may be dy
   void *dweight, *dbias;  // of param_dtype, each or null
 
   MaskRows mask_rows() const { return {M, N}; }
