@@ -4,8 +4,8 @@
 // these do not know: fastnorm.recompute, writing in place, other kernels in _C's place.
 //
 // Backward is the kernel where a plain first derivative is due. It is given the last reference to dy where the engine
-// had that, and writes dx over it: no fresh memory, and lines that are in the cache. Under create_graph, for a batch of gradients and inside
-// of compiled autograd it is the dispatcher's op, which is differentiable and can be traced.
+// had that, and writes dx over it: no fresh memory, and lines that are in the cache. Under create_graph, for a batch of
+// gradients and inside of compiled autograd it is the dispatcher's op, which is differentiable and can be traced.
 //
 // torch's headers of its autograd take longer to compile than all of an op: they are included here alone.
 #define AT_PER_OPERATOR_HEADERS  // or TensorOperators.h includes all of them

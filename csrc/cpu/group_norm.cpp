@@ -166,8 +166,8 @@ struct Parts {
   int64_t mask_byte(int64_t n, int64_t row) const { return n * mask_bytes_per_sample + row * strides().mask_bytes; }
 };
 
-// Calls f(ahead), or f() where that is 0: a loop that asks at every pack takes up to a tenth longer. Around an exponential
-// memory has time enough.
+// Calls f(ahead), or f() where that is 0: a loop that asks at every pack takes up to a tenth longer. Around an
+// exponential memory has time enough.
 template <typename Act, typename F>
 void with_or_without(Act, int64_t ahead, const F& f) {
   if constexpr (!kMayBeSmooth<Act>)
