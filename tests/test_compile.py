@@ -331,7 +331,10 @@ def test_a_network_compiled_whole(name: str, training: bool) -> None:
     make, x = NETWORKS[name]
     model = make()
     randomize(model)
-    assert_equal_to_eager(model.train(training), x, backend="aot_eager")
+    # Without oneDNN: in torch 2.11 its gradient of a strided 1x1 convolution's weight in channels_last is another at
+    # each call on some processors, of torch.nn's network, too.
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_equal_to_eager(model.train(training), x, backend="aot_eager")
 
 
 class Everything(nn.Module):
