@@ -151,16 +151,10 @@ def test_a_gradient_of_two_is_not_written(op: str, layout: Callable[[Tensor], Te
         assert_same(list(got[:2]), wanted)
         assert torch.equal(got[2], dy * other.cos())
 
-    ys = OPS[op](x, residual), OPS[op](other, residual.detach())
-    got = torch.autograd.grad((ys[0] + ys[1]) * 1, (x, residual, other), dy, allow_unused=True)
-    assert_same(list(got[:2]), wanted)
-    assert torch.equal(got[2], got[0])
-
-    for dim in (0, 1):
+    for dim in (None, 0, 1):
         ys = OPS[op](x, residual), OPS[op](other, residual.detach())
-        got = torch.autograd.grad(
-            torch.cat(ys, dim) * 1, (x, residual, other), torch.cat((dy, dy), dim), allow_unused=True
-        )
+        joined, d = (ys[0] + ys[1], dy) if dim is None else (torch.cat(ys, dim), torch.cat((dy, dy), dim))
+        got = torch.autograd.grad(joined * 1, (x, residual, other), d, allow_unused=True)
         assert_same(list(got[:2]), wanted)
         assert torch.equal(got[2], got[0])
 
