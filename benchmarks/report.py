@@ -459,7 +459,9 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The table and the charts of benchmark results.")
+    parser = argparse.ArgumentParser(
+        description="Writes README.md, with every row, and three charts of benchmark results."
+    )
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of pytest-benchmark")
     parser.add_argument("--out", type=Path, help="folder to write into; by default that of the first file")
     args = parser.parse_args()

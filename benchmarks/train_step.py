@@ -1,4 +1,4 @@
-"""``python benchmarks/train_step.py [--out DIR]``: training steps on torch.nn, converted, and converted and fused.
+"""``python benchmarks/train_step.py [--out DIR]``: training steps on torch.nn, converted, fused, and with recompute.
 
 For each network and layout: the time of a step (zero_grad, forward, loss, backward, SGD), on torch.nn, converted,
 converted and fused, and that under :class:`fastnorm.recompute`, by turns in one process; the share of torch's step that
@@ -219,7 +219,7 @@ def measure(training: Training, layout: str, device: str, seconds: float) -> lis
 
 def markdown(results: list[Result]) -> str:
     """A line a step; "saved" is the part of what torch spends in norm, activation and add that is gone."""
-    header = ["network", "layout", "layers", "step ms", "speed-up", "in norm, activation, add", "saved of it"]
+    header = ["network", "layout", "layers", "step ms", "speed-up", "in norm, activation, add, dropout", "saved of it"]
     header += ["peak MiB", "kept MiB", "kept, of torch's"]
     lines = []
     for result in results:
@@ -244,11 +244,16 @@ def markdown(results: list[Result]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Whole training steps: torch.nn, converted, converted and fused.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--networks", default="", help="only those whose names contain this")
+    names = "; ".join(training.name for training in TRAININGS)
+    parser = argparse.ArgumentParser(
+        description="Whole training steps by turns: torch.nn, converted, fused, and fused with outputs recomputed."
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--networks", default="", help="only those whose names contain this, of: " + names)
     parser.add_argument("--batch", type=int, help="images at once, if not each network's usual number")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of each network in each layout")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="for the rounds of each network in each layout (default: 20)"
+    )
     parser.add_argument("--out", type=Path, help="folder for train_step.md and train_step.json")
     args = parser.parse_args()
     trainings = [training for training in TRAININGS if args.networks.lower() in training.name.lower()]

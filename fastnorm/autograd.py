@@ -1,4 +1,8 @@
-"""The torch.autograd.Function classes, one for each op, over the native functions of ``fastnorm._C``."""
+"""The torch.autograd.Function classes over the native functions of ``fastnorm._C``.
+
+rms_norm goes by LayerNormFunction, batch_renorm by BatchNormFunction; weight_norm's node is in C++ alone
+(``csrc/autograd.cpp``).
+"""
 
 from fastnorm.batch_norm import BatchNormFunction
 from fastnorm.dropout import AlphaDropoutFunction, DropoutFunction

@@ -195,7 +195,8 @@ def batch_norm(
     Args:
         input: (N, C, *), float64, float32, bfloat16 or float16. Contiguous and channels_last tensors are read as they
             lie, other strides take one copy. The output has the input's layout.
-        running_mean, running_var: (C), of the input's type or float32; may be None in training.
+        running_mean, running_var: (C), of the input's type or, for bfloat16 and float16, float32; may be None in
+            training.
         weight, bias: (C), of the input's type or, for bfloat16 and float16, float32; each may be None.
         training: use the batch's statistics, and update the running ones.
         momentum: weight of the new value, in [0, 1]; None for the cumulative average, which needs
@@ -295,14 +296,22 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
 
 _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels: the same arguments, parameters, buffers, state_dict and numbers.
 
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    with mean and var (biased) of each channel over the batch in training, else the running statistics; see
+    :func:`fastnorm.functional.batch_norm`, which has the source.
+
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch.nn.{name} has them.
         bias: False leaves out the bias of an affine layer.
         activation: fused into the kernel: None, "relu", "leaky_relu", "silu" or "gelu".
-        skip_nonfinite_stats: see :func:`fastnorm.functional.batch_norm`.
+        skip_nonfinite_stats: a batch whose statistics are inf or NaN leaves the running ones alone.
 
     Shape:
         input, and ``residual`` where one is given to forward: {shape}; output the same.
+
+    Raises:
+        ValueError: an unknown activation; in forward another number of dimensions, one value per channel in training.
 
     Example:
         >>> norm = fastnorm.{name}(16, activation="relu")

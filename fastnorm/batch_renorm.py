@@ -54,7 +54,8 @@ def batch_renorm(
     Args:
         input, weight, bias, training, momentum, eps, residual, activation, skip_nonfinite_stats, num_batches_tracked:
             as in :func:`batch_norm`.
-        running_mean, running_var: (C), of the input's type or float32; needed in training too.
+        running_mean, running_var: (C), of the input's type or, for bfloat16 and float16, float32; needed in training
+            too.
         r_max: at least 1; inf does not clip.
         d_max: at least 0, in units of sigma_running; inf does not clip.
 

@@ -479,9 +479,17 @@ def drop_path(
 
 _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels, see :func:`fastnorm.functional.{function}`.
 
+    That has the formula and the source.
+
     Args:
         p: probability of {what} to be zeroed, in [0, 1].
         inplace: write the result into the input.
+
+    Shape:
+        input: {shape}; output the same. In eval mode the output is the input.
+
+    Raises:
+        ValueError: p outside [0, 1], or NaN.
 
     Example:
         >>> fastnorm.{name}(0.25)(torch.ones({example})).shape
@@ -507,32 +515,39 @@ class _Dropout(nn.modules.dropout._DropoutNd):
 
 
 class Dropout(_Dropout, nn.Dropout):
-    __doc__ = _MODULE_DOC.format(name="Dropout", function="dropout", what="an element", example="4, 10")
+    __doc__ = _MODULE_DOC.format(name="Dropout", function="dropout", what="an element", shape="any", example="4, 10")
 
     _function = staticmethod(dropout)
 
 
 class Dropout1d(_Dropout, nn.Dropout1d):
-    __doc__ = _MODULE_DOC.format(name="Dropout1d", function="dropout1d", what="a channel", example="4, 10, 7")
+    __doc__ = _MODULE_DOC.format(
+        name="Dropout1d", function="dropout1d", what="a channel", shape="(N, C, L) or (C, L)", example="4, 10, 7"
+    )
 
     _function = staticmethod(dropout1d)
 
 
 class Dropout2d(_Dropout, nn.Dropout2d):
-    __doc__ = _MODULE_DOC.format(name="Dropout2d", function="dropout2d", what="a channel", example="4, 10, 7, 7")
+    __doc__ = _MODULE_DOC.format(
+        name="Dropout2d", function="dropout2d", what="a channel", shape="(N, C, H, W)", example="4, 10, 7, 7"
+    )
 
     _function = staticmethod(dropout2d)
 
 
 class Dropout3d(_Dropout, nn.Dropout3d):
-    __doc__ = _MODULE_DOC.format(name="Dropout3d", function="dropout3d", what="a channel", example="4, 10, 3, 7, 7")
+    __doc__ = _MODULE_DOC.format(
+        name="Dropout3d", function="dropout3d", what="a channel", shape="(N, C, D, H, W) or (C, D, H, W)",
+        example="4, 10, 3, 7, 7",
+    )  # fmt: skip
 
     _function = staticmethod(dropout3d)
 
 
 class AlphaDropout(_Dropout, nn.AlphaDropout):
     __doc__ = _MODULE_DOC.format(
-        name="AlphaDropout", function="alpha_dropout", what="an element", example="4, 10"
+        name="AlphaDropout", function="alpha_dropout", what="an element", shape="any", example="4, 10"
     ).replace("zeroed", "set to alpha'")
 
     _function = staticmethod(alpha_dropout)
@@ -540,7 +555,11 @@ class AlphaDropout(_Dropout, nn.AlphaDropout):
 
 class FeatureAlphaDropout(_Dropout, nn.FeatureAlphaDropout):
     __doc__ = _MODULE_DOC.format(
-        name="FeatureAlphaDropout", function="feature_alpha_dropout", what="a channel", example="4, 10, 7, 7"
+        name="FeatureAlphaDropout",
+        function="feature_alpha_dropout",
+        what="a channel",
+        shape="(N, C, *)",
+        example="4, 10, 7, 7",
     ).replace("zeroed", "set to alpha'")
 
     _function = staticmethod(feature_alpha_dropout)

@@ -121,6 +121,11 @@ def group_norm(
 class GroupNorm(ChannelNormModule, nn.GroupNorm):
     """torch.nn.GroupNorm on fastnorm's kernels: the same arguments, parameters, state_dict and numbers.
 
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    with mean and var (biased) of each group of channels of each sample; see :func:`fastnorm.functional.group_norm`,
+    which has the source.
+
     Args:
         num_groups, num_channels, eps, affine, device, dtype: as torch.nn.GroupNorm has them.
         bias: False leaves out the bias of an affine layer.

@@ -80,7 +80,8 @@ def instance_norm(
     Args:
         input: (N, C, *), float64, float32, bfloat16 or float16. Contiguous and channels_last tensors of any number of
             dimensions are read as they lie, other strides take one copy. The output has the input's layout.
-        running_mean, running_var: (C), of the input's type or float32; both may be None with ``use_input_stats``.
+        running_mean, running_var: (C), of the input's type or, for bfloat16 and float16, float32; both may be None with
+            ``use_input_stats``.
         weight, bias: (C), of the input's type or, for bfloat16 and float16, float32; each may be None.
         use_input_stats: use the input's statistics, and update the running ones.
         momentum: weight of the new value, in [0, 1].
@@ -194,6 +195,11 @@ class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
 
 
 _MODULE_DOC = """torch.nn.{name} on fastnorm's kernels: the same arguments, parameters, buffers, state_dict and numbers.
+
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    with mean and var (biased) of each channel of each sample, or the running statistics; see
+    :func:`fastnorm.functional.instance_norm`, which has the source.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch.nn.{name} has them.

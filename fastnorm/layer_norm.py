@@ -134,12 +134,20 @@ def layer_norm(
 class LayerNorm(NormModule, nn.LayerNorm):
     """torch.nn.LayerNorm on fastnorm's kernels: the same arguments, parameters, state_dict and numbers.
 
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    with mean and var (biased) over the last dimensions, ``normalized_shape``; see
+    :func:`fastnorm.functional.layer_norm`, which has the source.
+
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as torch.nn.LayerNorm has them.
         activation: fused into the kernel: None, "relu", "leaky_relu", "silu" or "gelu".
 
     Shape:
         input, and ``residual`` where one is given to forward: (*, normalized_shape); output the same.
+
+    Raises:
+        ValueError: an unknown activation.
 
     Example:
         >>> norm = fastnorm.LayerNorm(16, activation="relu")

@@ -272,14 +272,21 @@ _local_response_norm, _local_response_norm_of_sequences = (
 class LocalResponseNorm(nn.LocalResponseNorm):
     """torch.nn.LocalResponseNorm on fastnorm's kernels: the same arguments and numbers.
 
+        y = x * (k + alpha' * sum of x^2 over a window)^-beta
+
+    with alpha' = alpha / window size, or alpha in the paper's convention; see
+    :func:`fastnorm.functional.local_response_norm`, which has the windows and the source.
+
     Args:
         size, alpha, beta, k: as torch.nn.LocalResponseNorm has them.
         region: "inter" (along the channels) or "intra" (a square of size x size within a channel).
-        convention: "torch", or "paper" for the window and the alpha of the AlexNet paper; see
-            :func:`fastnorm.functional.local_response_norm`.
+        convention: "torch", or "paper" for the window and the alpha of the AlexNet paper.
 
     Shape:
         input: (N, C, *), for region="intra" (N, C, H, W); output the same.
+
+    Raises:
+        ValueError: an unknown region or convention.
 
     Example:
         >>> norm = fastnorm.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0, convention="paper")

@@ -15,7 +15,7 @@ contexts = 0  # entered and not left, by any thread: forward passes outside of a
 
 
 class recompute(torch.autograd.graph.saved_tensors_hooks):
-    """Context in which what later layers keep of a normalisation's output is not the output but how to compute it.
+    """In this context later layers keep not a normalisation's output but how to compute it.
 
     A convolution after ``y = relu(norm(x))`` keeps ``y`` for its backward, while the normalisation keeps ``x``. Run the
     forward pass in this context and only ``x`` stays: ``y`` is computed again, bit for bit, when backward comes to the

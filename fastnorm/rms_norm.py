@@ -48,7 +48,7 @@ def rms_norm(
 
     Raises:
         ValueError: an unknown activation.
-        RuntimeError: a shape or device that does not fit.
+        RuntimeError: a shape or device that does not fit; a residual of another type.
 
     Example:
         >>> x = torch.randn(4, 10, 16)
@@ -71,12 +71,20 @@ def _eps_of(input: Tensor, eps: float | None) -> float:
 class RMSNorm(NormModule, nn.RMSNorm):
     """torch.nn.RMSNorm on fastnorm's kernels: the same arguments, parameters, state_dict and numbers.
 
+        y = activation(x / sqrt(mean(x^2) + eps) * weight + residual)
+
+    with the mean over the last dimensions, ``normalized_shape``; see :func:`fastnorm.functional.rms_norm`, which has
+    the source.
+
     Args:
         normalized_shape, eps, elementwise_affine, device, dtype: as torch.nn.RMSNorm has them.
         activation: fused into the kernel: None, "relu", "leaky_relu", "silu" or "gelu".
 
     Shape:
         x, and ``residual`` where one is given to forward: (*, normalized_shape); output the same.
+
+    Raises:
+        ValueError: an unknown activation.
 
     Example:
         >>> norm = fastnorm.RMSNorm(16)

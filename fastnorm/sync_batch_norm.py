@@ -92,6 +92,11 @@ def _gather(input: Tensor, group: Any) -> tuple[float, Tensor]:
 class SyncBatchNorm(_BatchNorm):
     """torch.nn.SyncBatchNorm on fastnorm's kernels, on CPUs (gloo) as well as on GPUs: statistics of all processes.
 
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    with mean and var (biased) of each channel over the batches of all processes together, merged in float64 by Chan's
+    formula (Chan, Golub & LeVeque 1979); see :func:`fastnorm.functional.batch_norm`.
+
     In eval mode, in one process and without a process group it is batch normalisation. Batches of the processes may
     differ in size, and be empty in some, as long as each process takes part in every forward and backward. As
     DistributedDataParallel lets a torch.nn.SyncBatchNorm through on GPUs only, this is no subclass of it, though the

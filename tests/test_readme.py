@@ -9,7 +9,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")) if path.exists()]
+PLACES = ("*.md", "docs/*.md", "examples/*.md", "examples/results/*/*.md", "benchmarks/results/*/*.md")
+DOCUMENTS = [path for place in PLACES for path in sorted(ROOT.glob(place))]
 
 
 def examples() -> list[object]:
@@ -28,7 +29,7 @@ def test_example(example: str) -> None:
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_it_names_exists(document: Path) -> None:
     """Files and headings that are linked to, and targets of make."""
     text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.M | re.S)
@@ -43,5 +44,5 @@ def test_what_it_names_exists(document: Path) -> None:
     targets = {name for names in made for name in names.split()}
     named = re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.M)
     assert set(named) <= targets, set(named) - targets
-    if document.name == "README.md":
+    if document == ROOT / "README.md":
         assert {"ladder", "test"} <= set(named)

@@ -352,7 +352,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="quick: about two minutes a rung on two CPU cores, on a share of the images; full: all images and "
+        help="quick: one to three minutes a rung on two CPU cores, on a share of the images; full: all images and "
         "many epochs, for a GPU (default: full on a GPU, else quick)",
     )
     training.add_argument(
