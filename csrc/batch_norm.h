@@ -1,5 +1,4 @@
-// The contract between batch_norm.cpp (checks, allocation) and the kernels (cpu/batch_norm.cpp): plain pointers and
-// sizes.
+// The contract between batch_norm.cpp (checks, allocation) and the kernels (cpu, cuda): plain pointers and sizes.
 //
 //   xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps),  var biased
 //   z    = xhat * weight + bias (+ residual),   y = activation(z)

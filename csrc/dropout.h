@@ -1,4 +1,4 @@
-// The contract between dropout.cpp and the kernels (cpu/dropout.cpp).
+// The contract between dropout.cpp and the kernels (cpu, cuda).
 //
 //   y[i] = keep[i] ? x[i] * scale + shift_kept : x[i] * 0 + shift_dropped
 //   keep[i] = bits(seed, offset, index(i)) >= threshold                                             (philox.h)

@@ -1,5 +1,5 @@
-// The contract between group_norm.cpp and instance_norm.cpp (checks, allocation) and the kernels (cpu/group_norm.cpp),
-// for both ops: instance normalisation is group normalisation with a channel a group.
+// The contract between group_norm.cpp and instance_norm.cpp (checks, allocation) and the kernels (cpu,
+// cuda), for both ops: instance normalisation is group normalisation with a channel a group.
 //
 //   xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps),  var biased
 //   z    = xhat * weight + bias (+ residual),   y = activation(z)
@@ -7,8 +7,9 @@
 // with mean and var of each slice, the D * S elements of the D = C / G channels of one group in one sample (Wu & He
 // 2018, Ulyanov, Vedaldi & Lempitsky 2016).
 //
-//   dz = dy * activation'(z),   dbias = sum dz,   dweight = sum dz * xhat   over (N, S) of each channel,   dresidual =
-//   dz dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   g = dz * weight,   the means over the slice
+//   dz = dy * activation'(z),   dresidual = dz
+//   dbias = sum dz,   dweight = sum dz * xhat,   over (N, S) of each channel
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   g = dz * weight,   the means over the slice
 #pragma once
 
 #include "activation.h"

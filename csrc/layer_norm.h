@@ -1,5 +1,5 @@
-// The contract between layer_norm.cpp (checks, allocation) and the kernels (cpu/layer_norm.cpp), for layer_norm and
-// rms_norm: the second is the first without the mean.
+// The contract between layer_norm.cpp (checks, allocation) and the kernels (cpu, cuda), for layer_norm and rms_norm:
+// the second is the first without the mean.
 //
 // LayerNorm (Ba, Kiros & Hinton 2016), of each row, with its biased variance:
 //   xhat = (x - mean) * rstd,   rstd = 1 / sqrt(var + eps)

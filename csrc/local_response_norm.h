@@ -1,5 +1,5 @@
-// The contract between local_response_norm.cpp (checks, allocation) and the kernels (cpu/local_response_norm.cpp):
-// plain pointers and sizes.
+// The contract between local_response_norm.cpp (checks, allocation) and the kernels (cpu, cuda): plain pointers
+// and sizes.
 //
 //   y[i] = x[i] * scale[i]^-beta,   scale[i] = k + a * sum x[j]^2 over the window of i   (Krizhevsky et al. 2012,
 //   section 3.3)

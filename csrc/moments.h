@@ -1,6 +1,6 @@
 // Mean and sum of squared deviations of a set of numbers, merged exactly as Chan, Golub and LeVeque (1979) do:
-//   delta = mean_b - mean_a,  mean = mean_a + delta * n_b / n,  m2 = m2_a + m2_b + delta^2 * n_a * n_b / n,  n = n_a +
-//   n_b
+//   delta = mean_b - mean_a,  n = n_a + n_b
+//   mean = mean_a + delta * n_b / n,  m2 = m2_a + m2_b + delta^2 * n_a * n_b / n
 // E[x^2] - mean^2 is never formed: it loses every digit where |mean| >> std.
 #pragma once
 

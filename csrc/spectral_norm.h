@@ -1,4 +1,4 @@
-// The contract between spectral_norm.cpp (checks, allocation) and the kernels (cpu/spectral_norm.cpp).
+// The contract between spectral_norm.cpp (checks, allocation) and the kernels (cpu, cuda).
 //
 //   y = W / sigma,   sigma = u^T W v
 //

@@ -1,4 +1,4 @@
-// The contract between weight_norm.cpp (checks, allocation) and the kernels (cpu/weight_norm.cpp).
+// The contract between weight_norm.cpp (checks, allocation) and the kernels (cpu, cuda).
 //
 //   w = v * (g / norm),   norm = sqrt(sum v^2) over each slice: all dimensions but one, or all of them
 //

@@ -1,8 +1,8 @@
 // Layer and RMS normalisation on the CPU: each row is reduced by itself, and read once from memory.
 //
-// Forward. A task owns some rows, and takes short ones by groups: statistics in two sweeps, the mean and the deviations
-// from it, then a third that normalises, all of them in the first-level cache. Rows beyond kChunk elements go by chunks.
-// A few long rows are split: every thread takes chunks of them.
+// Forward. A task owns some rows, and takes short ones by groups: one sweep for the moments, about the mean of the
+// row's first elements, then one that normalises, both in the first-level cache. Rows beyond kChunk elements go by
+// chunks. A few long rows are split: every thread takes chunks of them.
 //
 // Backward by rows. A task owns a part of the rows. A first sweep of a row reduces g and g * xhat; a second writes dx
 // and adds dz and dz * xhat to one float32 sum a column, flushed to float64 every kBlockRows rows. The parts' sums are

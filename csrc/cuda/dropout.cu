@@ -10,8 +10,7 @@
 //                           bytes a lane. Where S is no multiple of 8, blocks begin at other positions in each channel,
 //                           and one more than the strip is long is drawn.
 // channels, contiguous:     a thread owns 16 bytes, wherever in a channel they lie, and draws for those they touch.
-// channels, channels_last:  a thread draws once for the channels of 16 bytes, and applies it to kRowsPerThread
-// positions.
+// channels, channels_last:  a thread draws once for the channels of 16 bytes, and applies it to kRowsPerThread rows.
 #include "../dropout.h"
 
 #include "dropout_plan.h"

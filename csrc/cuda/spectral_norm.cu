@@ -1,4 +1,4 @@
-// Spectral normalisation on a CUDA device. An iteration of the power method is four kernels, none of which waits for
+// Spectral normalisation on a CUDA device. An iteration of the power method is five kernels, none of which waits for
 // the host:
 //
 //   multiply         t = W v: a block a row
