@@ -1,11 +1,21 @@
-"""That make cuda-check can fail: the compiler's words about a kernel that spills, has a stack frame, or is unknown."""
+"""That make cuda-check can fail: the compiler's words about a kernel that spills, has a stack frame, or is unknown.
+
+And what can be read in the compiler's output alone, where there is a compiler: how wide the accesses are.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from cuda_check import kernels_of, main
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+NVCC = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin{os.pathsep}{os.environ['PATH']}")
 
 CLEAN = """\
 [1/2] /usr/local/cuda/bin/nvcc -O3 -c /somewhere/csrc/cuda/sums.cu -o sums.o
@@ -59,3 +69,45 @@ def test_a_log_without_kernels_fails(tmp_path: Path) -> None:
 def test_a_log_that_ends_early_is_refused() -> None:
     with pytest.raises(ValueError, match="does not say"):
         kernels_of(CLEAN.split("ptxas info    : Used")[0])
+
+
+# One kernel an access, by the members of Pack that kernels use. The emulator cannot tell how wide nvcc makes them.
+ACCESSES = """
+#include "pack.cuh"
+using namespace fastnorm::cuda;
+#define KERNEL(name, T, n, body) extern "C" __global__ void name(const T* x, T* y) { using P = Pack<T, n>; body; }
+#define KERNELS(suffix, T, n)                                                             \\
+  KERNEL(ordinary_##suffix, T, n, P::load(x).store(y))                                    \\
+  KERNEL(streaming_##suffix, T, n, P::load_streaming(x).store_streaming(y))
+KERNELS(16_double, double, 2)
+KERNELS(16_float, float, 4)
+KERNELS(16_bfloat16, __nv_bfloat16, 8)
+KERNELS(16_half, __half, 8)
+KERNELS(8_bfloat16, __nv_bfloat16, 4)
+KERNELS(4_half, __half, 2)
+extern "C" __global__ void ordinary_32_numbers(const float* x, float* y) {
+  float v[8];
+  load_numbers<8>(x, v);
+  store_numbers<8>(y, v);
+}
+"""
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+def test_an_access_is_one_instruction(tmp_path: Path) -> None:
+    (tmp_path / "accesses.cu").write_text(ACCESSES)
+    command = [NVCC, "-std=c++20", "-arch=sm_90", "-ptx", "-I", str(CSRC / "cuda"), "accesses.cu", "-o", "accesses.ptx"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    kernels = re.findall(
+        r"\.entry ((?:ordinary|streaming)_\w+)\((.*?)^}",
+        (tmp_path / "accesses.ptx").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert len(kernels) == 13
+    for name, text in kernels:
+        kind, size = name.split("_")[:2]
+        found = re.findall(r"\b(ld|st)\.global(\.cs)?(?:\.v(\d))?\.[a-z](\d+)\s", text)
+        sizes = [int(count or 1) * int(bits) // 8 for _, _, count, bits in found]
+        assert sum(sizes) == 2 * int(size), name
+        assert set(sizes) == {min(16, int(size))}, name
+        assert {hint for _, hint, _, _ in found} == {".cs" if kind == "streaming" else ""}, name

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -345,12 +346,29 @@ DEVICES: dict[str, dict[str, Any]] = {
     "sm_75": {"major": 7, "minor": 5, "shared_per_block": 64 << 10},
     "one-multiprocessor": {"multiprocessors": 1},
     "h200": {"multiprocessors": 132},
+    "few-clusters": {"shared_per_block": 18 << 10, "most_clusters": 1},
 }
 
 
 @thinned("case", "device", "shape", of=[(c, d, shape) for c in ONE_AN_OP for d in DEVICES for shape in c.shapes[-3:]])
 def test_on_every_device(mode: str, case: Case, device: str, shape: tuple[int, ...]) -> None:
     check(case, shape, mode, device, **DEVICES[device])
+
+
+@pytest.mark.parametrize("most", (0, 3))
+def test_no_more_clusters_than_run_at_once(most: int) -> None:
+    """One that waits for another's end would double the time, for each has its share of the work."""
+    x = torch.randn(2, 16, 40, 40, requires_grad=True)
+    rows = torch.randn(12, 12288, requires_grad=True)
+    weight = torch.ones(12288, requires_grad=True)
+    device = {"multiprocessors": 132, "shared_per_block": 8 << 10, "most_clusters": most}
+    with driver.settings(**device) as reports, native.installed():
+        fn.batch_norm(x, None, None, training=True).sum().backward()
+        fn.layer_norm(rows, (12288,), weight).sum().backward()
+    started = [[prod(launch.blocks) // launch.cluster for launch in report.launches if launch.cluster > 1]
+               for report in reports]  # fmt: skip
+    # layer_norm's forward has a cluster a row, whose end is its own
+    assert started == ([[16], [16], [12], [12]] if most == 0 else [[3], [3], [12], [3]])
 
 
 @thinned(

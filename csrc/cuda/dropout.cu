@@ -54,7 +54,7 @@ struct Call {
   template <int kPack>
   __device__ Pack<T, kPack> load(int64_t i) const {
     const int64_t left = numel() - i;
-    return load_part<kPack>(x + i, 0, static_cast<int>(min(left, int64_t{kPack})), left >= kPack);
+    return load_part<kPack, true>(x + i, 0, static_cast<int>(min(left, int64_t{kPack})), left >= kPack);
   }
   template <int kPack>
   __device__ void store(int64_t i, const Pack<T, kPack>& pack) const {

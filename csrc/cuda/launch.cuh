@@ -12,9 +12,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "sizes.h"
 
@@ -146,36 +148,44 @@ inline void zero(const char* op, void* p, size_t bytes, cudaStream_t stream) {
   if (bytes > 0) check(op, cudaMemsetAsync(p, 0, bytes, stream));
 }
 
-// The largest cluster of up to `wanted` blocks (a power of two) that the device can hold at least once.
-template <typename... Parameters>
-int largest_cluster(void (*kernel)(Parameters...), int wanted, int threads, size_t shared) {
-  if (!device().has_clusters()) return 1;
-  for (; wanted > 1; wanted /= 2) {
 #ifdef __CUDACC__
-    const auto function = reinterpret_cast<const void*>(kernel);
-    if (allow_dynamic_shared(function) ||
-        cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
-      (void)cudaGetLastError();
-      continue;
-    }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(wanted);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(wanted));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) return wanted;
+inline int64_t clusters_at_once(const void* function, int blocks, int threads, size_t shared) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int, size_t>, int> known;
+  int index = 0;
+  check("fastnorm", cudaGetDevice(&index));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = known.try_emplace({index, function, blocks, threads, shared}, 0);
+  if (!is_new) return found->second;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  if (allow_dynamic_shared(function) ||
+      cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ||
+      cudaOccupancyMaxActiveClusters(&found->second, function, &config)) {
     (void)cudaGetLastError();
-#else
-    if (emulator::cluster_fits(wanted, threads, shared)) return wanted;
-#endif
+    found->second = 0;
   }
-  return 1;
+  return found->second;
+}
+#endif
+
+// How many clusters of `blocks` blocks the device runs at once, 0 if it cannot hold one: a cluster finds place only among
+// multiprocessors that are wired together. CUDA is asked once for each device, kernel and size.
+template <typename... Parameters>
+int64_t clusters_at_once(void (*kernel)(Parameters...), int blocks, int threads, size_t shared) {
+#ifdef __CUDACC__
+  return clusters_at_once(reinterpret_cast<const void*>(kernel), blocks, threads, shared);
+#else
+  return emulator::clusters_at_once(blocks, threads, shared);
+#endif
 }
 
 #ifdef __CUDACC__

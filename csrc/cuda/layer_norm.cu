@@ -536,8 +536,25 @@ void visit_packs(int packs, const F& f) {
 
 constexpr const char* kOp = "layer_norm";
 
-int64_t parts_bytes(const LayerNormBackward& a, int pack) {
-  const int64_t bytes = plan_rows_backward(plan_input(a, pack)).parts * a.N * (a.dtype == Dtype::kFloat64 ? 8 : 4);
+// The plan, for no more clusters than run at once: each has its share of the rows, and one that had to wait for another's
+// end would double the time.
+template <typename T, int kPack>
+RowPlan plan_backward(const LayerNormBackward& a) {
+  RowPlan p = plan_rows_backward(plan_input(a, kPack));
+  if (p.cluster == 1) return p;
+  visit_packs(p.packs, [&](auto packs) {
+    constexpr int kPacks = decltype(packs)::value;
+    if constexpr (kPacks <= kBackwardPacks) {
+      const int64_t at_once = clusters_at_once(backward_rows<T, kPack, kPacks>, p.cluster, p.threads(), 0);
+      p.parts = std::clamp<int64_t>(at_once, 1, p.parts);
+    }
+  });
+  return p;
+}
+
+// Of the parts' sums of dweight, or of dbias.
+int64_t parts_bytes(const LayerNormBackward& a, const RowPlan& p) {
+  const int64_t bytes = p.parts * a.N * (a.dtype == Dtype::kFloat64 ? 8 : 4);
   return ceil_divide(bytes, kAccess) * kAccess;
 }
 
@@ -585,8 +602,9 @@ int64_t layer_norm_backward_workspace(const LayerNormBackward& a) {
   int64_t bytes = 0;
   with_pack(
       a,
-      [&](auto, auto pack) {
-        bytes = ((a.dweight != nullptr) + (a.dbias != nullptr)) * parts_bytes(a, decltype(pack)::value);
+      [&](auto type, auto pack) {
+        bytes = ((a.dweight != nullptr) + (a.dbias != nullptr)) *
+                parts_bytes(a, plan_backward<typename decltype(type)::type, decltype(pack)::value>(a));
       },
       a.dy, a.dx, a.dresidual);
   return bytes;
@@ -599,7 +617,7 @@ void layer_norm_backward(const LayerNormBackward& a, const Queue& queue) {
         using T = typename decltype(type)::type;
         using acc_t = acc_type<T>;
         constexpr int kPack = decltype(pack)::value;
-        const RowPlan p = plan_rows_backward(plan_input(a, kPack));
+        const RowPlan p = plan_backward<T, kPack>(a);
         const auto stream = static_cast<cudaStream_t>(queue.stream);
         char* const workspace = static_cast<char*>(queue.workspace);
         Backward<T> call{static_cast<const T*>(a.x),
@@ -625,7 +643,7 @@ void layer_norm_backward(const LayerNormBackward& a, const Queue& queue) {
                          1.0 / static_cast<double>(a.N),
                          p.team};
         if (a.dweight) call.dweight = reinterpret_cast<acc_t*>(workspace);
-        if (a.dbias) call.dbias = reinterpret_cast<acc_t*>(workspace + (a.dweight ? parts_bytes(a, kPack) : 0));
+        if (a.dbias) call.dbias = reinterpret_cast<acc_t*>(workspace + (a.dweight ? parts_bytes(a, p) : 0));
         const bool wants_columns = a.dweight || a.dbias;
         if (p.packs > 0) {
           visit_packs(p.packs, [&](auto packs) {

@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kMaxWindowThreads, resident_blocks<T, kPack, k
              [&](int i, const auto& window) { window.store(to + i); });  // buffers are whole windows
       } else {
         const auto load = box.by_place(
-            is_small, [&](int r, int c, int lane, int) { return P::load_streaming(from + place(begin, r, c, lane)); });
+            is_small, [&](int r, int c, int lane, int) { return P::load(from + place(begin, r, c, lane)); });
         move(thread, n, threads, load, [&](int i, const P& pack) { pack.store(to + i * kPack * spread); });
       }
     };

@@ -181,7 +181,8 @@ struct alignas(n * sizeof(T)) Pack {
  private:
   static constexpr bool kHasPairs = sizeof(T) == 2 && n % 2 == 0;
 
-  __device__ static Pack from_word(const Word& word) {
+  // By value: from a reference memcpy would read memory itself, a byte at a time, for it knows of no alignment.
+  __device__ static Pack from_word(const Word word) {
     Pack p;
     memcpy(&p, &word, sizeof(p));
     return p;
@@ -217,10 +218,10 @@ __device__ inline void store_numbers(acc_t* p, const acc_t (&v)[n]) {
 }
 
 // Elements begin .. end - 1 of the n at p, the others zero: 0 <= begin, end <= n. One access if `whole` says that all n
-// may be read and that p is aligned, else an access an element.
-template <int n, typename T>
+// may be read and that p is aligned, else an access an element. kOnce: nothing reads them again.
+template <int n, bool kOnce = false, typename T>
 __device__ inline Pack<T, n> load_part(const T* p, int begin, int end, bool whole) {
-  if (whole) return Pack<T, n>::load_streaming(p);
+  if (whole) return kOnce ? Pack<T, n>::load_streaming(p) : Pack<T, n>::load(p);
   Pack<T, n> pack;
 #pragma unroll
   for (int j = 0; j < n; ++j) pack.v[j] = j >= begin && j < end ? p[j] : from_acc<T>(0);

@@ -32,6 +32,8 @@ struct PlanInput {
   int multiprocessors;
   int64_t shared;  // dynamic, bytes a block may have
   int largest_cluster;
+  int64_t most_clusters =
+      0;  // that run at once, 0 if unknown: a cluster finds place only within one part of the device
 };
 
 // What tests change; -1 and 0 leave the choice as it is.
@@ -244,9 +246,12 @@ inline bool plan_resident(SlicePlan& p, const PlanInput& in) {
   const auto allowed = [&](int cluster) {
     return cluster <= in.largest_cluster && (forced.cluster == 0 || forced.cluster == cluster);
   };
-  constexpr int64_t kBeside = kStaticShared + (1 << 10);  // of a block: CUDA takes 1 KiB for itself
-  const auto each = [&] {                                 // blocks that a multiprocessor holds
-    return std::min<int64_t>(kBlocks, (in.shared + kBeside) / (p.shared.all + kBeside));
+  constexpr int64_t kBeside = kStaticShared + (1 << 10);         // of a block: CUDA takes 1 KiB for itself
+  const int64_t most_blocks = in.largest_cluster > 1 ? 24 : 16;  // that any multiprocessor holds with clusters, without
+  // Blocks that a multiprocessor holds: the compiler leaves registers for kBlocks of the most threads.
+  const auto each = [&] {
+    const int64_t threads = kBlocks * max_threads(p.strips ? p.window : 1, in.backward);
+    return std::min({most_blocks, threads / p.threads, (in.shared + kBeside) / (p.shared.all + kBeside)});
   };
   for (const int64_t strip_bytes : {128, 64, 32}) {
     SlicePlan best = p;
@@ -255,11 +260,13 @@ inline bool plan_resident(SlicePlan& p, const PlanInput& in) {
       if (!allowed(cluster) || (cluster > 8 && found) || !try_resident(p, in, strip_bytes, cluster)) continue;
       best = p;
       found = true;
-      if (each() == kBlocks && p.slices * cluster >= kBlocks * in.multiprocessors) break;
+      if (each() >= kBlocks && p.slices * cluster >= kBlocks * in.multiprocessors) break;
     }
     p = best;
     if (found) {
-      p.clusters = std::min(p.slices, std::max<int64_t>(1, each() * in.multiprocessors / p.cluster));
+      p.clusters = std::max<int64_t>(1, each() * in.multiprocessors / p.cluster);
+      if (in.most_clusters > 0) p.clusters = std::min(p.clusters, in.most_clusters);
+      p.clusters = std::min(p.clusters, p.slices);
       p.bulk = in.bulk_copies && p.per_run > 0 && p.window > 1;
       if (p.bulk && (p.slices > p.clusters || forced.stages == 2) && forced.stages != 1) {
         const int64_t before = each();

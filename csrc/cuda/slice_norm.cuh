@@ -67,19 +67,22 @@ class Walk {
   // The run of the thread's window u in the pieces k .. k + teams - 1, p.runs or more if there is none. A team takes a
   // piece of a long run, or every so many of their short ones, so that runs that are neighbours in memory go to
   // neighbouring teams.
-  __device__ int64_t run(int k, int u) const {
-    if (p.per_run > 0) return k + team < last ? (k + team) / p.per_run : p.runs;
-    const int64_t run = static_cast<int64_t>(k) * kBatch + u * teams + team;
-    return run < static_cast<int64_t>(last) * kBatch ? run : p.runs;
+  __device__ int64_t run(int k, int u) const { return p.per_run > 0 ? piece_run(k) : short_run(k, u); }
+
+  // The run of the team's piece, if runs are long: found by a division, so once for all windows of the piece.
+  __device__ int64_t piece_run(int k) const {
+    return p.per_run > 0 && k + team < last ? (k + team) / p.per_run : p.runs;
   }
 
-  __device__ Place place(int k, int u) const {
-    const int64_t from = start_ + run(k, u) * p.run_stride;
-    const int inside = lane + (p.per_run > 0 ? u * p.team : 0);  // of the piece's windows of this run
-    const int64_t window = p.per_run > 0 ? static_cast<int64_t>((k + team) % p.per_run) * p.span : 0;
+  // Window u of those pieces; `of_piece` is piece_run(k).
+  __device__ Place place(int k, int u, int64_t of_piece) const {
+    const bool is_long = p.per_run > 0;
+    const int64_t run = is_long ? of_piece : short_run(k, u), from = start_ + run * p.run_stride;
+    const int inside = lane + (is_long ? u * p.team : 0);  // of the piece's windows of this run
+    const int64_t window = is_long ? (k + team - run * p.per_run) * p.span : 0;
     // Windows of planes are the tensor's, so that they are aligned wherever the plane begins.
     const int64_t i = (p.strips ? from : from & ~int64_t{7}) + (window + inside) * kN;
-    if (run(k, u) >= p.runs || inside >= p.span) return {i, 0, 0};
+    if (run >= p.runs || inside >= p.span) return {i, 0, 0};
     return {i, static_cast<short>(max(int64_t{0}, min(int64_t{kN}, from - i))),
             static_cast<short>(max(int64_t{0}, min(int64_t{kN}, from + length_ - i)))};
   }
@@ -128,6 +131,11 @@ class Walk {
   __device__ int64_t statistic(int64_t c, int64_t D) const { return sample * (p.C / D) + c / D; }
 
  private:
+  __device__ int64_t short_run(int k, int u) const {
+    const int64_t run = static_cast<int64_t>(k) * kBatch + u * teams + team;
+    return run < static_cast<int64_t>(last) * kBatch ? run : p.runs;
+  }
+
   int64_t start_, length_, row_;
 };
 
@@ -278,13 +286,14 @@ __device__ inline void store_mask(uint8_t* mask, const Walk<kN>& walk, const Pla
 template <int kFlight, int kN, typename Load, typename Use>
 __device__ inline void for_windows(const Walk<kN>& walk, int last, const Load& load, const Use& use) {
   for (int k = walk.first; k < last; k += walk.teams) {
+    const int64_t of_piece = walk.piece_run(k);
 #pragma unroll 1
     for (int u = 0; u < kBatch; u += kFlight) {
       Place at[kFlight];
       decltype(load(at[0], k, u)) loaded[kFlight];
 #pragma unroll
       for (int v = 0; v < kFlight; ++v) {
-        at[v] = walk.place(k, u + v);
+        at[v] = walk.place(k, u + v, of_piece);
         loaded[v] = load(at[v], k, u + v);
       }
 #pragma unroll
@@ -1137,10 +1146,9 @@ int64_t workspace_bytes(const Args& a) {
   return workspace.bytes();
 }
 
-// The plan, for clusters as large as the device holds of this kernel.
+// The plan, for clusters as large and as many as the device holds of this kernel.
 template <typename Kernel>
 SlicePlan plan_for_device(PlanInput in, Dtype dtype, const Kernel& kernel) {
-  constexpr int kPortable = 8;  // every device with clusters holds these
   const Device& d = device();
   in.element = size_of(dtype);
   in.multiprocessors = d.multiprocessors;
@@ -1148,11 +1156,20 @@ SlicePlan plan_for_device(PlanInput in, Dtype dtype, const Kernel& kernel) {
   in.largest_cluster = d.has_clusters() ? kMaxCluster : 1;
   in.bulk_copies = d.has_clusters();
   SlicePlan p = plan_slices(in);
-  if (!p.resident || p.cluster <= kPortable) return p;
-  visit_kernel(dtype, p, [&](auto type, auto window, auto columns) {
-    in.largest_cluster = largest_cluster(kernel(type, window, columns), p.cluster, p.threads, p.shared.all);
-  });
-  return in.largest_cluster < p.cluster ? plan_slices(in) : p;
+  while (p.resident && p.cluster > 1) {
+    int64_t at_once = 0;
+    visit_kernel(dtype, p, [&](auto type, auto window, auto columns) {
+      at_once = clusters_at_once(kernel(type, window, columns), p.cluster, p.threads, p.shared.all);
+    });
+    if (at_once >= p.clusters) break;
+    if (at_once > 0) {
+      in.most_clusters = at_once;
+    } else {
+      in.largest_cluster = p.cluster / 2;
+    }
+    p = plan_slices(in);
+  }
+  return p;
 }
 
 inline SlicePlan plan_forward(const PlanInput& in, Dtype dtype) {

@@ -74,6 +74,7 @@ class Settings:
     major: int = 9
     minor: int = 0
     largest_cluster: int = 16
+    most_clusters: int = 0  # that run at once, 0: any number
     architecture: int = 90  # that the kernels are compiled for: code for less than 90 has no clusters and bulk copies
     misaligned: dict[str, int] = field(default_factory=dict)  # elements by which a pointer of the contract is off
     plan: dict[str, int] = field(default_factory=dict)  # fields of PlanOverride in plan.h, for the ops that have plans
@@ -225,7 +226,7 @@ def build(source: Path, mode: str, entries: str = "", architecture: int = 90) ->
 def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     i, i64, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.emulator_set_device.argtypes = [i, i64, i64, i, i, i]
+    library.emulator_set_device.argtypes = [i, i64, i64, i, i, i, i64]
     library.emulator_set_order.argtypes = [i, i, ctypes.c_uint64]
     library.emulator_add_buffer.argtypes = [p, i64, i64, ctypes.c_char_p, i]
     library.emulator_clear_buffers.argtypes = [i64]
@@ -360,7 +361,9 @@ class Session:
 
     def __enter__(self) -> Session:
         c, library = current, self.library
-        library.emulator_set_device(c.multiprocessors, c.shared_per_block, c.l2, c.major, c.minor, c.largest_cluster)
+        library.emulator_set_device(
+            c.multiprocessors, c.shared_per_block, c.l2, c.major, c.minor, c.largest_cluster, c.most_clusters
+        )
         library.emulator_set_order(ORDERS.index(c.order), LANDINGS.index(c.landing), c.seed)
         if c.mode == "trace":
             library.trace_start(c.races, c.counts)

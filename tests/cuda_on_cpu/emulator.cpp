@@ -438,9 +438,10 @@ Error allow_large_clusters(const void* function) {
   return Error::kNone;
 }
 
-bool cluster_fits(int blocks, int threads, size_t shared) {
-  return blocks <= properties().largest_cluster && threads <= 1024 &&
-         shared + kMostStatic <= properties().shared_per_block;
+int64_t clusters_at_once(int blocks, int threads, size_t shared) {
+  const Properties& device = properties();
+  if (blocks > device.largest_cluster || threads > 1024 || shared + kMostStatic > device.shared_per_block) return 0;
+  return device.most_clusters > 0 ? device.most_clusters : INT64_MAX;
 }
 
 Error memset(void* p, int value, size_t bytes) {
@@ -740,9 +741,10 @@ void trap(Site site) { fail(name_of(*current) + " traps at " + at(site)); }
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void emulator_set_device(int multiprocessors, int64_t shared_per_block, int64_t l2, int major, int minor,
-                                int largest_cluster) {
+                                int largest_cluster, int64_t most_clusters) {
   emulator::properties() = {
-      multiprocessors, static_cast<size_t>(shared_per_block), static_cast<size_t>(l2), major, minor, largest_cluster};
+      multiprocessors, static_cast<size_t>(shared_per_block), static_cast<size_t>(l2), major, minor, largest_cluster,
+      most_clusters};
 }
 
 EXPORT void emulator_set_order(int order, int landing, uint64_t seed) {

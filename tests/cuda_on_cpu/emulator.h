@@ -34,7 +34,7 @@ Error launch(const Grid& grid, const void* function, const std::function<void()>
 Error set_max_shared(const void* function, int bytes);
 Error allow_large_clusters(const void* function);
 Error memset(void* p, int value, size_t bytes);
-bool cluster_fits(int blocks, int threads, size_t shared);
+int64_t clusters_at_once(int blocks, int threads, size_t shared);
 const char* describe(Error error);
 
 struct Properties {
@@ -43,6 +43,7 @@ struct Properties {
   size_t l2 = 50 << 20;
   int major = 9, minor = 0;
   int largest_cluster = 16;
+  int64_t most_clusters = 0;  // that run at once, 0: any number
 };
 Properties& properties();
 
