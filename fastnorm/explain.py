@@ -132,8 +132,8 @@ def explain_launch(
             or where there is none an H100.
 
     Returns:
-        A :class:`fastnorm.explain.Launch`, which prints as a sentence. A launch may use smaller clusters than it says
-        where a device, for reasons it does not tell in advance, holds none of more than 8 blocks.
+        A :class:`fastnorm.explain.Launch`, which prints as a sentence. A launch may have fewer or smaller clusters than
+        it says: no more are started than run at once, and how many that are CUDA tells only of a kernel on a device.
 
     Raises:
         ValueError: an op, direction or type that is none of these, or a shape that the op does not take.

@@ -457,7 +457,7 @@ __global__ void __launch_bounds__(kLongRowThreads) backward_long_rows(const __gr
 // dweight and dbias of long rows: a thread owns kPack columns, a block (x) as many as it has threads, and walks down the
 // rows of a part (y).
 template <typename T, int kPack>
-__global__ void __launch_bounds__(kLongRowThreads) backward_columns(const __grid_constant__ Backward<T> a) {
+__global__ void __launch_bounds__(kLongRowThreads, 2) backward_columns(const __grid_constant__ Backward<T> a) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kPack;

@@ -42,6 +42,10 @@ struct Place {
   short begin, end;
 
   __device__ bool any() const { return begin < end; }
+  template <int kN>
+  __device__ bool is_full() const {
+    return begin == 0 && end == kN;
+  }
 };
 
 // Which elements of slice `slice` the thread takes in block `block` of those that share it.
@@ -67,24 +71,40 @@ class Walk {
   // The run of the thread's window u in the pieces k .. k + teams - 1, p.runs or more if there is none. A team takes a
   // piece of a long run, or every so many of their short ones, so that runs that are neighbours in memory go to
   // neighbouring teams.
-  __device__ int64_t run(int k, int u) const { return p.per_run > 0 ? piece_run(k) : short_run(k, u); }
-
-  // The run of the team's piece, if runs are long: found by a division, so once for all windows of the piece.
-  __device__ int64_t piece_run(int k) const {
-    return p.per_run > 0 && k + team < last ? (k + team) / p.per_run : p.runs;
+  __device__ int64_t run(int k, int u) const {
+    if (p.per_run > 0) return k + team < last ? (k + team) / p.per_run : p.runs;
+    const int64_t run = static_cast<int64_t>(k) * kBatch + u * teams + team;
+    return run < static_cast<int64_t>(last) * kBatch ? run : p.runs;
   }
 
-  // Window u of those pieces; `of_piece` is piece_run(k).
-  __device__ Place place(int k, int u, int64_t of_piece) const {
+  // Of a long run: where that begins, and the piece's first window in it. Found once for all windows of the piece, for
+  // it takes a division.
+  struct Piece {
+    int64_t run, from;
+    int window;
+  };
+  __device__ Piece piece(int k) const {
+    if (p.per_run == 0) return {};
+    const int64_t of_piece = run(k, 0);
+    return {of_piece, start_ + of_piece * p.run_stride, (k + team - static_cast<int>(of_piece) * p.per_run) * p.span};
+  }
+
+  // Window u of the pieces k .. k + teams - 1; `of_long` is piece(k).
+  __device__ Place place(int k, int u, const Piece& of_long) const {
     const bool is_long = p.per_run > 0;
-    const int64_t run = is_long ? of_piece : short_run(k, u), from = start_ + run * p.run_stride;
+    const int64_t of_window = is_long ? of_long.run : run(k, u);
+    const int64_t from = is_long ? of_long.from : start_ + of_window * p.run_stride;
     const int inside = lane + (is_long ? u * p.team : 0);  // of the piece's windows of this run
-    const int64_t window = is_long ? (k + team - run * p.per_run) * p.span : 0;
-    // Windows of planes are the tensor's, so that they are aligned wherever the plane begins.
-    const int64_t i = (p.strips ? from : from & ~int64_t{7}) + (window + inside) * kN;
-    if (run >= p.runs || inside >= p.span) return {i, 0, 0};
-    return {i, static_cast<short>(max(int64_t{0}, min(int64_t{kN}, from - i))),
-            static_cast<short>(max(int64_t{0}, min(int64_t{kN}, from + length_ - i)))};
+    const int window = (is_long ? of_long.window : 0) + inside;
+    // Windows of planes are the tensor's, so that they are aligned wherever the plane begins: `head` elements of the
+    // first ones, of which there are eight at most, come before it.
+    const int head = p.strips ? 0 : static_cast<int>(from & 7);
+    const int64_t i = from - head + static_cast<int64_t>(window) * kN;
+    if (of_window >= p.runs || inside >= p.span) return {i, 0, 0};
+    const int begin = head - min(window, 8) * kN;
+    const int64_t left = from + length_ - i;
+    return {i, static_cast<short>(max(0, min(kN, begin))),
+            static_cast<short>(left < kN ? max(0, static_cast<int>(max(left, int64_t{-1}))) : kN)};
   }
 
   // The elements of a piece of a long run, in whole windows that are all in the tensor: begin .. end - 1.
@@ -131,11 +151,6 @@ class Walk {
   __device__ int64_t statistic(int64_t c, int64_t D) const { return sample * (p.C / D) + c / D; }
 
  private:
-  __device__ int64_t short_run(int k, int u) const {
-    const int64_t run = static_cast<int64_t>(k) * kBatch + u * teams + team;
-    return run < static_cast<int64_t>(last) * kBatch ? run : p.runs;
-  }
-
   int64_t start_, length_, row_;
 };
 
@@ -168,6 +183,20 @@ class Shared {
 
   const SlicePlan& p;
 };
+
+// f(j) for each element j of a window that has any, kC columns. The columns of a strip that are no channels of it are
+// left out when they are summed.
+template <int kN, int kC, typename F>
+__device__ inline void for_elements(const Place& at, const F& f) {
+  if (kC > 1 || kN == 1 || at.is_full<kN>()) {  // nearly always: without tests an element
+#pragma unroll
+    for (int j = 0; j < kN; ++j) f(j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+      if (j >= at.begin && j < at.end) f(j);
+  }
+}
 
 template <int kN, typename T>
 __device__ inline Pack<T, kN> load_window(const T* x, const Place& at, int64_t numel) {
@@ -286,14 +315,14 @@ __device__ inline void store_mask(uint8_t* mask, const Walk<kN>& walk, const Pla
 template <int kFlight, int kN, typename Load, typename Use>
 __device__ inline void for_windows(const Walk<kN>& walk, int last, const Load& load, const Use& use) {
   for (int k = walk.first; k < last; k += walk.teams) {
-    const int64_t of_piece = walk.piece_run(k);
+    const auto piece = walk.piece(k);
 #pragma unroll 1
     for (int u = 0; u < kBatch; u += kFlight) {
       Place at[kFlight];
       decltype(load(at[0], k, u)) loaded[kFlight];
 #pragma unroll
       for (int v = 0; v < kFlight; ++v) {
-        at[v] = walk.place(k, u + v, of_piece);
+        at[v] = walk.place(k, u + v, piece);
         loaded[v] = load(at[v], k, u + v);
       }
 #pragma unroll
@@ -432,13 +461,11 @@ class Forward {
           if (!at.any()) return;
           acc_t v[kN];
           loaded.unpack(v);
-#pragma unroll
-          for (int j = 0; j < kN; ++j) {
-            if (kC == 1 && (j < at.begin || j >= at.end)) continue;
+          for_elements<kN, kC>(at, [&](int j) {
             const acc_t d = v[j] - shift[j % kC];
             sums.add(j % kC, d);
             sums.add_product(kC + j % kC, d, d);
-          }
+          });
           count += static_cast<acc_t>(kC > 1 ? 1 : at.end - at.begin);
         });
     acc_t sum[n];
@@ -567,9 +594,7 @@ class Forward {
           if (!p.bulk) loaded.store(shared.buffer(stage_) + walk.slot(k, u));
           acc_t v[kN];
           loaded.unpack(v);
-#pragma unroll
-          for (int j = 0; j < kN; ++j)
-            if (kC > 1 || (j >= at.begin && j < at.end)) sum[j % kC] += v[j];
+          for_elements<kN, kC>(at, [&](int j) { sum[j % kC] += v[j]; });
           sum[kC] += static_cast<acc_t>(kC > 1 ? 1 : at.end - at.begin);
         });
     column_sums(p, sum, shared.partial(), shared.totals());
@@ -780,13 +805,11 @@ class Backward {
             w.x.unpack(v);
             w.dy.unpack(dz);
             activation_gradient(walk, at, walk.run(k, u), v, dz, c.affine);
-#pragma unroll
-            for (int j = 0; j < kN; ++j) {
-              if (kC == 1 && (j < at.begin || j >= at.end)) continue;
+            for_elements<kN, kC>(at, [&](int j) {
               const acc_t xhat = multiply_add(v[j] - c.affine.mean[j % kC], c.rstd[j % kC], c.rest[j % kC]);
               sums.add(j % kC, dz[j]);
               sums.add_product(kC + j % kC, dz[j], xhat);
-            }
+            });
           }
           if (p.by_run() && (p.per_run == 0 || u == kBatch - 1)) {
             keep_run(walk, k, u, sums[0], sums[kC]);
