@@ -99,7 +99,9 @@ def convert(model: Model, *, skip: Skip = ()) -> Model:
 
     Layers of exactly torch.nn's classes change. Left as they are, and told by :func:`conversion_report` with the
     reason: subclasses (their forward may do something else), lazy layers before their first batch, parametrised,
-    quantised and scripted layers, layers whose ``forward`` was replaced on the instance.
+    quantised and scripted layers, layers whose ``forward`` was replaced on the instance, layers that have an attribute
+    or a submodule by the name of a setting of fastnorm's (``activation``, ``skip_nonfinite_stats``, ``region``,
+    ``convention``).
 
     Tools that go by exactly torch.nn's classes, as torch.ao.quantization.fuse_modules does, do not know fastnorm's:
     call them before this, or after :func:`revert`.
@@ -246,7 +248,10 @@ def _reason(module: nn.Module) -> str | None:
     """Why a layer is not converted; None if it can be, if it is fastnorm's, or if it neither normalises nor drops."""
     kind = type(module)
     if kind in _OF_TORCH:
-        return f"{kind.__name__} has a forward of its own, set on the instance" if "forward" in vars(module) else None
+        if "forward" in vars(module):
+            return f"{kind.__name__} has a forward of its own, set on the instance"
+        taken = next((name for name in _OF_TORCH[kind][1] if hasattr(module, name)), None)
+        return None if taken is None else f"{kind.__name__} has an attribute {taken}, a setting of fastnorm's"
     if isinstance(module, _FASTNORM_KINDS):
         return None
     if isinstance(module, torch.jit.ScriptModule):

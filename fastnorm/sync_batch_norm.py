@@ -180,7 +180,8 @@ class SyncBatchNorm(_BatchNorm):
     def convert_sync_batchnorm(cls, module: Model, process_group: Any = None) -> Model:
         """Makes each batch normalisation of a model, torch.nn's or fastnorm's, a SyncBatchNorm, in place.
 
-        Each layer stays the object it was and changes its class, as with :func:`fastnorm.convert`; exact classes only.
+        Each layer stays the object it was and changes its class, as with :func:`fastnorm.convert`; exact classes only,
+        and no layer of torch.nn's that has an attribute ``activation`` or ``skip_nonfinite_stats`` of its own.
 
         Args:
             module: a model, also a single layer.
@@ -195,8 +196,9 @@ class SyncBatchNorm(_BatchNorm):
             'SyncBatchNorm'
         """
         torch_kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        own = ("activation", "skip_nonfinite_stats")
         for layer in module.modules():
-            if type(layer) in torch_kinds:
+            if type(layer) in torch_kinds and not any(hasattr(layer, name) for name in own):
                 layer.activation, layer.skip_nonfinite_stats = None, False
             elif type(layer) not in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
                 continue

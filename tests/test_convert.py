@@ -258,6 +258,36 @@ def test_report_says_why() -> None:
     assert type(fastnorm.convert(model)["lazy"]) is fastnorm.BatchNorm1d  # now that it has seen a batch
 
 
+@pytest.mark.parametrize(
+    ("layer", "name", "value"),
+    (
+        (lambda: nn.BatchNorm2d(4), "activation", "relu"),
+        (lambda: nn.BatchNorm2d(4), "activation", None),
+        (lambda: nn.BatchNorm2d(4), "skip_nonfinite_stats", True),
+        (lambda: nn.LayerNorm(4), "activation", nn.ReLU()),
+        (lambda: nn.GroupNorm(2, 4), "activation", nn.Parameter(torch.ones(1))),
+        (lambda: nn.LocalResponseNorm(3), "region", "Europe"),
+        (lambda: nn.LocalResponseNorm(3), "convention", 1),
+    ),
+)
+def test_an_attribute_by_the_name_of_a_setting(layer: Callable[[], nn.Module], name: str, value: object) -> None:
+    """It is the user's: neither overwritten nor, by revert, deleted."""
+    model = nn.Sequential(layer())
+    setattr(model[0], name, value)
+    kind = type(model[0])
+    wanted = {"0": f"{kind.__name__} has an attribute {name}, a setting of fastnorm's"}
+    assert fastnorm.conversion_report(model).left == wanted
+    for change in (
+        fastnorm.convert,
+        fastnorm.SyncBatchNorm.convert_sync_batchnorm,
+        lambda m: fastnorm.fuse(nn.Sequential(m[0], nn.ReLU())),
+        fastnorm.revert,
+    ):
+        change(model)
+        assert type(model[0]) is kind and getattr(model[0], name) is value
+    assert fastnorm.conversion_report(model).left == wanted
+
+
 def test_report_as_text() -> None:
     text = str(fastnorm.conversion_report(nn.Sequential(nn.LayerNorm(4), nn.LazyBatchNorm1d())))
     assert text.splitlines() == [
