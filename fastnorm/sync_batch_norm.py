@@ -155,6 +155,11 @@ class SyncBatchNorm(_BatchNorm):
                 f"SyncBatchNorm: input must have num_features={self.num_features} channels, got shape "
                 f"{list(input.shape)}"
             )
+        if self.track_running_stats and (self.running_mean is None) != (self.running_var is None):
+            raise RuntimeError(
+                "SyncBatchNorm: running_mean and running_var must be given together, got only "
+                f"{'running_var' if self.running_mean is None else 'running_mean'}"
+            )
         with torch.no_grad():
             count, statistics = _gather(input, self.process_group)
             if count == 1:
@@ -171,8 +176,12 @@ class SyncBatchNorm(_BatchNorm):
         if self.skip_nonfinite_stats and not statistics.isfinite().all():
             return
         mean, var = statistics
-        self.num_batches_tracked += 1
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        momentum = self.momentum or 0.0
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else momentum
+        if self.running_mean is None:
+            return
         for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
             running.copy_((1 - momentum) * running.double() + momentum * new)
 

@@ -94,6 +94,27 @@ def like_one_process(rank: int, processes: int) -> None:
         torch.testing.assert_close(share(own[0]), whole(own[0]), rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def without_buffers(rank: int, processes: int) -> None:
+    """Buffers that are None, and what momentum=None then means: as torch.nn.BatchNorm2d in one process."""
+    x = torch.randn(sum(parts(processes)), 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    for momentum in (0.1, None):
+        for gone in (["num_batches_tracked"], ["running_mean", "running_var"], None):
+            whole = nn.BatchNorm2d(4, momentum=momentum).double()
+            for name in gone or list(whole._buffers):
+                setattr(whole, name, None)
+            share = fastnorm.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
+            for _ in range(2):
+                wanted, got = whole(x), share(shares(x, processes)[rank])
+            torch.testing.assert_close(got, shares(wanted, processes)[rank], rtol=TOLERANCE, atol=TOLERANCE)
+            assert [n for n, _ in share.named_buffers()] == [n for n, _ in whole.named_buffers()]
+            for p, q in zip(whole.buffers(), share.buffers(), strict=True):
+                torch.testing.assert_close(q, p, rtol=TOLERANCE, atol=TOLERANCE)
+    share = fastnorm.SyncBatchNorm(4)
+    share.running_mean = None
+    with pytest.raises(RuntimeError, match=r"^SyncBatchNorm: running_mean and running_var must be given together"):
+        share(x[:2].float())
+
+
 def other_types(rank: int, processes: int) -> None:
     x = torch.randn(sum(parts(processes)), 4, 6, 6, generator=torch.Generator().manual_seed(3)) * 2 + 1
     own = shares(x, processes)[rank]
@@ -175,6 +196,7 @@ def everything(rank: int, processes: int) -> None:
     for check in (
         like_one_process,
         a_wrong_mean_would_be_seen,
+        without_buffers,
         other_types,
         what_goes_wrong,
         in_distributed_data_parallel,
