@@ -271,13 +271,16 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
                 num_batches_tracked = self.num_batches_tracked if training else None
         weight, bias = self._parameters_of_forward()
         by_batch = training or (running_mean is None and running_var is None)
+        momentum = self.momentum
+        if momentum is None and num_batches_tracked is None:
+            momentum = 0.0  # as in torch.nn: what is not counted has no average
         overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         if overrides and not is_dynamo_compiling():
             if not isinstance(input, fx.Proxy):  # of which no number is known
                 self._check_input_dim(input)
             return self._overridden(
                 self._functional, input, residual, running_mean, running_var, weight, bias,
-                by_batch, self.momentum, self.eps, *(self._renorm or ()),
+                by_batch, momentum, self.eps, *(self._renorm or ()),
                 num_batches_tracked=num_batches_tracked, skip_nonfinite_stats=self.skip_nonfinite_stats,
             )  # fmt: skip
         self._check_input_dim(input)
@@ -286,7 +289,7 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
             check_eps(self._functional.__name__, by_batch, eps)
         setting = (
             running_mean, running_var, num_batches_tracked,
-            by_batch, self.momentum, eps, self.activation, self.skip_nonfinite_stats, self._renorm,
+            by_batch, momentum, eps, self.activation, self.skip_nonfinite_stats, self._renorm,
         )  # fmt: skip
         return self._op(input, weight, bias, residual, setting)
 

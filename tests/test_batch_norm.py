@@ -44,6 +44,26 @@ def test_a_few_steps_then_eval_as_torch(ours: type, theirs: type, shape: tuple[i
     torch.testing.assert_close(a(x), b(x))
 
 
+@pytest.mark.parametrize("gone", (["num_batches_tracked"], ["running_mean", "running_var"]), ids=str)
+@pytest.mark.parametrize("momentum", (0.3, None), ids=str)
+@every_rank
+def test_buffers_that_are_none(
+    ours: type, theirs: type, shape: tuple[int, ...], momentum: float | None, gone: list[str]
+) -> None:
+    """Not counted, the running statistics of momentum=None stay as they are."""
+    a, b = ours(shape[1], momentum=momentum), theirs(shape[1], momentum=momentum)
+    for norm in (a, b):
+        for name in gone:
+            setattr(norm, name, None)
+    for training in (True, True, False):
+        a.train(training), b.train(training)
+        for x in batches(shape):
+            torch.testing.assert_close(a(x), b(x))
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for key, value in b.state_dict().items():
+        torch.testing.assert_close(a.state_dict()[key], value)
+
+
 @pytest.mark.parametrize("layout", (lambda t: t, channels_last), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_running_statistics_against_float64(dtype: torch.dtype, layout) -> None:
