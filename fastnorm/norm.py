@@ -151,7 +151,7 @@ def _forward_of(norm: type[NormFunction]) -> Callable[..., Tensor]:
         ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
         ctx.setting = setting
         if recomputation.contexts and norm.is_repeatable(setting):
-            recomputation.note(ctx, residual)
+            recomputation.note(ctx, norm, (input, weight, bias), residual, statistics, setting)
         return y
 
     return forward

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,46 +77,89 @@ class Unchanged(NamedTuple):
     version: int
 
 
+class Operands:
+    """What computes an output of a normalisation, and what is kept of the statistics that the normalisation itself
+    keeps for its backward.
+
+    So it lives as long as the normalisation's node keeps anything, and beyond that as long as a layer keeps the output.
+    The node only refers to it, for a node lives as long as its output does.
+    """
+
+    def __init__(
+        self,
+        norm: Any,
+        parameters: Sequence[Tensor | None],
+        residual: Tensor | None,
+        statistics: Tensor,
+        setting: tuple[Any, ...],
+        depth: int,
+    ) -> None:
+        self.norm, self.setting = norm, setting
+        self.parameters = [None if t is None else packed(t, depth) for t in parameters]
+        self.residual = None if residual is None else packed(residual, depth)
+        self.statistics = Unchanged(statistics, _version(statistics))
+
+
 class Output(NamedTuple):
     """An output of a normalisation, as what computes it."""
 
-    node: Any  # of the autograd graph, which holds what the normalisation keeps for its own backward
+    operands: Operands
     depth: int  # normalisations to compute for it
 
 
-def note(node: Any, residual: Tensor | None) -> None:
-    """Makes the output of a normalisation one that can be computed again, if this thread is in the context."""
+def note(
+    node: Any,
+    norm: Any,
+    parameters: Sequence[Tensor | None],
+    residual: Tensor | None,
+    statistics: Tensor,
+    setting: tuple[Any, ...],
+) -> None:
+    """Makes the output of a normalisation one that can be computed again, if this thread is in the context.
+
+    Args:
+        node: of the autograd graph, which is about to save ``statistics``.
+        norm: the :class:`fastnorm.norm.NormFunction`.
+        parameters: input, weight and bias.
+        residual, setting: as its forward has them.
+    """
     depth = getattr(_local, "depth", 0)
     top = _top_saved_tensors_default_hooks(True)
-    if depth and top is not None and top[1] is unpacked:  # others' hooks may not let the node's tensors be read twice
-        node.packed_residual = None if residual is None else packed(residual, depth)
-        node.is_recomputable = True
+    if depth and top is not None and top[1] is unpacked:  # others' hooks may not give a tensor back twice
+        operands = Operands(norm, parameters, residual, statistics, setting, depth)
+        node.fastnorm_operands = weakref.ref(operands)
+        statistics.fastnorm_operands = operands  # type: ignore[attr-defined]  # until packed() takes it
 
 
 def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def packed(t: Tensor, depth: int) -> Unchanged | Output:
+def packed(t: Tensor, depth: int) -> Unchanged | Output | Operands:
     """What is kept of ``t``."""
     node = t.grad_fn  # of a view, another one
-    if not getattr(node, "is_recomputable", False) or _version(t) != 0:  # or it is not what the node returned
+    if node is None and (operands := t.__dict__.pop("fastnorm_operands", None)) is not None:
+        return operands
+    refer = getattr(node, "fastnorm_operands", None)
+    operands = None if refer is None or _version(t) != 0 else refer()  # None if it is not what the node returned
+    if operands is None:
         return Unchanged(t, _version(t))
-    residual = node.packed_residual  # type: ignore[union-attr]
-    needed = 1 + (residual.depth if isinstance(residual, Output) else 0)
-    return Output(node, needed) if needed <= depth else Unchanged(t, _version(t))
+    needed = 1 + (operands.residual.depth if isinstance(operands.residual, Output) else 0)
+    return Output(operands, needed) if needed <= depth else Unchanged(t, _version(t))
 
 
-def held(kept: Unchanged | Output | None) -> Tensor | None:
+def held(kept: Unchanged | Output | Operands | None) -> Tensor | None:
     """Of what is kept of a tensor, what takes memory beside what the normalisations keep: the tensor, or the first
     residual that is not computed again, if there is one."""
-    while isinstance(kept, Output):
-        kept = kept.node.packed_residual
+    while isinstance(kept, Output | Operands):
+        kept = kept.operands.residual if isinstance(kept, Output) else kept.statistics
     return None if kept is None else kept.tensor
 
 
-def unpacked(kept: Unchanged | Output) -> Tensor:
+def unpacked(kept: Unchanged | Output | Operands) -> Tensor:
     """The tensor that :func:`packed` was given."""
+    if isinstance(kept, Operands):
+        kept = kept.statistics
     if isinstance(kept, Unchanged):
         if _version(kept.tensor) != kept.version:
             raise RuntimeError(
@@ -122,8 +167,8 @@ def unpacked(kept: Unchanged | Output) -> Tensor:
                 f"operation: shape {list(kept.tensor.shape)}, version {kept.tensor._version} instead of {kept.version}"
             )
         return kept.tensor
-    node = kept.node
-    input, weight, bias, _, _, statistics = node.saved_tensors
-    residual = None if node.packed_residual is None else unpacked(node.packed_residual)
+    operands = kept.operands
+    packs = (*operands.parameters, operands.residual, operands.statistics)
+    tensors = [None if t is None else unpacked(t) for t in packs]
     with torch.no_grad():
-        return type(node)._forward_cls.again(input, weight, bias, residual, statistics, node.setting)
+        return operands.norm.again(*tensors, operands.setting)

@@ -1,6 +1,8 @@
 """fastnorm.recompute: less is kept for backward, and every number stays as it is."""
 
 import contextlib
+import gc
+import weakref
 from collections import Counter
 
 import networks
@@ -141,7 +143,7 @@ def test_outside_of_the_context_all_is_kept():
     with fastnorm.recompute():
         z = model.convolutions[0](y)
     assert z.grad_fn._saved_input is not None
-    assert not hasattr(y.grad_fn, "is_recomputable")
+    assert not hasattr(y.grad_fn, "fastnorm_operands")
     z.sum().backward()
 
 
@@ -151,7 +153,7 @@ def test_context_is_the_threads_own():
     model, x = Residual(1), torch.randn(2, 3, 8, 8)
     with fastnorm.recompute(), ThreadPoolExecutor(1) as pool:
         y = pool.submit(lambda: model.norms[-1](model.stem(x))).result()
-    assert not hasattr(y.grad_fn, "is_recomputable")
+    assert not hasattr(y.grad_fn, "fastnorm_operands")
 
 
 def test_views_batch_renorm_and_changed_outputs_are_kept():
@@ -256,6 +258,44 @@ def test_retained_graph_and_checkpoint():
         loss = checkpoint(model, x, use_reentrant=False).square().mean()
     loss.backward()
     assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("with_residual", (False, True))
+def test_a_backward_that_needs_no_more_than_an_output_after_another_has_freed_the_graph(with_residual):
+    torch.manual_seed(0)
+    norms = fastnorm.BatchNorm2d(3), fastnorm.GroupNorm(1, 3, activation="relu")
+    one, other = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)
+    x = torch.randn(2, 3, 4, 4)
+    results = []
+    for context in (contextlib.nullcontext(), fastnorm.recompute()):
+        with context:
+            y = norms[0](x)
+            y = norms[1](y, residual=y if with_residual else None)
+            losses = one(y).sum(), other(y).square().sum()
+        losses[0].backward()
+        results.append(torch.autograd.grad(losses[1], list(other.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with fastnorm.recompute():  # y is of a graph that was freed
+        loss = other(y).square().sum()
+    assert torch.equal(torch.autograd.grad(loss, other.weight)[0], results[0][0])
+
+
+def test_nothing_outlives_backward():
+    """Though the outputs do, and with them the nodes of the graph."""
+    norm, convolution = fastnorm.BatchNorm2d(3, activation="relu"), nn.Conv2d(3, 3, 1)
+    x, residual = torch.randn(2, 3, 4, 4).requires_grad_() * 1, torch.randn(2, 3, 4, 4)
+    with fastnorm.recompute():
+        y = norm(x, residual=residual)
+        z = convolution(y)
+    kept = [weakref.ref(t) for t in (x, residual)]
+    del x, residual
+    gc.disable()  # and no cycle holds them
+    try:
+        assert all(t() is not None for t in kept)
+        z.sum().backward()
+        assert all(t() is None for t in kept) and y.grad_fn is not None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("depth, error", [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
