@@ -255,9 +255,11 @@ Tensor norm(Op op, const Tensor& input, const OptionalTensor& weight, const Opti
   const auto run = [&]() -> Result {
     const auto [y, statistics, mask] = forward(true);
     const bool keeps_residual = activation == "silu" || activation == "gelu";
+    // Only an activation's slope depends on the value of bias. Else weight stands for it, for its shape and type.
+    const bool keeps_bias = activation || !is_given(weight) || !is_given(bias);
     return {y,
-            {input, or_undefined(weight), or_undefined(bias), keeps_residual ? or_undefined(residual) : Tensor(), mask,
-             statistics},
+            {input, or_undefined(weight), or_undefined(keeps_bias ? bias : weight),
+             keeps_residual ? or_undefined(residual) : Tensor(), mask, statistics},
             setting()};
   };
   const auto given = [](const OptionalTensor& t) { return is_given(t) ? &*t : nullptr; };

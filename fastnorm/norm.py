@@ -30,9 +30,9 @@ class NormFunction(torch.autograd.Function):
     """y = activation(norm(x) * weight + bias + residual), once differentiable through the native backward, any number
     of times through a composite of torch's ops.
 
-    Kept for backward: x, weight, bias, the statistics; with a residual and relu or leaky_relu one bit an element, with
-    a residual and silu or gelu the residual. The activation's other masks are recomputed from x. A subclass gives the
-    attributes and the functions below.
+    Kept for backward: x, weight, the statistics; bias with an activation, and for its type without a weight; with a
+    residual and relu or leaky_relu one bit an element, with a residual and silu or gelu the residual. The activation's
+    other masks are recomputed from x. A subclass gives the attributes and the functions below.
 
     The native functions are three of _C, looked up at each call, for tests put an emulator's there:
 
@@ -135,6 +135,18 @@ class NormFunction(torch.autograd.Function):
         return getattr(_C, f"{cls.op}_backward")(dy, *saved, *cls.backward_setting(setting), wanted)
 
 
+def kept_of(
+    weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is kept of bias and residual.
+
+    Without an activation nothing depends on the value of bias, so that it may be changed before backward: weight stands
+    for it, for its shape and type.
+    """
+    stands_in = activation is None and weight is not None and bias is not None
+    return weight if stands_in else bias, residual if activation in ("silu", "gelu") else None
+
+
 def _forward_of(norm: type[NormFunction]) -> Callable[..., Tensor]:
     native, activation_at = f"{norm.op}_forward", norm.activation_at
 
@@ -147,8 +159,7 @@ def _forward_of(norm: type[NormFunction]) -> Callable[..., Tensor]:
         setting: Setting,
     ) -> Tensor:
         y, statistics, mask = getattr(_C, native)(input, weight, bias, residual, *setting, True)
-        kept_residual = residual if setting[activation_at] in ("silu", "gelu") else None
-        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
+        ctx.save_for_backward(input, weight, *kept_of(weight, bias, residual, setting[activation_at]), mask, statistics)
         ctx.setting = setting
         if recomputation.contexts and norm.is_repeatable(setting):
             recomputation.note(ctx, norm, (input, weight, bias), residual, statistics, setting)
@@ -242,7 +253,9 @@ def _second_gradients(
     if mask is not None and mask.numel():  # the activation's derivative is the residual's gradient where dy is 1
         saved = input.detach(), weight, bias, residual, mask, statistics
         slopes = gradients(setting, (False, False, False, True), torch.ones_like(dy), *saved)[3]
-    # Where the residual was not kept, its value does not matter: what follows is linear in it.
+    # Where bias and residual were not kept, their values do not matter: what follows is linear in them.
+    if setting[norm.activation_at] is None and bias is not None and grad_grads[2] is not None:
+        bias = torch.zeros_like(bias).requires_grad_()
     stand_in = residual is None and grad_grads[3] is not None
     if stand_in:
         residual = torch.zeros_like(input).requires_grad_()
@@ -366,8 +379,8 @@ def _register_forward(norm: type[NormFunction], setting: str) -> Callable[..., t
         input, weight, bias, residual, *setting, _ = inputs
         _, statistics, mask, *_ = output
         ctx.setting = (None,) * norm.tracked + tuple(setting[norm.tracked :])
-        kept_residual = residual if setting[norm.activation_at] in ("silu", "gelu") else None
-        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
+        kept = kept_of(weight, bias, residual, setting[norm.activation_at])
+        ctx.save_for_backward(input, weight, *kept, mask, statistics)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 

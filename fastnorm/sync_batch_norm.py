@@ -12,6 +12,7 @@ from torch.types import Device
 
 from fastnorm import _C
 from fastnorm.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from fastnorm.norm import kept_of
 from fastnorm.overrides import recorded_call
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,8 +39,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         group: Any,
     ) -> Tensor:
         y, mask = _C.batch_norm_normalize(input, weight, bias, residual, statistics, activation, True)
-        kept_residual = residual if activation in ("silu", "gelu") else None
-        ctx.save_for_backward(input, weight, bias, kept_residual, mask, statistics)
+        ctx.save_for_backward(input, weight, *kept_of(weight, bias, residual, activation), mask, statistics)
         ctx.setting = count, activation, group
         return y
 

@@ -18,6 +18,7 @@ import fastnorm.functional as fn
 from fastnorm import _C
 from fastnorm.autograd import SpectralNormFunction
 from fastnorm.build import devices
+from fastnorm.norm import kept_of
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
 TORCH_ACTIVATION = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
@@ -103,6 +104,13 @@ def channel_parameters(x: Tensor, generator: torch.Generator, residual: bool) ->
     return [weight.to(x.dtype), bias.to(x.dtype), *extra]
 
 
+def _saved(act: str | None, bias: bool = True) -> tuple[int, ...]:
+    """Which of weight, bias and residual backward needs: the weight, and for an activation's slope the others."""
+    if act is None:
+        return (0,)
+    return tuple(range(1 + bias + (act in ("silu", "gelu"))))
+
+
 def mask_bytes(x: Tensor) -> int:
     """One bit an element, rows padded to whole bytes: at most one more byte for each row of at least 16 elements."""
     return x.numel() // 8 + x.numel() // 16 + 64
@@ -136,7 +144,7 @@ def _batch_norm_case(training: bool, act: str | None, residual: bool) -> Case:
         parameters=partial(channel_parameters, residual=residual),
         shapes=(*IMAGE_SHAPES[1:], (7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)),
         kept=lambda x: 16 * x.shape[1] + (mask_bytes(x) if bits else 0),
-        saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
+        saves=_saved(act),
         units=16 if act in ("silu", "gelu") else 4,
     )
 
@@ -151,7 +159,7 @@ class _FourSteps(torch.autograd.Function):
         mean, var = _C.batch_norm_statistics(x)
         statistics = torch.stack([mean, (var + eps).rsqrt()])
         y, mask = _C.batch_norm_normalize(x, weight, bias, residual, statistics, act, True)
-        ctx.save_for_backward(x, weight, bias, residual if act in ("silu", "gelu") else None, mask, statistics)
+        ctx.save_for_backward(x, weight, *kept_of(weight, bias, residual, act), mask, statistics)
         ctx.act = act
         return y
 
@@ -207,7 +215,7 @@ def _batch_renorm_case(act: str | None, residual: bool) -> Case:
         parameters=partial(channel_parameters, residual=residual),
         shapes=(*IMAGE_SHAPES[1:], (7, 5), (300, 64), (6, 3, 19), (2, 3, 3, 5, 7)),
         kept=lambda x: 32 * x.shape[1] + (mask_bytes(x) if bits else 0),
-        saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
+        saves=_saved(act),
         units=16,  # dbias is a sum of a thousand float32 terms that nearly cancel
     )
     return case
@@ -249,7 +257,7 @@ def _group_norm_case(groups: str, act: str | None, residual: bool) -> Case:
         # a slice of one element has nothing but rounding errors for a gradient
         shapes=tuple(s for s in GROUP_SHAPES if len(s) > 2 or groups != "all"),
         kept=lambda x: 16 * x.shape[0] * GROUPS[groups](x.shape[1]) + (mask_bytes(x) if bits else 0),
-        saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
+        saves=_saved(act),
         units=16 if act in ("silu", "gelu") else 8,  # sums of thousands of terms that cancel
     )
 
@@ -282,7 +290,7 @@ def _instance_norm_case(input_stats: bool, act: str | None, residual: bool) -> C
         parameters=partial(channel_parameters, residual=residual),
         shapes=tuple(s for s in GROUP_SHAPES if len(s) > 2) if input_stats else IMAGE_SHAPES,
         kept=lambda x: 16 * x.shape[1] * (x.shape[0] if input_stats else 1) + (mask_bytes(x) if bits else 0),
-        saves=(0, 1, 2) if act in ("silu", "gelu") else (0, 1),
+        saves=_saved(act),
         units=16 if act in ("silu", "gelu") else 8,  # sums of thousands of terms that cancel
     )
 
@@ -404,7 +412,7 @@ def _row_norm_case(op: str, act: str | None, residual: bool, leading: int | None
             + (mask_bytes(x) if bits else 0)
         ),
         keeps_layout=False,
-        saves=tuple(range(2 + layer)) if act in ("silu", "gelu") else tuple(range(1 + layer)),
+        saves=_saved(act, bias=layer),
         units=8 if act in ("silu", "gelu") else 4,
     )
 

@@ -398,6 +398,19 @@ def test_inductor_against_torch(name: str, training: bool) -> None:
     assert max(errors.values()) < 1e-5, errors
 
 
+def test_a_bias_that_changes_before_backward() -> None:
+    """Without an activation no graph keeps it, as eager calls do not."""
+    for norm in (fastnorm.BatchNorm2d(4), fastnorm.LayerNorm(5), fastnorm.GroupNorm(2, 4)):
+        results = []
+        for function in (norm, torch.compile(norm, backend="aot_eager", fullgraph=True)):
+            x = torch.linspace(-1, 2, 300).view(3, 4, 5, 5).requires_grad_()
+            y = function(x)
+            with torch.no_grad():
+                norm.bias.add_(1)
+            results.append(torch.autograd.grad(y, [x, *norm.parameters()], torch.sin(x).detach()))
+        torch.testing.assert_close(*results)
+
+
 def test_one_graph_for_every_batch_size() -> None:
     model = Everything()
     run = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend="aot_eager")

@@ -312,3 +312,26 @@ def test_kept_for_backward(case: Case, dtype: torch.dtype, device: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         case.fastnorm(*tensors)
     assert sum(extra.values()) <= case.kept(tensors[0])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.saves is not None], ids=str)
+@every_device
+def test_what_is_not_kept_may_change_before_backward(case: Case, device: str) -> None:
+    """As the bias of torch.nn's layers may, between the forward and the backward passes of a pipeline."""
+    tensors = case.inputs(case.small, torch.float64, device)
+    results = []
+    for change in (False, True):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = case.fastnorm(*leaves)
+        with torch.no_grad():
+            for i, t in enumerate(leaves[1:]):
+                if change and i not in case.saves:
+                    t.add_(1)
+        dy = cotangent(tensors[0]).requires_grad_()
+        found = torch.autograd.grad(y, leaves, dy, create_graph=case.differentiable_twice)
+        if case.differentiable_twice:
+            value = sum(g.square().sum() for g in found)
+            second = torch.autograd.grad(value, [dy, *leaves], allow_unused=True, materialize_grads=True)
+            found = *found, *second
+        results.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -187,6 +187,18 @@ def test_what_is_kept_and_changed_in_place_is_an_error(changed):
         loss.backward()
 
 
+def test_a_bias_may_change_if_nothing_is_computed_with_it():
+    norm, x = fastnorm.BatchNorm2d(3), torch.randn(2, 3, 4, 4, requires_grad=True)
+    with fastnorm.recompute():
+        loss = norm(x).sum()
+        other = nn.Conv2d(3, 2, 1)(norm(x)).sum()
+    with torch.no_grad():
+        norm.bias.add_(1)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
 def test_an_output_written_outside_of_autograd_is_kept():
     torch.manual_seed(0)
     norm, convolution = fastnorm.BatchNorm2d(3, activation="relu").eval(), nn.Conv2d(3, 3, 1)
