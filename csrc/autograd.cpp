@@ -245,6 +245,12 @@ Tensor apply(Op op, const std::array<const Tensor*, OpFunction::kInputs>& inputs
   return result.y;
 }
 
+void check_without_gradient(const char* op, const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  TORCH_CHECK(!(requires_grad(running_mean) || requires_grad(running_var)) || !at::GradMode::is_enabled(), op,
+              ": not differentiable with respect to running_mean and running_var, got ",
+              requires_grad(running_mean) ? "running_mean" : "running_var", " with requires_grad=True");
+}
+
 // forward(keep) -> y, statistics, mask; setting() -> that of the op's backward.
 template <typename Forward, typename MakeSetting>
 Tensor norm(Op op, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -273,6 +279,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                   std::optional<std::string_view> activation, bool skip_nonfinite_stats,
                   std::optional<std::array<double, 2>> renorm) {
+  check_without_gradient(renorm ? "batch_renorm" : "batch_norm", running_mean, running_var);
   return norm(
       kBatchNorm, input, weight, bias, residual, activation,
       [&](bool keep) {
@@ -310,6 +317,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const Op
                      const OptionalTensor& residual, const OptionalTensor& running_mean,
                      const OptionalTensor& running_var, double momentum, double eps,
                      std::optional<std::string_view> activation) {
+  check_without_gradient("instance_norm", running_mean, running_var);
   return norm(
       kInstanceNorm, input, weight, bias, residual, activation,
       [&](bool keep) {

@@ -23,6 +23,7 @@ from fastnorm.norm import (
     scale_and_shift,
 )
 from fastnorm.norm_module import RankedNormModule
+from fastnorm.op import refuse_bool
 from fastnorm.overrides import overridden
 
 
@@ -210,7 +211,9 @@ def batch_norm(
 
     Raises:
         ValueError: one value per channel in training; eps < 0, or eps = 0 in training; an unknown activation.
-        RuntimeError: a shape, type or device that does not fit; nothing has been written then.
+        RuntimeError: a shape, type or device that does not fit, running statistics that require grad; nothing has been
+            written then.
+        TypeError: a training that is no bool.
 
     Example:
         >>> x = torch.randn(8, 4, 5, 5)
@@ -221,6 +224,8 @@ def batch_norm(
     overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
     if overrides and not is_dynamo_compiling():
         return overridden(batch_norm, locals())
+    if training is not True and training is not False:
+        refuse_bool("batch_norm", "training", training)
     if eps <= 0.0:
         check_eps("batch_norm", training, eps)
     setting = (

@@ -12,6 +12,7 @@ from torch.types import Device
 
 from fastnorm.batch_norm import BatchNormFunction, _BatchNorm, check_eps
 from fastnorm.norm import norm_op
+from fastnorm.op import refuse_bool
 from fastnorm.overrides import overridden
 
 _batch_renorm = norm_op("batch_renorm", BatchNormFunction)
@@ -62,7 +63,9 @@ def batch_renorm(
     Raises:
         ValueError: one value per channel in training; r_max < 1 or d_max < 0; eps < 0, or eps = 0 in training; an
             unknown activation.
-        RuntimeError: no running statistics; a shape, type or device that does not fit; nothing has been written then.
+        RuntimeError: no running statistics, or such that require grad; a shape, type or device that does not fit;
+            nothing has been written then.
+        TypeError: a training that is no bool.
 
     Example:
         >>> x = torch.randn(8, 4, 5, 5) * 2 + 1
@@ -75,6 +78,8 @@ def batch_renorm(
     overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
     if overrides and not is_dynamo_compiling():
         return overridden(batch_renorm, locals())
+    if training is not True and training is not False:
+        refuse_bool("batch_renorm", "training", training)
     if eps <= 0.0:
         check_eps("batch_renorm", training, eps)
     setting = (

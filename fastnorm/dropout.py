@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
 from fastnorm import _C, compile
-from fastnorm.op import apply_of, carry, check_tensor
+from fastnorm.op import apply_of, carry, check_tensor, refuse_bool
 from fastnorm.overrides import overridden, recorded_call
 from fastnorm.transforms import (
     inside_vmap,
@@ -137,7 +137,7 @@ def _whole(op: str, input: Tensor, p: float, training: bool) -> Tensor:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: p must be in [0, 1], got {p}")
     if training is not False and training is not True:
-        raise TypeError(f"{op}: training must be a bool, got {type(training).__name__}")
+        refuse_bool(op, "training", training)
     if not isinstance(input, Tensor):
         check_tensor(op, input)
     return input

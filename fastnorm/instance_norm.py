@@ -17,6 +17,7 @@ from fastnorm.batch_norm import batch_norm
 from fastnorm.group_norm import GroupNormFunction, normalize_groups
 from fastnorm.norm import NormFunction, Setting, complete_norm, norm_op
 from fastnorm.norm_module import RankedNormModule
+from fastnorm.op import refuse_bool
 from fastnorm.overrides import overridden, recorded_call
 
 
@@ -91,8 +92,9 @@ def instance_norm(
 
     Raises:
         ValueError: one position with ``use_input_stats``; an unknown activation.
-        RuntimeError: a shape, type or device that does not fit; no running statistics without ``use_input_stats``.
-            Nothing has been written then.
+        RuntimeError: a shape, type or device that does not fit; running statistics that require grad; none without
+            ``use_input_stats``. Nothing has been written then.
+        TypeError: a use_input_stats that is no bool.
 
     Example:
         >>> x = torch.randn(8, 4, 5, 5)
@@ -103,6 +105,8 @@ def instance_norm(
     overrides = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
     if overrides and not is_dynamo_compiling():
         return overridden(instance_norm, locals())
+    if use_input_stats is not True and use_input_stats is not False:
+        refuse_bool("instance_norm", "use_input_stats", use_input_stats)
     if not use_input_stats:
         return _with_running_statistics(input, running_mean, running_var, weight, bias, eps, residual, activation)
     setting = (running_mean, running_var, momentum, eps, activation)

@@ -91,6 +91,13 @@ def check_tensor(op: str, input: Any) -> None:
         raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}")
 
 
+def refuse_bool(op: str, argument: str, value: Any) -> None:
+    """Of what is neither True nor False, as torch's own ops do: 1 and numpy.bool are no bool of theirs."""
+    kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    raise TypeError(f"{op}: {argument} must be a bool, got {name}")
+
+
 def _untraced(function: Any, *args: Any) -> Tensor:
     """A call into which Dynamo does not look: where a graph broke inside of torch.func's transforms, which then run
     eagerly, it would compile the rules of autograd functions, and cannot."""

@@ -256,6 +256,34 @@ WRONG = {
         TypeError,
         "dropout2d: training must be a bool, got int",
     ),
+    "dropout: training of numpy": (
+        lambda: fn.dropout(X(), 0.5, np.True_),
+        TypeError,
+        "dropout: training must be a bool, got numpy.bool",
+    ),
+    "training 1": (bn(training=1), TypeError, "batch_norm: training must be a bool, got int"),
+    "training of numpy": (bn(training=np.True_), TypeError, "batch_norm: training must be a bool, got numpy.bool"),
+    "batch_renorm: training None": (
+        lambda: fn.batch_renorm(X(), torch.zeros(3), torch.ones(3), training=None),
+        TypeError,
+        "batch_renorm: training must be a bool, got NoneType",
+    ),
+    "instance_norm: use_input_stats 0": (
+        lambda: fn.instance_norm(X(), torch.zeros(3), torch.ones(3), use_input_stats=0),
+        TypeError,
+        "instance_norm: use_input_stats must be a bool, got int",
+    ),
+    **{
+        f"{function}: {name} requires grad": (
+            lambda function=function, name=name: getattr(fn, function)(
+                X(), **{n: torch.ones(3, requires_grad=n == name) for n in ("running_mean", "running_var")}
+            ),
+            RuntimeError,
+            f"{function}: not differentiable with respect to running_mean and running_var, got {name} with",
+        )
+        for function in ("batch_norm", "batch_renorm", "instance_norm")
+        for name in ("running_mean", "running_var")
+    },
     "dropout1d: rank": (lambda: fn.dropout1d(X()), RuntimeError, r"dropout1d: input must have shape \(N, C, L\)"),
     "dropout2d: rank": (lambda: fn.dropout2d(torch.ones(3)), RuntimeError, "dropout2d: input must have shape"),
     "dropout3d: p": (lambda: fn.dropout3d(X(), -1.0), ValueError, "dropout3d: p must be"),
