@@ -13,6 +13,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_make_dual.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
 #include <c10/util/FunctionRef.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -134,6 +136,11 @@ variable_list dropout_gradients(Tensor dy, const Kept& kept) {
   const double p = kept.setting[0].toDouble();
   const int64_t channel_dims = kept.setting[1].toInt();
   const bool alpha = kept.setting[2].toBool();
+  if (dy.layout() !=
+      at::kStrided) {  // of an embedding with sparse gradients, say: the map is linear, element by element
+    const Tensor ones = at::ones(dy.sizes(), dy.options().layout(at::kStrided));
+    return {dy.mul(dropout_gradients(ones, kept)[0])};
+  }
   if (!is_for_kernels(dy))
     return {call_op(alpha ? "alpha_dropout_backward" : "dropout", {dy, p, state, channel_dims})[0].toTensor()};
   if (alpha) return {alpha_dropout_backward(std::move(dy), p, state, channel_dims)};
@@ -251,6 +258,15 @@ void check_without_gradient(const char* op, const OptionalTensor& running_mean, 
               requires_grad(running_mean) ? "running_mean" : "running_var", " with requires_grad=True");
 }
 
+// What torch says when such a tensor is kept, but before running statistics are written.
+void check_may_be_kept(const Tensor& t) {
+  TORCH_CHECK(
+      !t.defined() || !t.is_inference(),
+      "Inference tensors cannot be saved for backward. Please do not use Tensors created in inference mode in "
+      "computation tracked by autograd. To work around this, you can make a clone to get a normal tensor and use "
+      "it in autograd, or use `torch.no_grad()` instead of `torch.inference_mode()`.");
+}
+
 // forward(keep) -> y, statistics, mask; setting() -> that of the op's backward.
 template <typename Forward, typename MakeSetting>
 Tensor norm(Op op, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -258,15 +274,15 @@ Tensor norm(Op op, const Tensor& input, const OptionalTensor& weight, const Opti
             const MakeSetting& setting) {
   if (!makes_node(input, weight, bias, residual)) return std::get<0>(forward(false));
   const auto or_undefined = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
+  const bool keeps_residual = activation == "silu" || activation == "gelu";
+  // Only an activation's slope depends on the value of bias. Else weight stands for it, for its shape and type.
+  const bool keeps_bias = activation || !is_given(weight) || !is_given(bias);
+  const Tensor kept[] = {input, or_undefined(weight), or_undefined(keeps_bias ? bias : weight),
+                         keeps_residual ? or_undefined(residual) : Tensor()};
+  for (const Tensor& t : kept) check_may_be_kept(t);
   const auto run = [&]() -> Result {
     const auto [y, statistics, mask] = forward(true);
-    const bool keeps_residual = activation == "silu" || activation == "gelu";
-    // Only an activation's slope depends on the value of bias. Else weight stands for it, for its shape and type.
-    const bool keeps_bias = activation || !is_given(weight) || !is_given(bias);
-    return {y,
-            {input, or_undefined(weight), or_undefined(keeps_bias ? bias : weight),
-             keeps_residual ? or_undefined(residual) : Tensor(), mask, statistics},
-            setting()};
+    return {y, {kept[0], kept[1], kept[2], kept[3], mask, statistics}, setting()};
   };
   const auto given = [](const OptionalTensor& t) { return is_given(t) ? &*t : nullptr; };
   return apply(op, {&input, given(weight), given(bias), given(residual)}, run);

@@ -140,6 +140,8 @@ class SpectralNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, u, v, sigma = ctx.saved_tensors
+        if dy.layout != torch.strided:  # of an embedding with sparse gradients
+            dy = dy.to_dense()
         if is_for_kernels(dy):
             gradient = _C.spectral_norm_backward
         else:

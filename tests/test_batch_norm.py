@@ -309,3 +309,13 @@ def test_16_bit_types_are_read_and_rounded_as_torchs(dtype: torch.dtype) -> None
     weight = torch.cat([finite, middle, middle.nextafter(infinity), middle.nextafter(-infinity), beyond, -beyond])
     rounded = scaled(torch.ones(weight.numel(), dtype=dtype), weight)
     torch.testing.assert_close(rounded, weight.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "InstanceNorm1d"])
+def test_an_input_that_cannot_be_kept_leaves_the_statistics(name: str) -> None:
+    norm = getattr(fastnorm, name)(3, affine=True, track_running_stats=True)
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        norm(x)
+    assert not norm.running_mean.any() and (norm.running_var == 1).all()

@@ -183,3 +183,20 @@ def test_scaled_mask_reaches_the_gradient() -> None:
     (g,) = torch.autograd.grad(y, x, torch.ones_like(y))
     mask: Tensor = torch.where(y == 0, 0.0, y / x)
     torch.testing.assert_close(g, mask.detach())
+
+
+@pytest.mark.parametrize("name", ["dropout", "alpha_dropout", "drop_path"])
+def test_sparse_gradient(name: str) -> None:
+    """Of an embedding whose weight is dropped in part: as sparse as torch's, and the same mask."""
+    function = getattr(fn, name)
+    for sparse in (True, False):
+        weight = torch.randn(5, 4, requires_grad=True)
+        torch.manual_seed(0)
+        nn.functional.embedding(
+            torch.tensor([0, 1, 2, 3, 4, 1]), function(weight, 0.5, training=True), sparse=sparse
+        ).sum().backward()
+        assert weight.grad.is_sparse is sparse
+        if sparse:
+            found = weight.grad.to_dense()
+    torch.testing.assert_close(found, weight.grad)
+    assert found.any()

@@ -368,3 +368,17 @@ def test_message(name: str) -> None:
     with pytest.raises(kind, match=message):
         call()
     assert torch.equal(U4, torch.ones(4)) and torch.equal(V6, torch.ones(6))
+
+
+def test_sparse_gradient_of_spectral_norm() -> None:
+    torch.manual_seed(0)
+    gradients = []
+    embedding = torch.nn.Embedding(5, 4)
+    for module, sparse in ((fastnorm.parametrizations, True), (torch.nn.utils.parametrizations, False)):
+        layer = torch.nn.Embedding(5, 4, sparse=sparse, _weight=embedding.weight.detach().clone())
+        layer.weight.requires_grad_()
+        torch.manual_seed(1)
+        layer = module.spectral_norm(layer)
+        layer(torch.tensor([1, 2, 1])).square().sum().backward()
+        gradients.append(layer.parametrizations.weight.original.grad)
+    torch.testing.assert_close(*gradients)
