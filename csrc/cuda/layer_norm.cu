@@ -413,7 +413,8 @@ __global__ void __launch_bounds__(backward_threads(std::is_same_v<T, double>), 1
 
 // A block a row, read twice: dx and dresidual.
 template <typename T, int kPack>
-__global__ void __launch_bounds__(kLongRowThreads) backward_long_rows(const __grid_constant__ Backward<T> a) {
+__global__ void __launch_bounds__(kLongRowThreads, std::is_same_v<T, double> ? 1 : 2)
+    backward_long_rows(const __grid_constant__ Backward<T> a) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   SMEM_ARRAY(double, scratch, 2 * kMostSums * (kMaxWarps + 1));

@@ -77,33 +77,37 @@ class Walk {
     return run < static_cast<int64_t>(last) * kBatch ? run : p.runs;
   }
 
-  // Of a long run: where that begins, and the piece's first window in it. Found once for all windows of the piece, for
-  // it takes a division.
+  // Of a long run: where that begins, and the team's first window in it, -1 if the team has no piece. Found once for all
+  // windows of the piece, for it takes a division.
   struct Piece {
-    int64_t run, from;
+    int64_t from;
     int window;
   };
   __device__ Piece piece(int k) const {
-    if (p.per_run == 0) return {};
-    const int64_t of_piece = run(k, 0);
-    return {of_piece, start_ + of_piece * p.run_stride, (k + team - static_cast<int>(of_piece) * p.per_run) * p.span};
+    const int piece = k + team;
+    if (p.per_run == 0 || piece >= last) return {0, -1};
+    const int run = piece / p.per_run;
+    return {start_ + run * p.run_stride, (piece - run * p.per_run) * p.span};
   }
 
   // Window u of the pieces k .. k + teams - 1; `of_long` is piece(k).
   __device__ Place place(int k, int u, const Piece& of_long) const {
-    const bool is_long = p.per_run > 0;
-    const int64_t of_window = is_long ? of_long.run : run(k, u);
-    const int64_t from = is_long ? of_long.from : start_ + of_window * p.run_stride;
-    const int inside = lane + (is_long ? u * p.team : 0);  // of the piece's windows of this run
-    const int window = (is_long ? of_long.window : 0) + inside;
+    int64_t from = of_long.from;
+    int inside = lane, window = of_long.window;  // of the piece's windows of this run, of all
+    if (p.per_run > 0) {
+      inside += u * p.team;
+    } else {
+      const int64_t short_run = run(k, u);
+      from = start_ + short_run * p.run_stride;
+      window = short_run < p.runs ? 0 : -1;
+    }
+    if (window < 0 || inside >= p.span) return {0, 0, 0};
+    window += inside;
     // Windows of planes are the tensor's, so that they are aligned wherever the plane begins: `head` elements of the
     // first ones, of which there are eight at most, come before it.
     const int head = p.strips ? 0 : static_cast<int>(from & 7);
-    const int64_t i = from - head + static_cast<int64_t>(window) * kN;
-    if (of_window >= p.runs || inside >= p.span) return {i, 0, 0};
-    const int begin = head - min(window, 8) * kN;
-    const int64_t left = from + length_ - i;
-    return {i, static_cast<short>(max(0, min(kN, begin))),
+    const int64_t i = from - head + static_cast<int64_t>(window) * kN, left = from + length_ - i;
+    return {i, static_cast<short>(max(0, min(kN, head - min(window, 8) * kN))),
             static_cast<short>(left < kN ? max(0, static_cast<int>(max(left, int64_t{-1}))) : kN)};
   }
 
