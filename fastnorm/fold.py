@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from fastnorm import batch_norm
 from fastnorm.activation import add_and_activate, norm_with_residual
 from fastnorm.convert import Skip, skipped_modules
+from fastnorm.state import reachable
 from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.trace import PARALLEL, attribute, does_more, trace_everything
 
@@ -170,7 +171,7 @@ class _Folding:
         self.untouchable = untouchable
         self.read_directly: set[int] = set()  # ids of tensors that some forward takes out of a layer
         forwards, used = trace_everything(model, _leaf)
-        self.untouchable |= used
+        self.untouchable |= used | reachable(model)[1]
         for module, _, graph, failure, *_ in forwards:
             for node in list(graph.nodes):
                 if node.op == "get_attr":

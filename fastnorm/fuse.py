@@ -19,6 +19,7 @@ from torch.package import sys_importer
 from fastnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fastnorm.activation import norm_with_residual
 from fastnorm.convert import becomes_norm, to_fastnorm
+from fastnorm.state import reachable
 from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.trace import Traced, attribute, does_more, in_place, trace, used_unseen
 
@@ -115,7 +116,7 @@ def fuse(model: Model) -> Model:
         return traced[module, name]
 
     ran = {code for variants in traced.values() for t in variants for code in t.codes}
-    uncounted: set[nn.Module | None] = set().union(*used_unseen(modules, ran, graphs))
+    uncounted: set[nn.Module | None] = reachable(model)[1].union(*used_unseen(modules, ran, graphs))
     functions = [t for variants in traced.values() for t in variants]
     calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
     places: dict[nn.Module, int] = defaultdict(int)  # where forwards call a layer; methods show the same once more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -222,6 +223,17 @@ def test_left_alone(forward: Callable[..., Tensor]) -> None:
 )
 def test_shared_layers_that_fold(forward: Callable[..., Tensor]) -> None:
     check(ready(Graph(forward, **conv_and_norm(other=nn.Conv2d(4, 4, 1)))), torch.randn(2, 4, 5, 5))
+
+
+def test_layers_that_are_held_elsewhere() -> None:
+    """To replace a normalisation in _modules does not do it."""
+    for hold in (
+        lambda m: [(m.conv, m.norm)],
+        lambda m: [(functools.partial(m.conv), m.norm.forward)],
+    ):
+        model = Graph(lambda m, x: m.held[0][1](m.held[0][0](x)), **conv_and_norm())
+        model.held = hold(model)
+        check(ready(model), torch.randn(2, 4, 5, 5), left=1)
 
 
 def test_one_weight_in_two_convolutions() -> None:

@@ -11,6 +11,7 @@ import traceback
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import networks
 import pytest
@@ -343,6 +344,35 @@ def test_shared_layers() -> None:
     check(nn.Sequential(norm, nn.ReLU(), nn.Sequential(norm, nn.SiLU())), X)  # one norm before two activations
     block = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
     check(nn.Sequential(block, block), X, **{"0.1": "relu"})  # one block at two places
+
+
+HELD: dict[str, Callable[[nn.Module], object]] = {
+    "list": lambda m: [m.norm, m.relu],
+    "nested": lambda m: [{"layers": (m.norm, m.relu)}],
+    "partial": lambda m: [functools.partial(nn.Sequential.forward, nn.Sequential(m.norm, m.relu))],
+    "method": lambda m: [m.norm.forward, m.relu.forward],
+    "closure": lambda m: [(lambda norm, relu: lambda x: relu(norm(x)))(m.norm, m.relu)],
+    "object": lambda m: SimpleNamespace(norm=m.norm, relu=m.relu),
+}
+
+
+@pytest.mark.parametrize("how", HELD)
+def test_layers_that_are_held_elsewhere(how: str) -> None:
+    """They are the model's own, but to replace them in _modules does not do it."""
+
+    def flat(value: Any) -> list[Callable[[Tensor], Tensor]]:
+        if isinstance(value, (SimpleNamespace, dict)):
+            value = list((value if isinstance(value, dict) else vars(value)).values())
+        return [f for v in value for f in flat(v)] if isinstance(value, (list, tuple)) else [value]
+
+    model = Graph(lambda m, x: functools.reduce(lambda y, layer: layer(y), flat(m.held), x))
+    model.held = HELD[how](model)
+    randomize(model)
+    wanted = copy.deepcopy(model)(X)
+    assert difference(fastnorm.fuse(model)(X), wanted) < 1e-6 and type(model.relu) is nn.ReLU
+    object.__setattr__(model := Graph(lambda m, x: m.alias(m.norm(x))), "alias", model.relu)
+    wanted = copy.deepcopy(model)(X)
+    assert difference(fastnorm.fuse(model)(X), wanted) < 1e-6
 
 
 def test_layers_that_are_also_called_from_outside() -> None:

@@ -1,0 +1,130 @@
+"""What the code of a model can get at beside its layers: what fold.py and fuse.py remember and put back, for to look at
+a forward torch.fx runs it."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import os
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._mode_utils import no_dispatch
+
+_CONTAINERS = (list, dict, set, frozenset, tuple, deque)
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)  # there is nothing in them
+_LEVELS = 8  # of what is in what
+_MANY = 1000  # containers of more are data
+_OTHERS = {"torch", "fastnorm", "numpy", *sys.stdlib_module_names}
+_FOLDERS = os.path.dirname(torch.__file__), os.path.dirname(__file__), os.path.dirname(np.__file__)
+_LIBRARY = os.path.dirname(os.__file__)
+
+
+def is_users(code: CodeType) -> bool:
+    """Whether code is neither torch's, fastnorm's, numpy's nor Python's own."""
+    file = code.co_filename
+    own = file.startswith(_LIBRARY) and "-packages" not in file
+    return not own and not file.startswith((*_FOLDERS, "<frozen "))
+
+
+def _is_users_class(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in _OTHERS
+
+
+def reachable(model: nn.Module) -> tuple[list[Any], set[nn.Module]]:
+    """Whatever attributes, and the methods of the classes by their globals and closures, lead to from the modules of a
+    model; and those modules among it: replaced in the model, these would stay where they are as well."""
+    roots = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    inside = set(model.modules())
+    found: dict[int, Any] = {}
+    held: set[nn.Module] = set()
+    level: Iterable[Any] = roots
+    for depth in range(_LEVELS):
+        after: list[Any] = []
+        for value in level:
+            kind = type(value)
+            if depth and issubclass(kind, nn.Module):
+                held.add(value)
+                after += [] if value in inside else value.modules()
+            if kind not in _VALUES and id(value) not in found:
+                found[id(value)] = value
+                after += _parts(value)
+        level = after
+    return list(found.values()), held
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    kind = type(value)
+    if issubclass(kind, nn.Module):
+        yield from (v for key, v in vars(value).items() if key not in _OF_EVERY_MODULE)
+        yield kind
+    elif issubclass(kind, _CONTAINERS):
+        if len(value) <= _MANY:
+            yield from value.values() if issubclass(kind, dict) else value
+    elif issubclass(kind, type):
+        if _is_users_class(value):
+            yield from (*vars(value).values(), *value.__bases__)
+    elif issubclass(kind, FunctionType):
+        if is_users(value.__code__):
+            yield from (value.__defaults__, value.__kwdefaults__, getattr(value, "__wrapped__", None))
+            yield from value.__closure__ or ()
+            yield from _globals(value.__code__, value.__globals__)
+    elif issubclass(kind, CellType):
+        yield from _contents(value)
+    elif issubclass(kind, (MethodType, BuiltinFunctionType)):
+        yield from (value.__self__, getattr(value, "__func__", None))
+    elif issubclass(kind, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif issubclass(kind, (staticmethod, classmethod)):
+        yield value.__func__
+    elif issubclass(kind, property):
+        yield value.fget
+    elif issubclass(kind, functools.cached_property):
+        yield value.func
+    elif _is_users_class(kind) or issubclass(kind, SimpleNamespace):
+        yield from (*getattr(value, "__dict__", {}).values(), *_slots(value).values(), kind)
+
+
+def _contents(cell: CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # it is empty
+        return []
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    names = (name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ())))
+    return {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
+
+
+def _names(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
+
+
+def _globals(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
+    """The values of the global names in a function; of modules, of those names that it takes out."""
+    for name in _global_names(code):
+        value = scope.get(name)
+        if isinstance(value, ModuleType):
+            if value.__name__.partition(".")[0] not in _OTHERS:
+                yield from (vars(value)[key] for key in _all_names(code) if key in vars(value))
+        else:
+            yield value
+
+
+@functools.lru_cache(4096)
+def _global_names(code: CodeType, operations: str = "LOAD_GLOBAL LOAD_NAME") -> frozenset[str]:
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in operations.split()}
+    return frozenset(names.union(*(_global_names(c, operations) for c in code.co_consts if isinstance(c, CodeType))))
+
+
+def _all_names(code: CodeType) -> set[str]:
+    return set(code.co_names).union(*(_all_names(c) for c in code.co_consts if isinstance(c, CodeType)))
