@@ -16,7 +16,7 @@ from fastnorm.activation import add_and_activate, norm_with_residual
 from fastnorm.convert import Skip, skipped_modules
 from fastnorm.state import reachable
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import PARALLEL, attribute, does_more, trace_everything
+from fastnorm.trace import PARALLEL, attribute, does_more, trace_everything, writes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -269,8 +269,20 @@ class _Folding:
         return (
             _channels_in(layer) == norm.num_features
             and all(call.input in outputs for call in self.calls[layer])
+            and not any(self._written(call) for call in self.calls[norm])
             and (not padded or layer.padding_mode != "zeros" or not shift.any())
         )
+
+    def _written(self, call: _Call) -> bool:
+        """Whether a normalisation's input may be written before its output is used, which is to be the same tensor."""
+        is_own = isinstance(self.layer_of.get(call.input), (*_CONVOLUTIONS, nn.Linear)) and len(call.input.users) == 1
+        users, node = set(call.node.users), call.node
+        while users and not is_own:
+            node = node.next
+            users.discard(node)
+            if users and writes(node, self.layer_of.get(node), _leaf):
+                return True
+        return False
 
     def _replace(self, norm: nn.Module, layers: set[nn.Module]) -> None:
         """Puts in the normalisation's place what is left of it, in the model and in the graphs."""

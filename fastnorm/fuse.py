@@ -21,7 +21,7 @@ from fastnorm.activation import norm_with_residual
 from fastnorm.convert import becomes_norm, to_fastnorm
 from fastnorm.state import reachable
 from fastnorm.sync_batch_norm import SyncBatchNorm
-from fastnorm.trace import Traced, attribute, does_more, in_place, trace, used_unseen
+from fastnorm.trace import Traced, attribute, does_more, in_place, trace, used_unseen, writes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -276,7 +276,7 @@ def _adds_residual(module: nn.Module, norm: fx.Node, addition: fx.Node) -> bool:
     summands = _summands(addition)
     if summands is None or summands[0] is summands[1]:
         return False
-    if _writes(module, addition) and summands[0] is not norm:  # into the residual
+    if writes(addition, None, _is_layer) and summands[0] is not norm:  # into the residual
         return False
     if norm.kwargs or len(norm.args) != 1 or len(norm.args[0].users) != 1:
         return False
@@ -285,21 +285,10 @@ def _adds_residual(module: nn.Module, norm: fx.Node, addition: fx.Node) -> bool:
     while node is not addition:
         if node.op == "get_attr" and node.target.startswith(f"{norm.target}."):
             return False  # a running statistic, which is read after the update
-        if not is_own and _writes(module, node):
+        if not is_own and writes(node, _layer(module, node), _is_layer):
             return False
         node = node.next
     return True
-
-
-def _writes(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node may write into a tensor that was there before."""
-    if node.op == "call_module":
-        layer = _layer(module, node)
-        return not _is_layer(layer) or bool(getattr(layer, "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "unknown_")
-    return node.target is in_place or name.endswith("_") or bool(node.kwargs.get("inplace") or node.kwargs.get("out"))
 
 
 def _rewrite(graph: fx.Graph, site: _Site) -> None:

@@ -329,6 +329,17 @@ def attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
+def writes(node: fx.Node, layer: nn.Module | None, is_layer: Leaf) -> bool:
+    """Whether a node, which calls ``layer`` if any, may write into a tensor that was there before."""
+    if node.op == "call_module":
+        return not is_layer(layer) or bool(getattr(layer, "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "unknown_")
+    flagged = any(flag is True for flag in (*node.args, node.kwargs.get("inplace")))  # as in F.relu(x, True)
+    return node.target is in_place or name.endswith("_") or flagged or "out" in node.kwargs
+
+
 def does_more(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward, or something else: hooks, a forward of its own."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -223,6 +224,33 @@ def test_left_alone(forward: Callable[..., Tensor]) -> None:
 )
 def test_shared_layers_that_fold(forward: Callable[..., Tensor]) -> None:
     check(ready(Graph(forward, **conv_and_norm(other=nn.Conv2d(4, 4, 1)))), torch.randn(2, 4, 5, 5))
+
+
+@pytest.mark.parametrize(
+    ("write", "left"),
+    (
+        (lambda m, x: m.relu(x), 1),
+        (lambda m, x: m.block(x), 1),
+        (lambda m, x: nn.functional.relu(x, True), 1),
+        (lambda m, x: x[:].add_(1), 1),
+        (lambda m, x: operator.iadd(x, 1), 1),
+        (lambda m, x: x.sin(), 0),
+    ),
+    ids=("layer", "block", "function", "method", "augmented", "none"),
+)
+def test_a_write_into_the_input_of_a_normalisation(write: Callable[..., Tensor], left: int) -> None:
+    """nn.Identity, in its place, would return the input itself."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = x.sin()
+        h = m.norm(x)
+        shortcut = write(m, x)
+        return m.conv(h) + shortcut
+
+    block = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+    block.register_forward_hook(lambda module, args, y: None)
+    model = Graph(forward, **conv_and_norm(relu=nn.ReLU(inplace=True), block=block))
+    check(ready(model), torch.randn(2, 4, 5, 5), left)
 
 
 def test_layers_that_are_held_elsewhere() -> None:
