@@ -115,7 +115,7 @@ def _globals(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
         value = scope.get(name)
         if isinstance(value, ModuleType):
             if value.__name__.partition(".")[0] not in _OTHERS:
-                yield from (vars(value)[key] for key in _all_names(code) if key in vars(value))
+                yield from (vars(value)[key] for key in all_names(code) if key in vars(value))
         else:
             yield value
 
@@ -126,5 +126,6 @@ def _global_names(code: CodeType, operations: str = "LOAD_GLOBAL LOAD_NAME") -> 
     return frozenset(names.union(*(_global_names(c, operations) for c in code.co_consts if isinstance(c, CodeType))))
 
 
-def _all_names(code: CodeType) -> set[str]:
-    return set(code.co_names).union(*(_all_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+def all_names(code: CodeType) -> set[str]:
+    """The global names and attributes in a function, and in those inside it."""
+    return set(code.co_names).union(*(all_names(c) for c in code.co_consts if isinstance(c, CodeType)))

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.utils._mode_utils import no_dispatch
 
 from fastnorm.activation import norm_with_residual
+from fastnorm.state import all_names
 
 Leaf = Callable[[nn.Module], bool]
 
@@ -351,7 +352,7 @@ def methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
 
     What was overridden is there too, super() reaches it; properties are, by the function that gets their value.
     """
-    replaced: set[str] = {"__init__"}  # that has run, and will not run again
+    replaced: Any = ()
     for kind in type(module).__mro__:
         if kind is object or kind.__module__.startswith(("torch.", "fastnorm.")):
             continue
@@ -360,10 +361,10 @@ def methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
                 value = getattr(value, "func", None) or getattr(value, "fget", None)
             elif isinstance(value, (staticmethod, classmethod)):
                 value = value.__func__
-            if name not in replaced and isinstance(value, FunctionType):
+            # __init__ has run, and will not run again.
+            if name not in replaced and name != "__init__" and isinstance(value, FunctionType):
                 yield name, inspect.unwrap(value)
-        if "_fused_source" in vars(kind):  # its methods are those of its base, generated
-            replaced.update(vars(kind))
+        replaced = vars(kind) if "_fused_source" in vars(kind) else ()  # methods of its base, generated
 
 
 def layers_used(module: nn.Module, function: Callable[..., Any]) -> set[nn.Module]:
@@ -509,7 +510,10 @@ def used_unseen(
     """
     for module in modules:
         for name, function in methods(module):
-            if name == "forward":
+            # A module's own forward may have run as part of another's graph; what super() reaches is in its own.
+            if function is not inspect.unwrap(getattr(type(module), name)) and _called_by_others(module, name):
+                seen = False
+            elif name == "forward" and function is inspect.unwrap(type(module).forward):
                 seen = _failure(graphs(module, name)) is None
             else:
                 seen = (
@@ -517,6 +521,15 @@ def used_unseen(
                 )
             if not seen:
                 yield layers_used(module, function)
+
+
+def _called_by_others(module: nn.Module, name: str) -> bool:
+    """Whether a method of another name may call what a method overrides: super().name(x), or Base.name(self, x)."""
+    bases = {kind.__name__ for kind in type(module).__mro__}
+    return any(
+        other != name and name in (names := all_names(function.__code__)) and (bases | {"super"}) & names
+        for other, function in methods(module)
+    )
 
 
 def _is_run(module: nn.Module, name: str, ran: Container[CodeType]) -> bool:

@@ -527,6 +527,31 @@ def test_other_methods(kind: str) -> None:
     check(ready(Graph(decides, net=model)), x, left=2)
 
 
+def test_a_forward_that_is_overridden_and_called_by_another_method() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    class Normalised(Raw):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x))
+
+        def raw(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Extended(Normalised):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(Raw.forward(self, x))
+
+    for kind in (Normalised, Extended):
+        folded = check(model := ready(kind()), images(2), left=1)
+        assert difference(folded.raw(images(2)), model.raw(images(2))) < TOLERANCE
+
+
 def test_a_method_with_both() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

@@ -603,6 +603,40 @@ def test_methods_that_forward_calls(activation: str) -> None:
     assert difference(model.eval().forward_features(X), plain.eval().forward_features(X)) < 1e-6
 
 
+class Plain(Graph):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class Overrides(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) + F.relu(self.other(x))
+
+    def method(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Extends(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x)) + F.relu(self.other(x))
+
+    def method(self, x: Tensor) -> Tensor:
+        return Plain.forward(self, x)
+
+
+@pytest.mark.parametrize("kind", (Overrides, Extends))
+def test_a_forward_that_is_overridden_and_called_by_another_method(kind: type[Graph]) -> None:
+    """Also when fused again, though the class has a forward of its own by then."""
+    model = kind(F.relu)
+    for _ in range(2):
+        check(model, X, other="relu")
+        plain = kind(F.relu).eval()
+        plain.load_state_dict(model.state_dict())
+        assert difference(model.eval().method(X), plain.method(X)) < 1e-6
+    only = type("Only", (Plain,), {"forward": lambda self, x: F.relu(Plain.forward(self, x))})
+    check(only(F.relu), X, norm="relu")
+
+
 def test_fused_in_two_turns() -> None:
     """The second class has all that was generated for the first."""
 
