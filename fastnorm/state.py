@@ -30,7 +30,11 @@ _LIBRARY = os.path.dirname(os.__file__)
 
 def is_users(code: CodeType) -> bool:
     """Whether code is neither torch's, fastnorm's, numpy's nor Python's own."""
-    file = code.co_filename
+    return _is_users_file(code.co_filename)
+
+
+@functools.lru_cache(4096)
+def _is_users_file(file: str) -> bool:
     own = file.startswith(_LIBRARY) and "-packages" not in file
     return not own and not file.startswith((*_FOLDERS, "<frozen "))
 

@@ -6,7 +6,6 @@ import dis
 import functools
 import inspect
 import operator
-import os
 import random
 import sys
 import warnings
@@ -22,6 +21,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from fastnorm.activation import norm_with_residual
 from fastnorm.state import all_names
+from fastnorm.watch import Watch, asked_whether_none
 
 Leaf = Callable[[nn.Module], bool]
 
@@ -100,17 +100,12 @@ class _Tracer(fx.Tracer):
         self._leaf = leaf
         self._mode = _mode()
         self.shows_all = True
-        self.codes: set[CodeType] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.shows_all &= _mode() == self._mode
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code is not trace.__code__:
-            self.codes.add(frame.f_code)
-            frame = frame.f_back
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -156,8 +151,9 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
     tracer.graph, tracer.traced_func_name = fx.Graph(), name
     attributes, generators = _attributes(module), _generators()
     failure = None
+    watch = Watch(module, getattr(inspect.unwrap(function), "__code__", None))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), watch:
             warnings.simplefilter("ignore")
             tracer.trace(module, None if given else defaults)
     except Exception as error:  # forward may raise anything when it meets a proxy
@@ -169,17 +165,17 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
         failure = failure or "forward sets attributes"
     if _rewind(generators):
         failure = failure or "forward draws random numbers"
-    if any(not code.co_filename.startswith(_NOT_FORWARDS) and _asked(code, *_QUESTIONS) for code in tracer.codes):
-        failure = failure or "forward asks what an argument is"
+    if watch.doubt is not None:
+        failure = failure or f"what forward does may depend on more than modules ({watch.doubt})"
     complete = failure is None and tracer.shows_all and not defaults
-    return Traced(module, name, tracer.graph, failure, complete, frozenset(tracer.codes))
+    return Traced(module, name, tracer.graph, failure, complete, frozenset(watch.codes))
 
 
 def left_out(function: Callable[..., Any]) -> dict[str, Any]:
     """The arguments that a call of a method may be without, and what they are then: those that have a default, and
     those of which the method asks whether they are None, which a proxy never is."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    asked = _asked(code, "is None") if code else ()
+    asked = asked_whether_none(code) if code else ()
     return {
         p.name: None if p.default is p.empty else p.default
         for p in inspect.signature(function).parameters.values()
@@ -187,42 +183,7 @@ def left_out(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-# Of what a proxy answers wrongly, and cannot notice; but ``x is None``, for which see left_out().
-_QUESTIONS = ("is", "type", "hasattr", "getattr")
-
-
-def _asked(code: CodeType, *questions: str) -> set[str]:
-    """The arguments of a function of which it asks one of these."""
-    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return {x for question, x in _asks(code) if question in questions and x in arguments and x != "self"}
-
-
-@functools.lru_cache(4096)
-def _asks(code: CodeType) -> frozenset[tuple[str, str]]:
-    """Each question that a function asks, "is None", "is" (something else) or a function's name, and the variable."""
-    found: set[tuple[str, str]] = set()
-    function = ""
-    loaded = ["", ""]
-    for instruction in dis.get_instructions(code):
-        operation, value = instruction.opname, instruction.argval
-        if "_NONE" in operation:  # a jump, from Python 3.11 on
-            found.add(("is None", loaded[-1]))
-        elif operation == "IS_OP":
-            found.update(("is None" if "None" in loaded[-2:] else "is", x) for x in loaded[-2:])
-        elif operation not in _NOTHING:
-            variables = _variables(operation, value)
-            if function and variables:
-                found.add((function, variables[0]))
-            loaded += variables or ["None" if operation == "LOAD_CONST" and value is None else ""]
-            function = value if operation == "LOAD_GLOBAL" else ""
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            found |= _asks(constant)
-    return frozenset(found)
-
-
 _NOTHING = ("EXTENDED_ARG", "CACHE", "NOP")  # instructions of no meaning here
-_NOT_FORWARDS = os.path.dirname(torch.__file__), os.path.dirname(__file__)  # what else is on the stack
 
 
 def _variables(operation: str, value: Any) -> list[str]:
@@ -462,7 +423,13 @@ def trace_everything(model: nn.Module, leaf: Leaf) -> tuple[list[Traced], set[nn
         found = len(opaque)
         for child in m.children():
             prepare(child)
-        if len(opaque) == found or not attempt(m):
+        if len(opaque) == found:  # each by itself can be traced, but not with what it gets here
+            blocks = {child for child in m.modules() if child is not m and not leaf(child)}
+        else:
+            blocks = set()
+        opaque.update(blocks)
+        if not attempt(m):
+            opaque.difference_update(blocks)
             opaque.add(m)
 
     seen: set[nn.Module] = set()
@@ -510,10 +477,9 @@ def used_unseen(
     """
     for module in modules:
         for name, function in methods(module):
-            # A module's own forward may have run as part of another's graph; what super() reaches is in its own.
             if function is not inspect.unwrap(getattr(type(module), name)) and _called_by_others(module, name):
                 seen = False
-            elif name == "forward" and function is inspect.unwrap(type(module).forward):
+            elif name == "forward":  # if it is overridden, only that calls it
                 seen = _failure(graphs(module, name)) is None
             else:
                 seen = (

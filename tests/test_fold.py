@@ -444,6 +444,57 @@ def test_arguments_that_can_be_left_out() -> None:
         assert difference(folded(images(2), scale), model(images(2), scale)) < TOLERANCE
 
 
+def exists(value: object) -> bool:
+    return value is not None
+
+
+def caught(m: nn.Module, x: dict[str, Tensor]) -> Tensor:
+    y = m.conv(x["x"])
+    try:
+        return m.norm(y) + x["mask"]
+    except KeyError:
+        return y
+
+
+@pytest.mark.parametrize(
+    "forward",
+    (
+        lambda m, x: m.norm(m.conv(x["x"])) if x.get("mask") is not None else m.conv(x["x"]),
+        lambda m, x: m.norm(m.conv(x["x"])) if exists(x["none"]) else m.conv(x["x"]),
+        lambda m, x: m.norm(m.conv(x["x"])) if x["x"].dtype is torch.float64 else m.conv(x["x"]),
+        lambda m, x: m.norm(m.conv(x["x"])) if torch.is_grad_enabled() else m.conv(x["x"]),
+        lambda m, x: m.norm(m.conv(x["x"])) if not torch.is_inference_mode_enabled() else m.conv(x["x"]),
+        caught,
+    ),
+    ids=("get", "helper", "type", "grad", "inference", "try"),
+)
+def test_what_only_a_value_can_answer(forward: Callable[..., Tensor]) -> None:
+    """A proxy is never None; and forward may be called in another mode than it was traced in."""
+    model = ready(Graph(forward, **conv_and_norm()))
+    folded, x = fastnorm.fold_batch_norm(model), {"x": torch.randn(2, 4, 5, 5), "none": None}
+    with torch.inference_mode():
+        assert difference(folded(x), model(x)) < TOLERANCE
+
+
+def test_blocks_that_ask_in_one_that_does_not() -> None:
+    """Of what the block before returns, it is not known whether it is None: both fold by themselves."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+            return self.norm(self.conv(x if skip is None else x + skip))
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.norm(m.conv(x))
+        return m.b(m.a(x, None), x[:, :3])
+
+    layers = {"conv": nn.Conv2d(3, 3, 1), "norm": nn.BatchNorm2d(3)}
+    check(ready(Graph(forward, a=Block(), b=Block(), **layers)), images(2))
+
+
 def test_layers_of_a_sequential_that_are_used_one_by_one() -> None:
     """As in a perceptual loss: the output of the convolution is taken out before it is normalised."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -547,6 +548,87 @@ def test_arguments_that_may_be_no_tensors(forward: Callable[..., Tensor]) -> Non
     """Without a default, too. A proxy is never None, and takes everything for an attribute."""
     block = type("Block", (Graph,), {"forward": forward})
     check(Graph(lambda m, x: m.block(x, None) + m.block(x, X), block=block(F.relu)), X)
+
+
+def exists(value: object) -> bool:
+    return value is not None
+
+
+def unpacked(m: nn.Module, x: Any) -> Tensor:
+    x, skip = x
+    return F.relu(m.norm(x if skip is None else x + skip))
+
+
+def caught(m: nn.Module, x: Any) -> Tensor:
+    try:
+        return F.relu(m.norm(x["x"])) * x["mask"]
+    except KeyError:
+        return F.relu(m.norm(x["x"]))
+
+
+def suppressed(m: nn.Module, x: Any) -> Tensor:
+    with contextlib.suppress(KeyError):
+        x["x"] += x["mask"]
+    return F.relu(m.norm(x["x"]))
+
+
+def matched(m: nn.Module, x: Any) -> Tensor:
+    match x:
+        case {"x": y}:
+            x = y
+        case _:
+            pass
+    return F.relu(m.norm(x))
+
+
+def renamed(m: nn.Module, x: Any) -> Tensor:
+    mask, x = x["mask"], x["x"]
+    before = mask
+    y = F.relu(m.norm(x))
+    return y if before is None else y * before
+
+
+ASKS: dict[str, tuple[Callable[[nn.Module, Any], Tensor], Any]] = {
+    "unpacked": (unpacked, (X, None)),
+    "get": (lambda m, x: F.relu(m.norm(x["x"])) if x.get("mask") is None else x["x"], {"x": X}),
+    "helper": (lambda m, x: F.relu(m.norm(x[0])) if exists(x[1]) else x[0], (X, None)),
+    "renamed": (renamed, {"x": X, "mask": None}),
+    "or": (lambda m, x: F.relu(m.norm(x[0] if (x[1] if m.relu else m) is None else -x[0])), (X, None)),
+    "type": (lambda m, x: F.relu(m.norm(x)) * (2 if x.dtype is torch.float32 else 3), X),
+    "hasattr": (lambda m, x: F.relu(m.norm(x["x"])) * (2 if hasattr(x["x"], "mask") else 3), {"x": X}),
+    "is_tensor": (lambda m, x: F.relu(m.norm(x)) if torch.is_tensor(x) else m.norm(x), X),
+    "try": (caught, {"x": X}),
+    "suppress": (suppressed, {"x": X}),
+    "match": (matched, {"x": X}),
+    "inference": (lambda m, x: F.relu(m.norm(x)) if torch.is_inference_mode_enabled() else m.norm(x), X),
+}
+
+
+@pytest.mark.parametrize("kind", ASKS)
+def test_what_only_a_value_can_answer(kind: str) -> None:
+    """And a proxy answers all the same."""
+    forward, x = ASKS[kind]
+    model = Graph(forward)
+    with torch.inference_mode():
+        wanted = copy.deepcopy(model)(x)
+    fastnorm.fuse(model)
+    with torch.inference_mode():
+        assert difference(model(x), wanted) < 1e-6 and not activations(model)
+
+
+def test_what_a_model_says_of_itself() -> None:
+    """Whether it has a layer, or an attribute, is always the same; and what a layer returns is a tensor."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.conv(x) if m.missing is None and hasattr(m, "relu") and getattr(m, "oth" + "er") else x
+        y = helper(m, y, m.conv(y), None)
+        return F.relu(m.norm(y))
+
+    def helper(m: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        x = x if scale is None else x * scale
+        return x if shift is None else x + shift
+
+    check(Graph(forward, missing=None), X, norm="relu")
 
 
 class Features(nn.Module):
