@@ -101,6 +101,9 @@ def fold_batch_norm(model: Model, *, skip: Skip = ()) -> Model:
     (getattr, hooks, code outside the model's classes), and single layers of a Sequential that a forward which cannot be
     traced, or such a method, takes out.
 
+    What forward reads from attributes and globals when this is called is fixed: a flag that makes it leave a
+    normalisation out, or take another way, is to be set before.
+
     Args:
         model: in eval mode, or at least all its batch normalisations. It is not changed.
         skip: layers to leave as they are, by name or by a function, as :func:`convert` takes them.

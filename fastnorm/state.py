@@ -6,7 +6,6 @@ from __future__ import annotations
 import dis
 import functools
 import os
-import random
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._mode_utils import no_dispatch
+from torch import nn
 
 _CONTAINERS = (list, dict, set, frozenset, tuple, deque)
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
@@ -115,7 +113,7 @@ def _names(slots: Any) -> Iterable[str]:
 
 def _globals(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
     """The values of the global names in a function; of modules, of those names that it takes out."""
-    for name in _global_names(code):
+    for name in global_names(code):
         value = scope.get(name)
         if isinstance(value, ModuleType):
             if value.__name__.partition(".")[0] not in _OTHERS:
@@ -125,9 +123,9 @@ def _globals(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
 
 
 @functools.lru_cache(4096)
-def _global_names(code: CodeType, operations: str = "LOAD_GLOBAL LOAD_NAME") -> frozenset[str]:
+def global_names(code: CodeType, operations: str = "LOAD_GLOBAL LOAD_NAME") -> frozenset[str]:
     names = {i.argval for i in dis.get_instructions(code) if i.opname in operations.split()}
-    return frozenset(names.union(*(_global_names(c, operations) for c in code.co_consts if isinstance(c, CodeType))))
+    return frozenset(names.union(*(global_names(c, operations) for c in code.co_consts if isinstance(c, CodeType))))
 
 
 def all_names(code: CodeType) -> set[str]:

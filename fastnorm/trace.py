@@ -109,11 +109,15 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """Of lists and dictionaries of other classes torch.fx makes plain ones."""
+        """Of lists and dictionaries of other classes torch.fx makes plain ones, other tuples and dataclasses it builds
+        twice; np.float64 it would write down as that."""
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, (super().create_arg(dict(a)),), {})
-        self.shows_all &= type(a) in _PLAIN or not issubclass(type(a), (list, dict))
-        return super().create_arg(a)
+        kind = type(a)
+        is_tuple = kind in (tuple, torch.Size) or (kind.__bases__ == (tuple,) and hasattr(kind, "_fields"))
+        is_rebuilt = issubclass(kind, (list, dict, tuple)) or "__dataclass_fields__" in dir(kind)
+        self.shows_all &= kind in _PLAIN or is_tuple or not is_rebuilt
+        return super().create_arg(float(a) if kind is np.float64 else a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._leaf(m)

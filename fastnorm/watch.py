@@ -95,7 +95,7 @@ class Watch:
             return issubclass(kind, fx.Proxy)
         module, code = self._start
         is_argument = frame.f_code is code and values.get(code.co_varnames[0]) is module
-        return not is_argument and _may_be_none(values[name].node)
+        return not is_argument and _may_be_none(values[name])
 
 
 def asked_whether_none(code: CodeType) -> set[str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import networks
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -459,6 +461,58 @@ def test_outputs_in_a_dictionary(kind: type[dict]) -> None:
     got = fastnorm.fuse(model)(X)
     assert type(got) is type(got["x"]) is kind and list(got) == list(wanted)
     assert difference(got["y"], wanted["y"]) < 1e-6 and (type(model) is Graph) == (kind is Outputs)
+
+
+@dataclasses.dataclass
+class Doubled:
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        self.y = 2 * self.y
+
+
+class Pair(tuple):
+    pass
+
+
+def test_outputs_that_torch_fx_builds_again() -> None:
+    for kind in (Doubled, lambda y: Pair((y,))):
+        model = Graph(lambda m, x, kind=kind: kind(F.relu(m.norm(x))))
+        wanted = copy.deepcopy(model)(X)
+        got = fastnorm.fuse(model)(X)
+        assert type(got) is type(wanted) and not activations(model)
+        assert difference(*((v.y if isinstance(v, Doubled) else v[0]) for v in (got, wanted))) < 1e-6
+
+
+def test_numbers_and_names_in_a_forward_that_is_generated() -> None:
+    check(Graph(lambda m, x: F.relu(m.norm(x)) * m.scale, scale=np.sqrt(0.5)), X, norm="relu")
+
+    class Named(Graph):
+        def forward(this, self: Tensor) -> Tensor:
+            return F.relu(this.norm(self))
+
+    model = Named(F.relu)
+    wanted = copy.deepcopy(model)(X)
+    assert difference(fastnorm.fuse(model)(X), wanted) < 1e-6 and not activations(model)
+
+
+KINDS_MADE = []
+
+
+class Registered(Graph):
+    def __init_subclass__(cls) -> None:
+        KINDS_MADE.append(cls)
+
+
+def test_a_new_module_of_a_fused_one() -> None:
+    """Has nothing fused, and the class is on no list of classes; a subclass and a replica have its forward."""
+    plain = type("Block", (Registered,), {})
+    model = check(plain(add_in_place), X, norm="relu")
+    new = type(model)(forward=add_in_place)
+    assert type(new) is plain and KINDS_MADE == [plain] and isinstance(model, plain)
+    check(new, X, norm="relu")
+    assert type(model._replicate_for_data_parallel()) is type(model)
+    assert type(type("Sub", (type(model),), {})(add_in_place)).__name__ == "Sub"
 
 
 class Keeps(nn.Module):
