@@ -7,7 +7,7 @@ import dis
 import functools
 import sys
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx, nn
@@ -106,9 +106,10 @@ def asked_whether_none(code: CodeType) -> set[str | None]:
 
 def _may_be_none(proxy: fx.Proxy) -> bool:
     """Not what a layer of torch returns, nor what one of torch's functions or a method makes of a tensor."""
-    root, node = proxy.tracer.root, proxy.node
+    tracer: Any = proxy.tracer
+    root, node = tracer.root, proxy.node
     while node.op == "call_method":
-        node = node.args[0]
+        node = cast(fx.Node, node.args[0])
     if node.op == "call_module":
         layer = root.get_submodule(node.target)
         while isinstance(layer, nn.Sequential) and len(layer):
