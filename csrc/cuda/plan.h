@@ -32,8 +32,7 @@ struct PlanInput {
   int multiprocessors;
   int64_t shared;  // dynamic, bytes a block may have
   int largest_cluster;
-  int64_t most_clusters =
-      0;  // that run at once, 0 if unknown: a cluster finds place only within one part of the device
+  int64_t most_clusters = 0;  // that run at once, 0 if unknown
 };
 
 // What tests change; -1 and 0 leave the choice as it is.
@@ -246,8 +245,9 @@ inline bool plan_resident(SlicePlan& p, const PlanInput& in) {
   const auto allowed = [&](int cluster) {
     return cluster <= in.largest_cluster && (forced.cluster == 0 || forced.cluster == cluster);
   };
-  constexpr int64_t kBeside = kStaticShared + (1 << 10);         // of a block: CUDA takes 1 KiB for itself
-  const int64_t most_blocks = in.largest_cluster > 1 ? 24 : 16;  // that any multiprocessor holds with clusters, without
+  constexpr int64_t kBeside = kStaticShared + (1 << 10);  // of a block: CUDA takes 1 KiB for itself
+  // What every multiprocessor of a generation holds at least: 24 blocks where there are clusters, else 16.
+  const int64_t most_blocks = in.largest_cluster > 1 ? 24 : 16;
   // Blocks that a multiprocessor holds: the compiler leaves registers for kBlocks of the most threads.
   const auto each = [&] {
     const int64_t threads = kBlocks * max_threads(p.strips ? p.window : 1, in.backward);
