@@ -136,8 +136,8 @@ variable_list dropout_gradients(Tensor dy, const Kept& kept) {
   const double p = kept.setting[0].toDouble();
   const int64_t channel_dims = kept.setting[1].toInt();
   const bool alpha = kept.setting[2].toBool();
-  if (dy.layout() !=
-      at::kStrided) {  // of an embedding with sparse gradients, say: the map is linear, element by element
+  // Of an embedding with sparse gradients, say: the map is linear, element by element.
+  if (dy.layout() != at::kStrided) {
     const Tensor ones = at::ones(dy.sizes(), dy.options().layout(at::kStrided));
     return {dy.mul(dropout_gradients(ones, kept)[0])};
   }

@@ -1,5 +1,4 @@
-"""What the code of a model can get at beside its layers: what fold.py and fuse.py remember and put back, for to look at
-a forward torch.fx runs it."""
+"""What the code of a model can get at beside its layers: fold.py and fuse.py leave alone what is held there as well."""
 
 from __future__ import annotations
 
