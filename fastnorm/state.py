@@ -8,7 +8,16 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -36,7 +45,7 @@ def _is_users_file(file: str) -> bool:
     return not own and not file.startswith((*_FOLDERS, "<frozen "))
 
 
-def _is_users_class(kind: type) -> bool:
+def is_users_class(kind: type) -> bool:
     return kind.__module__.partition(".")[0] not in _OTHERS
 
 
@@ -71,7 +80,7 @@ def _parts(value: Any) -> Iterator[Any]:
         if len(value) <= _MANY:
             yield from value.values() if issubclass(kind, dict) else value
     elif issubclass(kind, type):
-        if _is_users_class(value):
+        if is_users_class(value):
             yield from (*vars(value).values(), *value.__bases__)
     elif issubclass(kind, FunctionType):
         if is_users(value.__code__):
@@ -79,7 +88,7 @@ def _parts(value: Any) -> Iterator[Any]:
             yield from value.__closure__ or ()
             yield from _globals(value.__code__, value.__globals__)
     elif issubclass(kind, CellType):
-        yield from _contents(value)
+        yield from cell_contents(value)
     elif issubclass(kind, (MethodType, BuiltinFunctionType)):
         yield from (value.__self__, getattr(value, "__func__", None))
     elif issubclass(kind, functools.partial):
@@ -90,24 +99,21 @@ def _parts(value: Any) -> Iterator[Any]:
         yield value.fget
     elif issubclass(kind, functools.cached_property):
         yield value.func
-    elif _is_users_class(kind) or issubclass(kind, SimpleNamespace):
-        yield from (*getattr(value, "__dict__", {}).values(), *_slots(value).values(), kind)
+    elif is_users_class(kind) or issubclass(kind, SimpleNamespace):
+        yield from (*getattr(value, "__dict__", {}).values(), *slots(value).values(), kind)
 
 
-def _contents(cell: CellType) -> list[Any]:
+def cell_contents(cell: CellType) -> list[Any]:
     try:
         return [cell.cell_contents]
     except ValueError:  # it is empty
         return []
 
 
-def _slots(value: Any) -> dict[str, Any]:
-    names = (name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ())))
-    return {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
-
-
-def _names(slots: Any) -> Iterable[str]:
-    return (slots,) if isinstance(slots, str) else slots
+def slots(value: Any) -> dict[str, Any]:
+    kinds = (kind for kind in type(value).__mro__ if is_users_class(kind))
+    slots = (slot for kind in kinds for slot in vars(kind).values() if isinstance(slot, MemberDescriptorType))
+    return {slot.__name__: getattr(value, slot.__name__) for slot in slots if hasattr(value, slot.__name__)}
 
 
 def _globals(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
@@ -127,6 +133,7 @@ def global_names(code: CodeType, operations: str = "LOAD_GLOBAL LOAD_NAME") -> f
     return frozenset(names.union(*(global_names(c, operations) for c in code.co_consts if isinstance(c, CodeType))))
 
 
-def all_names(code: CodeType) -> set[str]:
+@functools.lru_cache(4096)
+def all_names(code: CodeType) -> frozenset[str]:
     """The global names and attributes in a function, and in those inside it."""
-    return set(code.co_names).union(*(all_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+    return frozenset(code.co_names).union(*(all_names(c) for c in code.co_consts if isinstance(c, CodeType)))

@@ -6,20 +6,19 @@ import dis
 import functools
 import inspect
 import operator
-import random
 import sys
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils._mode_utils import no_dispatch
 
 from fastnorm.activation import norm_with_residual
+from fastnorm.snapshot import NoWrites, Snapshot
 from fastnorm.state import all_names
 from fastnorm.watch import Watch, asked_whether_none
 
@@ -141,9 +140,9 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
 
     ``given=False`` leaves out the arguments that can be left out, see :func:`left_out`.
 
-    A forward that sets attributes, changes what is in lists, dictionaries, sets and other objects that are attributes,
-    or draws random numbers fails: what it does the next time need not be what it did now. All are undone, as far as
-    attributes of modules and the generators of the CPU go.
+    A forward that writes into tensors which were there before, changes anything else outside of itself or draws random
+    numbers fails: what it does the next time need not be what it did now. All is undone, see
+    :class:`fastnorm.snapshot.Snapshot`. One that may take something out of an iterator or a file is not run.
     """
     if name in vars(module):
         return _untraced(module, name, f"{name} is set on the instance")
@@ -153,22 +152,22 @@ def trace(module: nn.Module, leaf: Leaf, given: bool = True, name: str = "forwar
     defaults = left_out(function)
     tracer = _Tracer(leaf)
     tracer.graph, tracer.traced_func_name = fx.Graph(), name
-    attributes, generators = _attributes(module), _generators()
+    snapshot, own = Snapshot(module), vars(module).keys() | ()
+    if snapshot.advances is not None:
+        return _untraced(module, name, f"{name} may take something out of a {type(snapshot.advances).__name__}")
     failure = None
     watch = Watch(module, getattr(inspect.unwrap(function), "__code__", None))
     try:
-        with warnings.catch_warnings(), watch:
+        with warnings.catch_warnings(), watch, NoWrites():
             warnings.simplefilter("ignore")
             tracer.trace(module, None if given else defaults)
     except Exception as error:  # forward may raise anything when it meets a proxy
         failure = f"{type(error).__name__}: {error}"
-    for key in vars(module).keys() - attributes[0][1].keys():
+    for key in vars(module).keys() - own:
         if key.startswith("_tensor_constant"):
             del vars(module)[key]  # torch.fx sets these, see attribute()
-    if _restore(attributes):
-        failure = failure or "forward sets attributes"
-    if _rewind(generators):
-        failure = failure or "forward draws random numbers"
+    changed = snapshot.restore()
+    failure = failure or changed
     if watch.doubt is not None:
         failure = failure or f"what forward does may depend on more than modules ({watch.doubt})"
     complete = failure is None and tracer.shows_all and not defaults
@@ -199,89 +198,6 @@ def _variables(operation: str, value: Any) -> list[str]:
 
 def _untraced(module: nn.Module, name: str, reason: str) -> Traced:
     return Traced(module, name, fx.Graph(), reason, False, frozenset())
-
-
-def _generators() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-
-def _rewind(generators: tuple[Any, ...]) -> bool:
-    """Sets the generators to where they were; True if any had moved."""
-    torch_state, python_state, numpy_state = generators
-    now_torch, now_python, now_numpy = _generators()
-    with no_dispatch():  # of FakeTensorMode, which takes no tensors but its own
-        same = torch.equal(now_torch, torch_state)
-    moved = not (
-        same
-        and now_python == python_state
-        and np.array_equal(now_numpy[1], numpy_state[1])
-        and now_numpy[2:] == numpy_state[2:]
-    )
-    if moved:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-    return moved
-
-
-_CONTAINERS = (list, dict, set, deque)
-
-
-def _attributes(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The dictionaries that attributes of modules live in, and what is in these two levels down, each with a copy."""
-    found: list[tuple[Any, Any]] = []
-    for m in module.modules():
-        if isinstance(m, torch.jit.ScriptModule):  # of which no forward in Python sets any
-            continue
-        found += [(dictionary, dict(dictionary)) for dictionary in (vars(m), m._parameters, m._buffers, m._modules)]
-        own = {key: value for key, value in vars(m).items() if key not in _OF_EVERY_MODULE}
-        level: list[Any] = [own]
-        for _ in range(2):
-            level = [c for container in level for value in _values(container) if (c := _contents(value)) is not None]
-            found += [(container, _plain(container)) for container in level]
-    return found
-
-
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
-
-
-def _contents(value: Any) -> Any:
-    """A container as it is, of another object its attributes; None of what has none, or is not to be looked into."""
-    if isinstance(value, _CONTAINERS):
-        return value
-    if isinstance(value, (nn.Module, torch.Tensor, type, ModuleType)):
-        return None
-    attributes = getattr(value, "__dict__", None)
-    return attributes if isinstance(attributes, dict) else None
-
-
-def _plain(container: Any) -> Any:
-    """A copy, of whatever subclass the container is."""
-    if isinstance(container, dict):
-        return dict(container)
-    return set(container) if isinstance(container, set) else list(container)
-
-
-def _values(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
-
-
-def _restore(attributes: list[tuple[Any, Any]]) -> bool:
-    """Undoes what has changed since; True if anything had."""
-    changed = False
-    for container, before in attributes:
-        if _identities(container) != _identities(before):
-            changed = True
-            container.clear()
-            (container.update if isinstance(container, (dict, set)) else container.extend)(before)
-    return changed
-
-
-def _identities(container: Any) -> Any:
-    """Of what is in it; asked whether they are equal, proxies and tensors do not say yes or no."""
-    if isinstance(container, dict):
-        return [*map(id, container), *map(id, container.values())]
-    return set(map(id, container)) if isinstance(container, set) else list(map(id, container))
 
 
 def attribute(module: nn.Module, path: str) -> Any:

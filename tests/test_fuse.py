@@ -7,12 +7,14 @@ import copy
 import dataclasses
 import functools
 import io
+import itertools
 import pickle
+import random
 import re
 import traceback
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import networks
@@ -560,6 +562,175 @@ def test_forwards_that_keep_something_in_a_container(kind: str) -> None:
     pickle.dumps(fused)
     fused(X)
     assert ("unchanged" in kind) == (str(fused.kept) == str(plain.kept))
+
+
+class Slots:
+    __slots__ = ("__calls", "unset")
+
+    def __init__(self) -> None:
+        self.__calls = 0
+
+    def count(self) -> int:
+        self.__calls += 1
+        return self.__calls
+
+
+class OfTheClass:
+    calls = 0
+
+
+class Bag:
+    """State in all the places that a forward can reach, but no tensors that a module knows of."""
+
+    def __init__(self) -> None:
+        global CALLS
+        CALLS, SETTINGS.calls, OfTheClass.calls = 0, 0, 0
+        LOG.clear()
+        self.tensor, self.array, self.objects = torch.zeros(()), np.zeros(2), np.array([None, 0], dtype=object)
+        self.view, self.slots, self.made = np.zeros(3)[1:], Slots(), np.zeros(1)
+        self.numpy, self.legacy = np.random.default_rng(0), np.random.RandomState(0)
+        self.python, self.torch = random.Random(0), torch.Generator().manual_seed(0)
+        self.iterator = itertools.count()
+        self.parameter = nn.Parameter(torch.zeros(()))
+        calls = 0
+
+        def count() -> int:
+            nonlocal calls
+            calls += 1
+            return calls
+
+        self.closure = count
+
+
+def count_global() -> int:
+    global CALLS
+    CALLS += 1
+    return CALLS
+
+
+def count_of_module() -> int:
+    SETTINGS.calls += 1
+    return SETTINGS.calls
+
+
+def set_new(bag: Bag) -> int:
+    SETTINGS.later = getattr(SETTINGS, "later", 0) + 1
+    return SETTINGS.later
+
+
+def advance(bag: Bag) -> Tensor:
+    bag.tensor += 1
+    return bag.tensor
+
+
+def fill(array: np.ndarray) -> float:
+    array[-1] += 1
+    return float(array[-1])
+
+
+def count_objects(bag: Bag) -> int:
+    bag.objects[1] += 1
+    return bag.objects[1]
+
+
+def out_of(bag: Bag) -> Tensor:
+    return torch.add(bag.tensor, 1.0, out=bag.tensor)
+
+
+def foreach(bag: Bag) -> Tensor:
+    torch._foreach_add_([bag.tensor], 1.0)
+    return bag.tensor
+
+
+def count_of_class(bag: Bag) -> int:
+    OfTheClass.calls += 1
+    return OfTheClass.calls
+
+
+def log(bag: Bag) -> int:
+    LOG.append(1)
+    return len(LOG)
+
+
+def of_parameter(bag: Bag) -> Tensor:
+    bag.parameter.data.add_(1.0)
+    return bag.parameter.detach().clone()
+
+
+CALLS, LOG = 0, [1]
+SETTINGS = ModuleType("settings")
+CHANGING: dict[str, Callable[[Bag], Any]] = {
+    "a tensor": advance,
+    "a part of a tensor": lambda bag: bag.tensor[None][:1].add_(1)[0],
+    "a tensor by out=": out_of,
+    "tensors in a list": foreach,
+    "a parameter": of_parameter,
+    "an array": lambda bag: fill(bag.array),
+    "an array through torch": lambda bag: torch.from_numpy(bag.array).add_(1)[0].item(),
+    "a view of an array": lambda bag: fill(bag.view),
+    "an array of objects": count_objects,
+    "slots": lambda bag: bag.slots.count(),
+    "a slot that was empty": lambda bag: setattr(bag.slots, "unset", 1) or 1 + bag.slots.count(),
+    "a class": count_of_class,
+    "a global": lambda bag: count_global(),
+    "a global list": log,
+    "a module": lambda bag: count_of_module(),
+    "a module's new name": set_new,
+    "a closure": lambda bag: bag.closure(),
+    "numpy's generator": lambda bag: bag.numpy.random(),
+    "numpy's old generator": lambda bag: bag.legacy.rand(),
+    "Python's generator": lambda bag: bag.python.random(),
+    "torch's generator": lambda bag: torch.rand((), generator=bag.torch),
+    "an iterator": lambda bag: next(bag.iterator),
+}
+
+
+class Changing(nn.Module):
+    def __init__(self, change: Callable[[Bag], Any]) -> None:
+        super().__init__()
+        self.norm, self.bag, self.change = nn.BatchNorm2d(4), Bag(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) * (1 + self.change(self.bag))
+
+
+@pytest.mark.parametrize("change", CHANGING)
+def test_forwards_that_change_what_is_outside_of_them(change: str) -> None:
+    """They go on to, from where they were: no call of fuse's counts."""
+
+    def outputs(fuse: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Changing(CHANGING[change]))
+        vars(SETTINGS).pop("later", None)
+        if fuse:
+            fastnorm.fuse(model)
+            assert not activations(model) and type(model[0]) is Changing
+            assert not hasattr(SETTINGS, "later") and not hasattr(model[0].bag.slots, "unset")
+        return [model(X) for _ in range(3)]
+
+    wanted = outputs(False)
+    assert not torch.equal(wanted[0], wanted[1])
+    torch.testing.assert_close(outputs(True), wanted, rtol=0, atol=0)
+
+
+def test_forwards_that_only_read_what_is_outside_of_them() -> None:
+    """And write into tensors and arrays of their own."""
+
+    def read(bag: Bag) -> float:
+        mask, array = torch.zeros(3), bag.array.copy()
+        mask[1:] = bag.tensor
+        mask.add_(torch.tensor([1.0, 2.0, 3.0]).mul_(2))
+        array += 1
+        return float(mask.sum()) + float(array[0]) + OfTheClass.calls + len(LOG)
+
+    def read_no_iterator(bag: Bag) -> float:
+        del bag.iterator
+        return read(bag)
+
+    model = Changing(read)
+    del model.bag.iterator
+    check(model, X, norm="relu")
+    assert not activations(fastnorm.fuse(Changing(read_no_iterator)))  # which may be taken from
 
 
 def test_arguments_that_can_be_left_out() -> None:
