@@ -201,9 +201,12 @@ struct PlanesForward : ForwardGroups {
   const int64_t pieces = chunks.size();
   const ScratchArray<Moments> partial{pieces > 1 ? a.shape.N* G* pieces : 0};
   const MaskBits mask{a.mask, group_mask_rows(a.shape)};
-  // The second sweep of a slice, in which memory would only be written, asks for the next slice: of one that is small
-  // the processor's own prefetchers do, and one that is large would not stay in the second-level cache.
-  const bool fetches_next = L * sizeof(T) >= 8192 && L * sizeof(T) <= 262144;
+  // The second sweep, in which memory would only be written, asks for the next bundle. Where slices are small the
+  // processor's own prefetchers do, but not all of it if x comes from memory; the arithmetic of 16-bit elements leaves
+  // them time enough. A slice that is large would not stay in the second-level cache.
+  const bool from_memory = a.shape.numel() * size_of(a.dtype) >= stream_threshold() / 2;
+  const size_t least = from_memory && sizeof(T) >= 4 ? 512 : 8192;
+  const bool fetches_next = L * sizeof(T) >= least && L * sizeof(T) <= 262144;
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
 
   void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
@@ -230,7 +233,7 @@ struct PlanesForward : ForwardGroups {
  private:
   template <typename Act>
   FASTNORM_LOOP void normalize(Act act, const Bundle& of, const Runs& chunk) const {
-    const int64_t first_channel = chunk.offset / S, ahead = fetches_next ? L : 0;
+    const int64_t first_channel = chunk.offset / S, ahead = fetches_next ? (of.end - of.begin) * L : 0;
     for_slices(of, [&](int64_t slice, int64_t group) {
       const auto affine = affine_of<T>(slice, group * D + first_channel);
       for (int64_t run = 0; run < chunk.count; ++run) {
@@ -477,9 +480,9 @@ struct PlanesBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
-  // As in forward, where the next slice comes from memory.
-  const bool fetches_next = Base::in_two_sweeps && L * sizeof(T) >= 4096 && L * sizeof(T) <= 131072 &&
-                            2 * a.shape.numel() * size_of(a.dtype) >= stream_threshold();
+  // As in forward, where x and dy do not both stay in the second-level cache.
+  const bool fetches_next = Base::in_two_sweeps && (L * sizeof(T) >= 4096 || sizeof(T) >= 4) &&
+                            L * sizeof(T) <= 131072 && 2 * a.shape.numel() * size_of(a.dtype) >= stream_threshold() / 2;
   const int64_t kept_bytes = Base::bytes_to_keep(L);
 
   void run() const {
