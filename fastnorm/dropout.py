@@ -243,7 +243,7 @@ def dropout(
 
         y[i] = input[i] * keep[i] / (1 - p),   P(keep[i]) = 1 - p
 
-    The mask comes from Philox4x32-10 (Salmon et al. 2011), 16 bits an element, at the element's index in logical order:
+    The mask comes from Philox4x32-7 (Salmon et al. 2011), 16 bits an element, at the element's index in logical order:
     one seed gives one mask whatever the device, the data type, the layout or the number of threads. p is rounded to a
     multiple of 2**-16, and the scale is the reciprocal of what is then kept. A dropped NaN or inf gives NaN, as in
     torch.

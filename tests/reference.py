@@ -153,7 +153,7 @@ def spectral_norm(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
     return weight / (u[:, None] * as_matrix(weight, dim) * v).sum()
 
 
-def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
+def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int) -> np.ndarray:
     """Philox4x32 (Salmon et al. 2011, section 3.3) of counters (n, 4) uint32; returns (n, 4) uint32."""
     low = np.uint64(0xFFFFFFFF)
     c = [counter[:, i].astype(np.uint64) for i in range(4)]
@@ -163,6 +163,9 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> n
         c = [(p1 >> np.uint64(32)) ^ c[1] ^ k0, p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ k1, p0 & low]
         k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
     return np.stack(c, axis=1).astype(np.uint32)
+
+
+DROPOUT_ROUNDS = 7
 
 
 def dropout_keep(count: int, p: float, seed: int, offset: int = 0) -> Tensor:
@@ -177,7 +180,7 @@ def dropout_keep(count: int, p: float, seed: int, offset: int = 0) -> Tensor:
         ],
         axis=1,
     )
-    words = philox4x32(counter.astype(np.uint32), (seed & 0xFFFFFFFF, seed >> 32))
+    words = philox4x32(counter.astype(np.uint32), (seed & 0xFFFFFFFF, seed >> 32), DROPOUT_ROUNDS)
     halves = np.stack([words & 0xFFFF, words >> 16], axis=2).reshape(-1)[:count]
     return torch.from_numpy(halves >= dropout_threshold(p))
 

@@ -18,6 +18,9 @@ from fastnorm import _C
 
 # Known answers published with the generator (Random123), words as hexadecimal numbers.
 KNOWN = (
+    (7, "00000000 00000000 00000000 00000000", "00000000 00000000", "5f6fb709 0d893f64 4f121f81 4f730a48"),
+    (7, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "5207ddc2 45165e59 4d8ee751 8c52f662"),
+    (7, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "4dfccaba 190a87f0 c47362ba b6b5242a"),
     (10, "00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     (10, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     (10, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
@@ -78,6 +81,19 @@ def test_drops_are_independent_of_their_neighbours() -> None:
     for lag in (1, 2, 7, 8, 16, 63, 64, 128, 1024):
         correlation = (kept[:-lag] * kept[lag:]).mean().item() * 4
         assert abs(correlation) < 5 / math.sqrt(len(kept) - lag), lag
+
+
+@pytest.mark.parametrize("other", ((1, 0), (2**32, 0), (0, 1), (0, 2**32)), ids=str)
+def test_masks_of_neighbouring_seeds_and_offsets_have_nothing_in_common(other: tuple[int, int]) -> None:
+    """All 256 patterns of eight elements, a Philox block's, are as frequent, in a mask and in what differs between two."""
+    first, second = (
+        _C.dropout(torch.ones(2**21), 0.5, torch.tensor(state), 0, False).bool() for state in ((0, 0), other)
+    )
+    for bits in (first, second, first ^ second):
+        patterns = (bits.view(-1, 8) << torch.arange(8)).sum(1)
+        expected = len(patterns) / 256
+        chi_squared = ((torch.bincount(patterns, minlength=256) - expected) ** 2 / expected).sum().item()
+        assert abs(chi_squared - 255) < 5 * math.sqrt(2 * 255)
 
 
 def test_p_zero_and_one_are_exact() -> None:

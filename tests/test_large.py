@@ -130,7 +130,7 @@ def test_dropout() -> None:
         blocks = np.arange(begin // 8, begin // 8 + 2**7, dtype=np.uint64)
         zeros = np.zeros_like(blocks)
         counter = np.stack([blocks & 0xFFFFFFFF, blocks >> 32, zeros, zeros], axis=1).astype(np.uint32)
-        words = reference.philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
+        words = reference.philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32), reference.DROPOUT_ROUNDS)
         keep = np.stack([words & 0xFFFF, words >> 16], axis=2).reshape(-1) >= reference.dropout_threshold(0.5)
         assert torch.equal(y[begin : begin + 2**10].float(), 2.0 * torch.from_numpy(keep))
 

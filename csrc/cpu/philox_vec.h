@@ -132,7 +132,7 @@ struct Lanes {
 };
 #endif
 
-// Scalar math: bit i of a result is set iff half word i % 8 of philox4x32({block + i / 8, offset}, seed) >= threshold.
+// Scalar math: bit i of a result is set iff half word i % 8 of dropout_bits(seed, offset, block + i / 8) >= threshold.
 //
 // Rounds depend on each other, so groups are drawn several at once. The first round multiplies `offset`, which is the
 // same for all, and the last leaves its products' words where they are: low half first.
