@@ -201,12 +201,11 @@ struct PlanesForward : ForwardGroups {
   const int64_t pieces = chunks.size();
   const ScratchArray<Moments> partial{pieces > 1 ? a.shape.N* G* pieces : 0};
   const MaskBits mask{a.mask, group_mask_rows(a.shape)};
-  // The second sweep, in which memory would only be written, asks for the next bundle. Where slices are small the
-  // processor's own prefetchers do, but not all of it if x comes from memory; the arithmetic of 16-bit elements leaves
-  // them time enough. A slice that is large would not stay in the second-level cache.
+  // The second sweep, in which memory would only be written, asks for the next bundle, if x comes from memory: from the
+  // cache that takes longer. Of small slices the processor's own prefetchers bring enough for the arithmetic of 16-bit
+  // elements; a slice that is large would not stay in the second-level cache.
   const bool from_memory = a.shape.numel() * size_of(a.dtype) >= stream_threshold() / 2;
-  const size_t least = from_memory && sizeof(T) >= 4 ? 512 : 8192;
-  const bool fetches_next = L * sizeof(T) >= least && L * sizeof(T) <= 262144;
+  const bool fetches_next = from_memory && L * sizeof(T) >= (sizeof(T) >= 4 ? 512 : 8192) && L * sizeof(T) <= 262144;
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
 
   void run() const { sweep_twice(*this, a.shape.N * G, pieces); }
