@@ -15,7 +15,16 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastnorm.state import all_names, cell_contents, global_names, is_users, is_users_class, reachable, slots
+from fastnorm.state import (
+    all_names,
+    cell_contents,
+    global_names,
+    is_users,
+    is_users_class,
+    modules_used,
+    reachable,
+    slots,
+)
 
 
 class _Place(NamedTuple):
@@ -118,9 +127,8 @@ def _places(value: Any) -> list[_Place]:
     if not is_users(value.__code__):
         return []
     code, scope = value.__code__, value.__globals__
-    modules = (scope.get(name) for name in global_names(code))
     named = [(scope, global_names(code, "STORE_GLOBAL DELETE_GLOBAL"))]
-    named += [(vars(m), all_names(code)) for m in modules if isinstance(m, ModuleType)]
+    named += [(vars(module), all_names(code)) for module in modules_used(code, scope)]
     return [_of_names(dictionary, names) for dictionary, names in named if names]
 
 

@@ -46,7 +46,11 @@ def _is_users_file(file: str) -> bool:
 
 
 def is_users_class(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] not in _OTHERS
+    return _is_users_module(kind.__module__)
+
+
+def _is_users_module(name: str) -> bool:
+    return name.partition(".")[0] not in _OTHERS
 
 
 def reachable(model: nn.Module) -> tuple[list[Any], set[nn.Module]]:
@@ -118,13 +122,15 @@ def slots(value: Any) -> dict[str, Any]:
 
 def _globals(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
     """The values of the global names in a function; of modules, of those names that it takes out."""
-    for name in global_names(code):
-        value = scope.get(name)
-        if isinstance(value, ModuleType):
-            if value.__name__.partition(".")[0] not in _OTHERS:
-                yield from (vars(value)[key] for key in all_names(code) if key in vars(value))
-        else:
-            yield value
+    yield from (value for name in global_names(code) if not isinstance(value := scope.get(name), ModuleType))
+    for module in modules_used(code, scope):
+        yield from (vars(module)[key] for key in all_names(code) if key in vars(module))
+
+
+def modules_used(code: CodeType, scope: dict[str, Any]) -> list[ModuleType]:
+    """Those of the user's that a function has a global name for."""
+    values = map(scope.get, global_names(code))
+    return [value for value in values if isinstance(value, ModuleType) and _is_users_module(value.__name__)]
 
 
 @functools.lru_cache(4096)
