@@ -85,7 +85,7 @@ def test_drops_are_independent_of_their_neighbours() -> None:
 
 @pytest.mark.parametrize("other", ((1, 0), (2**32, 0), (0, 1), (0, 2**32)), ids=str)
 def test_masks_of_neighbouring_seeds_and_offsets_have_nothing_in_common(other: tuple[int, int]) -> None:
-    """All 256 patterns of eight elements, a Philox block's, are as frequent, in a mask and in what differs between two."""
+    """All 256 patterns of a Philox block's eight elements are as frequent, in a mask and where two masks differ."""
     first, second = (
         _C.dropout(torch.ones(2**21), 0.5, torch.tensor(state), 0, False).bool() for state in ((0, 0), other)
     )
