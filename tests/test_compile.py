@@ -683,8 +683,8 @@ def test_compiled_autograd() -> None:
     """A backward compiled as one graph, of a forward that was not."""
     spectral = fastnorm.parametrizations.spectral_norm(nn.Linear(36, 5))
     weight = fastnorm.parametrizations.weight_norm(nn.Linear(5, 5))
-    model = nn.Sequential(Everything(), spectral, fastnorm.Dropout(0.4), weight, fastnorm.AlphaDropout(0.3))
-    x = tensor(4, 3, 8, 8)
+    model = nn.Sequential(Everything(), spectral, fastnorm.Dropout(0.4), weight, fastnorm.AlphaDropout(0.3)).double()
+    x = tensor(4, 3, 8, 8, dtype=torch.float64)  # gradients of a weight-normalised layer are differences
     backend, seen = operators()
 
     def gradients(compiler: Callable[..., Any] | None) -> list[Tensor]:
