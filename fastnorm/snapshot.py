@@ -214,7 +214,6 @@ def _storages(values: Any) -> dict[int | None, torch.UntypedStorage]:
     found: dict[int | None, Any] = {}
     for tensor in tree_leaves(values):
         if isinstance(tensor, torch.Tensor):
-            dense = tensor.layout == torch.strided
-            storage = tensor.untyped_storage() if dense else None
+            storage = tensor.untyped_storage() if tensor.layout == torch.strided else None
             found[storage._cdata if storage is not None else None] = storage
     return found

@@ -479,7 +479,7 @@ struct PlanesBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{planes}, slice_sums{a.shape.N * G};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), Base::mask_rows};
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
-  // As in forward, where x and dy do not both stay in the second-level cache.
+  // As in forward, but of the smallest slices, too, and from half as large a tensor on: x and dy are twice the bytes.
   const bool fetches_next = Base::in_two_sweeps && (L * sizeof(T) >= 4096 || sizeof(T) >= 4) &&
                             L * sizeof(T) <= 131072 && 2 * a.shape.numel() * size_of(a.dtype) >= stream_threshold() / 2;
   const int64_t kept_bytes = Base::bytes_to_keep(L);
