@@ -52,7 +52,7 @@ build/.built: $(VENV)/.ready $(SOURCES)
 build: build/.built
 
 ladder: build
-	$(BIN)/python examples/cifar_ladder.py $(or $(ARGS),--rungs 0,1,2,3)
+	$(BIN)/python examples/cifar_ladder.py $(if $(ARGS),$(ARGS),--rungs 0,1,2,3)
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)

@@ -779,6 +779,14 @@ def test_epochs_are_those_that_were_trained() -> None:
         assert figure.get_suptitle().endswith(f"CIFAR-10, full preset: 8000 training images, {wanted}")
 
 
+def test_make_trains_four_rungs() -> None:
+    """A comma is also what make divides a function's arguments by."""
+    for arguments, wanted in (([], "--rungs 0,1,2,3"), (["ARGS=--rungs 4,5 --seed 1"], "--rungs 4,5 --seed 1")):
+        command = ["make", "--dry-run", "ladder", *arguments]
+        printed = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True).stdout
+        assert printed.splitlines()[-1].endswith(f"cifar_ladder.py {wanted}")
+
+
 def test_time_to_the_goal() -> None:
     history = train.History([1.0] * 3, [0.9] * 3, [1.0] * 3, [0.93, 0.94, 0.95])
     outcome = train.Outcome(0.95, 0.99, 9.0, 5.0, [2.0, 4.5, 6.0], 1000, 3, history)
@@ -790,13 +798,14 @@ def test_time_to_the_goal() -> None:
     assert "94 % of val after 4.5 s of training steps: speed." in report.footnotes(results)
 
 
+@pytest.mark.parametrize("draw", [pictures.ladder_chart, pictures.learning_curves])
 @pytest.mark.parametrize("count", (1, 4, 6, 12))
-def test_legend_and_title_are_not_cut_off(count: int) -> None:
-    ladder = [rung for rung in rungs.RUNGS if "ladder" in rung.groups][:count]
-    start = {"dataset": "cifar10", "preset": "quick", "train_images": 8000, "val_images": 10_000, "epochs": 25}
-    figure = pictures.ladder_chart(report.content(start, [finished(rung.name, 0.5) for rung in ladder]))
+def test_legend_and_title_are_not_cut_off(count: int, draw: Callable[[dict], Figure]) -> None:
+    start = {"dataset": "synthetic", "preset": "quick", "train_images": 8000, "val_images": 10_000, "epochs": 25}
+    figure = draw(report.content(start, [finished(rung.name, 0.5) for rung in LADDER[:count]]))
     FigureCanvasAgg(figure).draw()
-    for drawn in (figure.legends[0], figure.axes[0].title):
+    titles = [figure._suptitle] if figure.get_suptitle() else [figure.axes[0].title]
+    for drawn in (*figure.legends, *titles):
         extent = drawn.get_window_extent()
         assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width
 

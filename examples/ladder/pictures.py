@@ -20,6 +20,7 @@ TIME = "#009E73"
 NOTES = "#222222"
 EARLIER = "#CC79A7"
 PANELS_PER_ROW = 4
+NARROWEST = 8.0  # inches that the longest subtitle takes
 # Of its axis: a shorter bar has no room for figures, which then stand beyond it.
 ROOM = 0.2
 # A step of the exponentially weighted mean goes this share of the way to the new value.
@@ -81,7 +82,7 @@ def ladder_chart(results: Content) -> Figure | None:
     rungs = _of_group(results, "ladder")
     if not rungs:
         return None
-    width = max(1.25 * len(rungs), 4.5) + 1.2
+    width = max(1.25 * len(rungs) + 1.2, NARROWEST)
     figure = Figure(figsize=(width, 5.0), layout="constrained")
     axes = figure.subplots()
     positions = range(len(rungs))
@@ -227,7 +228,7 @@ def learning_curves(results: Content) -> Figure | None:
         return None
     columns = min(len(rungs), PANELS_PER_ROW)
     blocks = math.ceil(len(rungs) / columns)
-    figure = Figure(figsize=(max(2.7 * columns, 5.5) + 0.6, 4.4 * blocks + 0.9), layout="constrained")
+    figure = Figure(figsize=(max(2.7 * columns + 0.6, NARROWEST), 4.4 * blocks + 0.9), layout="constrained")
     panels = figure.subplots(2 * blocks, columns, squeeze=False)
     histories = [one["history"] for one in rungs]
     lowest = min(min(h["train_accuracy"] + h["val_accuracy"]) for h in histories)
@@ -286,7 +287,7 @@ def sweep_chart(results: Content) -> Figure | None:
     if checks is None:
         return None
     sweep = checks["lr_sweep"]
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(NARROWEST, 4.2), layout="constrained")
     axes = figure.subplots()
     finite = [(lr, loss) for lr, loss in zip(sweep["lr"], sweep["loss"], strict=True) if loss is not None]
     axes.plot([lr for lr, _ in finite], [loss for _, loss in finite], "o-", color=VALIDATION, label="measured")
