@@ -1,5 +1,5 @@
 # Everything a fresh machine needs is made here: Python >= 3.10, a C++ compiler and make are enough.
-#   make ladder   the CIFAR-10 trick ladder (examples/cifar_ladder.py): four rungs in five minutes, ARGS=--resume the others
+#   make ladder   the CIFAR-10 trick ladder (examples/cifar_ladder.py): four rungs in 5 minutes (14 without AVX512), ARGS=--resume the others
 #   make test     all tests
 #   make lint     ruff, clang-format and mypy
 #   make bench    benchmarks against torch.nn
