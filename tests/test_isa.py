@@ -109,6 +109,13 @@ def test_self_check_runs() -> None:
         assert f"\n{op} " in out.stdout
 
 
+def test_self_check_whose_reader_leaves() -> None:
+    with subprocess.Popen([sys.executable, "-m", "fastnorm"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as check:
+        assert check.stdout is not None and check.stderr is not None
+        check.stdout.close()
+        assert check.stderr.read() == b"" and check.wait() == 1
+
+
 def test_self_check_takes_no_arguments() -> None:
     for argument, code in (("--help", 0), ("--quick", 2)):
         out = subprocess.run([sys.executable, "-m", "fastnorm", argument], capture_output=True, text=True)
