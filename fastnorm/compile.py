@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._C import _get_dispatch_mode, _get_dispatch_stack_at, _len_torch_dispatch_stack, _TorchDispatchModeKey
 from torch._prims_common import suggest_memory_format
 
 from fastnorm import _C
@@ -46,8 +46,12 @@ def enable_under_compile(enabled: bool) -> None:
 
 
 def traced_by_mode() -> bool:
-    """Whether FakeTensors, make_fx or functionalisation see this call: the parts of a compiler, when used by hand."""
-    return any(_get_dispatch_mode(key) is not None for key in _TRACING_MODES)
+    """Whether FakeTensors, make_fx or functionalisation see this call: the parts of a compiler, when used by hand; or
+    a mode that has ``sees_ops``."""
+    if any(_get_dispatch_mode(key) is not None for key in _TRACING_MODES):
+        return True
+    innermost = _len_torch_dispatch_stack() - 1
+    return innermost >= 0 and getattr(_get_dispatch_stack_at(innermost), "sees_ops", False)
 
 
 def uses_ops(input: Tensor) -> bool:

@@ -188,6 +188,8 @@ def _same(a: Any, b: Any) -> bool:
 class NoWrites(TorchDispatchMode):
     """A context in which no tensor can be written but those made inside: TypeError, before it is."""
 
+    sees_ops = True  # fastnorm's as ops of the dispatcher, see fastnorm.compile.traced_by_mode
+
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int | None, torch.UntypedStorage] = {}
@@ -198,11 +200,13 @@ class NoWrites(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written = args[i] if i < len(args) else kwargs.get(argument.name)
-                if any(key not in self._made for key in _storages(written)):
-                    raise TypeError("forward writes into a tensor that was there before")
+        arguments = func._schema.arguments
+        values = {a.name: args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(arguments)}
+        written = [values[a.name] for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        if values.get("training"):  # of native_batch_norm and cudnn_batch_norm, whose schemas do not tell
+            written += [values.get("running_mean"), values.get("running_var")]
+        if any(key not in self._made for key in _storages(written)):
+            raise TypeError("forward writes into a tensor that was there before")
         result = func(*args, **kwargs)
         given = {} if func is torch.ops.aten.lift_fresh.default else _storages((args, kwargs))
         self._made |= {key: storage for key, storage in _storages(result).items() if key not in given}

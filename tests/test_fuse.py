@@ -587,6 +587,7 @@ class Bag:
         CALLS, SETTINGS.calls, OfTheClass.calls = 0, 0, 0
         LOG.clear()
         self.tensor, self.array, self.objects = torch.zeros(()), np.zeros(2), np.array([None, 0], dtype=object)
+        self.constant, self.statistics = torch.ones(1, 2, 32), (torch.zeros(2), torch.ones(2))
         self.view, self.slots = np.zeros(3)[1:], Slots()
         self.numpy, self.legacy = np.random.default_rng(0), np.random.RandomState(0)
         self.python, self.torch = random.Random(0), torch.Generator().manual_seed(0)
@@ -651,6 +652,19 @@ def log(bag: Bag) -> int:
     return len(LOG)
 
 
+def statistics_by(norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Callable[[Bag], float]:
+    def count(bag: Bag) -> float:
+        norm(bag.constant, *bag.statistics, *args, **kwargs)
+        return float(bag.statistics[0].sum())
+
+    return count
+
+
+def drop_in_place(bag: Bag) -> Tensor:
+    fastnorm.functional.dropout(bag.constant, 0.1, inplace=True)
+    return bag.constant.sum()
+
+
 def of_parameter(bag: Bag) -> Tensor:
     bag.parameter.data.add_(1.0)
     return bag.parameter.detach().clone()
@@ -664,6 +678,10 @@ CHANGING: dict[str, Callable[[Bag], Any]] = {
     "a tensor by out=": out_of,
     "tensors in a list": foreach,
     "a parameter": of_parameter,
+    "torch's running statistics": statistics_by(F.batch_norm, training=True),
+    "running statistics": statistics_by(fastnorm.functional.batch_norm, training=True),
+    "running statistics of instances": statistics_by(fastnorm.functional.instance_norm),
+    "a tensor by dropout": drop_in_place,
     "an array": lambda bag: fill(bag.array),
     "an array through torch": lambda bag: torch.from_numpy(bag.array).add_(1)[0].item(),
     "a view of an array": lambda bag: fill(bag.view),
