@@ -53,7 +53,8 @@ class Snapshot:
     """What can be reached from a module, see :func:`fastnorm.state.reachable`: its attributes, what is in containers,
     objects, classes, closures, arrays and the globals that its functions set, and where random generators are.
 
-    Of tensors see :class:`NoWrites`. What iterators and open files will give cannot be told without taking it.
+    Of tensors which memory they are; of what is in that see :class:`NoWrites`. What iterators and open files will give
+    cannot be told without taking it.
 
     Attributes:
         advances: something of that kind that was found, None if nothing.
@@ -68,6 +69,8 @@ class Snapshot:
                 self._containers += [(d, dict(d)) for d in (m._parameters, m._buffers, m._modules)]
         self._places = [(place, place.read()) for value in found for place in _places(value)]
         self._arrays = [(v, v.copy()) for v in found if isinstance(v, np.ndarray) and v.flags.writeable]
+        tensors = [v for v in found if type(v) in (torch.Tensor, nn.Parameter) and v.layout == torch.strided]
+        self._tensors = [(v, v.detach()) for v in tensors]
         generators = [*_GLOBAL_GENERATORS, *(g for value in found if (g := _generator(value)) is not None)]
         self._generators = [(generator, generator.read()) for generator in generators]
 
@@ -77,6 +80,7 @@ class Snapshot:
         changed = [_refill(container, before) for container, before in self._containers]
         changed += [_put_back(place, before) for place, before in self._places]
         changed += [_rewrite(array, before) for array, before in self._arrays]
+        changed += [_set_data(tensor, before) for tensor, before in self._tensors]
         if any(changed):
             return "forward sets attributes or changes what they hold"
         return "forward draws random numbers" if any(drawn) else None
@@ -151,6 +155,18 @@ def _rewrite(array: np.ndarray, before: np.ndarray) -> bool:
     if changed:
         array[...] = before
     return changed
+
+
+def _set_data(tensor: torch.Tensor, before: torch.Tensor) -> bool:
+    changed = _memory(tensor) != _memory(before)
+    if changed:
+        tensor.data = before
+    return changed
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _generator(value: Any) -> _Generator | None:

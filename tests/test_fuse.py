@@ -665,6 +665,11 @@ def drop_in_place(bag: Bag) -> Tensor:
     return bag.constant.sum()
 
 
+def set_data(bag: Bag) -> Tensor:
+    bag.tensor.data = bag.tensor + 1
+    return bag.tensor.clone()
+
+
 def of_parameter(bag: Bag) -> Tensor:
     bag.parameter.data.add_(1.0)
     return bag.parameter.detach().clone()
@@ -677,6 +682,7 @@ CHANGING: dict[str, Callable[[Bag], Any]] = {
     "a part of a tensor": lambda bag: bag.tensor[None][:1].add_(1)[0],
     "a tensor by out=": out_of,
     "tensors in a list": foreach,
+    "a tensor's data": set_data,
     "a parameter": of_parameter,
     "torch's running statistics": statistics_by(F.batch_norm, training=True),
     "running statistics": statistics_by(fastnorm.functional.batch_norm, training=True),
