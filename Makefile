@@ -1,5 +1,5 @@
 # Everything a fresh machine needs is made here: Python >= 3.10, a C++ compiler and make are enough.
-#   make ladder   the CIFAR-10 trick ladder (examples/cifar_ladder.py): four rungs in 5 minutes (14 without AVX512), ARGS=--resume the others
+#   make ladder   the CIFAR-10 trick ladder (examples/cifar_ladder.py): four rungs in 5 minutes, ARGS=--resume the others
 #   make test     all tests
 #   make lint     ruff, clang-format and mypy
 #   make bench    benchmarks against torch.nn
@@ -52,7 +52,7 @@ build/.built: $(VENV)/.ready $(SOURCES)
 build: build/.built
 
 ladder: build
-	$(BIN)/python examples/cifar_ladder.py $(if $(ARGS),$(ARGS),--rungs 0,1,2,3)
+	$(BIN)/python examples/cifar_ladder.py $(if $(ARGS),$(ARGS),--rungs 0,1,2,3 --minutes 5)
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)

@@ -12,16 +12,18 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ladder import checkpoint, checks, cli, evaluate, mixing, models, pictures, processes, report, rungs, train
 from ladder.recipe import Recipe, Stage
-from ladder_small import SMALL, no_network, small_images, use_small_presets, write_binary
+from ladder_small import SMALL, no_network, small_images, use_small_presets, use_small_synthetic, write_binary
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -534,6 +536,44 @@ def test_interrupted_and_resumed(
         assert one["change"] == other["change"]
 
 
+@pytest.mark.parametrize(("minutes", "epochs"), [("0.001", 1), ("0.49", 2), ("0.5", 3), ("1e308", 3)])
+def test_as_many_epochs_as_there_is_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], minutes: str, epochs: int
+) -> None:
+    """An epoch of the two rungs takes 4.5 + 3 s, and is paid for once more by having been timed."""
+    use_small_synthetic(monkeypatch)
+    preset = rungs.Preset(64, replace(SMALL, epochs=3))
+    monkeypatch.setattr(cli, "PRESETS", {name: preset for name in rungs.PRESETS})
+    clock = iter((0.0, 4.5, 10.0, 13.0))
+
+    def timed(*args: Any, on_step: Callable[[], object], **kwargs: Any) -> float:
+        start = next(clock)
+        train.seconds_of_an_epoch(*args, on_step=on_step, **kwargs)
+        return next(clock) - start
+
+    monkeypatch.setattr(cli, "seconds_of_an_epoch", timed)
+    assert run_cli(tmp_path / "minutes", "--rungs", "0,1", "--minutes", minutes) == 0
+    assert f"takes 7.5 s: {epochs} of 3 epochs, for --minutes {float(minutes):g}\n" in capsys.readouterr().out
+    assert run_cli(tmp_path / "epochs", "--rungs", "0,1", "--epochs", str(epochs)) == 0
+    one, other = results_in(tmp_path / "minutes"), results_in(tmp_path / "epochs")
+    assert one["epochs"] == other["epochs"] == epochs
+    assert [rung["history"] for rung in one["rungs"]] == [rung["history"] for rung in other["rungs"]]
+
+    assert run_cli(tmp_path / "minutes", "--rungs", "0,1,2", "--resume") == 0  # which times nothing
+    assert [rung["epochs"] for rung in results_in(tmp_path / "minutes")["rungs"]] == [epochs] * 3
+
+
+def test_seconds_of_an_epoch() -> None:
+    """Of all its steps and the validation, also where it diverges."""
+    steps: list[int] = []
+    recipe = replace(SMALL, batch_size=16)
+    settings: dict[str, Any] = {"backend": "torch", "seed": 0, "on_step": lambda: steps.append(1)}
+    start = time.perf_counter()
+    seconds = train.seconds_of_an_epoch(recipe, small_images(), **settings)
+    assert len(steps) == 4 and 0 < seconds < time.perf_counter() - start
+    assert train.seconds_of_an_epoch(replace(recipe, lr=math.inf), small_images(), **settings) > 0
+
+
 @pytest.mark.usefixtures("small_presets")
 def test_a_killed_run_is_taken_up_with_its_own_settings_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -696,6 +736,9 @@ def test_what_only_fastnorm_has_needs_it(tmp_path: Path, capsys: pytest.CaptureF
     "arguments, message",
     [
         (["--epochs", "0"], "wanted an integer of at least 1, got '0'"),
+        (["--minutes", "0"], "wanted a positive number, got '0'"),
+        (["--minutes", "nan"], "wanted a positive number, got 'nan'"),
+        (["--minutes", "5", "--epochs", "5"], "not allowed with argument --minutes"),
         (["--batch-size", "many"], "wanted an integer of at least 1, got 'many'"),
         (["--seed", "-1"], "at least 0, got '-1'"),
         (["--seed", str(2**63)], "at most 9223372036854775807, got '9223372036854775808'"),
@@ -783,7 +826,10 @@ def test_make_trains_four_rungs() -> None:
     """A comma is also what make divides a function's arguments by."""
     # As from a shell: the make that runs the tests hands its own flags, level and ARGS on.
     outside = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "ARGS"}
-    for arguments, wanted in (([], "--rungs 0,1,2,3"), (["ARGS=--rungs 4,5 --seed 1"], "--rungs 4,5 --seed 1")):
+    for arguments, wanted in (
+        ([], "--rungs 0,1,2,3 --minutes 5"),
+        (["ARGS=--rungs 4,5 --seed 1"], "--rungs 4,5 --seed 1"),
+    ):
         command = ["make", "--dry-run", "ladder", *arguments]
         run = subprocess.run(command, cwd=EXAMPLES.parent, env=outside, capture_output=True, text=True, check=True)
         assert run.stdout.splitlines()[-1].endswith(f"cifar_ladder.py {wanted}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import platform
 import sys
 import urllib.request
@@ -27,7 +28,7 @@ from .pictures import milliseconds, span
 from .processes import FailedElsewhere, Processes, joined, local_device
 from .recipe import Recipe
 from .rungs import PRESETS, RUNGS, Rung, recipe_of, select
-from .train import Diverged, History, Outcome, stage_lengths, train_rung
+from .train import Diverged, History, Outcome, seconds_of_an_epoch, stage_lengths, train_rung
 
 EXIT_FAILED = 1  # a check or a rung
 EXIT_BAD_INPUT = 2
@@ -118,6 +119,36 @@ class _Run:
                     )
         return data.to(self.device)
 
+    def choose_epochs(self, data: Dataset) -> None:
+        """Where --epochs does not say: those of the run that is resumed, or as many as --minutes has time for."""
+        args, epochs = self.args, self.start.epochs
+        if args.epochs is None and args.resume and (args.out / "results.json").exists():
+            epochs = report.read_json(args.out).get("epochs", epochs)
+        elif args.minutes is not None:
+            epochs = self._epochs_in(args.minutes, data)
+        if epochs != self.start.epochs:
+            self.asked["epochs"] = epochs
+            self.start = replace(self.start, epochs=epochs)
+
+    def _epochs_in(self, minutes: float, data: Dataset) -> int:
+        """How many epochs of all rungs take that long, at most the preset's; one of each is timed and thrown away."""
+        args, seconds = self.args, 0.0
+        silent = None if self.processes.is_first else True
+        with tqdm(desc="one epoch of each rung", unit="step", disable=silent, leave=False) as bar:
+            for rung in args.rungs:
+                seconds += seconds_of_an_epoch(
+                    self.recipe(rung),
+                    data,
+                    backend=args.backend,
+                    seed=args.seed,
+                    processes=self.processes,
+                    on_step=bar.update,
+                )
+        wanted = self.start.epochs
+        epochs = max(1, int(min(60 * minutes / seconds - 1, wanted)))
+        print(f"one epoch of each rung takes {seconds:.1f} s: {epochs} of {wanted} epochs, for --minutes {minutes:g}")
+        return epochs
+
     def settings(self, data: Dataset) -> dict[str, Any]:
         """The head of results.json."""
         on_gpu = self.device.type == "cuda"
@@ -141,6 +172,7 @@ class _Run:
         args, out = self.args, self.args.out
         checkpoints = out / "checkpoints"
         data = self.load()
+        self.choose_epochs(data)
         run = self.settings(data)
         epochs = span(sum(stage_lengths(self.recipe(rung))) for rung in args.rungs)
         print(
@@ -317,6 +349,16 @@ def _at_least(smallest: int) -> Callable[[str], int]:
     return parse
 
 
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"wanted a positive number, got {text!r}")
+    return value
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """argparse's, without the usage in front: the reason is what the reader needs."""
@@ -362,7 +404,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="names, numbers or groups, comma-separated, or all (default: ladder, that is 0 to 9)",
     )
-    training.add_argument("--epochs", type=_at_least(1), metavar="N", help="instead of the preset's")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_at_least(1), metavar="N", help="instead of the preset's")
+    length.add_argument(
+        "--minutes",
+        type=_minutes,
+        metavar="M",
+        help="as many epochs as all rungs together have time for, at most the preset's; one of each is timed first",
+    )
     training.add_argument("--batch-size", type=_at_least(1), metavar="N", help="instead of 256")
     training.add_argument(
         "--seed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import statistics
@@ -282,6 +283,25 @@ class Trainer:
         self.history = History(**state["history"])
         for name in self._SIMPLE:
             setattr(self, name, state[name])
+
+
+def seconds_of_an_epoch(
+    recipe: Recipe,
+    data: Dataset,
+    *,
+    backend: str,
+    seed: int,
+    processes: Processes = ALONE,
+    on_step: Callable[[], object] = lambda: None,
+) -> float:
+    """What the recipe's first epoch takes with its validation; the mean of the processes. What it learns is lost."""
+    trainer = Trainer(recipe, data, backend=backend, seed=seed, processes=processes)
+    start = time.perf_counter()
+    with contextlib.suppress(Diverged):
+        trainer.train_epoch(lambda steps: on_step())
+    total = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=trainer.device)
+    processes.add_up(total)
+    return total.item() / processes.world
 
 
 def train_rung(
