@@ -553,7 +553,8 @@ def test_as_many_epochs_as_there_is_time_for(
 
     monkeypatch.setattr(cli, "seconds_of_an_epoch", timed)
     assert run_cli(tmp_path / "minutes", "--rungs", "0,1", "--minutes", minutes) == 0
-    assert f"takes 7.5 s: {epochs} of 3 epochs, for --minutes {float(minutes):g}\n" in capsys.readouterr().out
+    assert f"takes 7.5 s: {epochs} of 3 epochs, for --minutes {float(minutes):g}\n" in (out := capsys.readouterr().out)
+    assert ("--epochs 3 trains all." in out) == (epochs < 3)
     assert run_cli(tmp_path / "epochs", "--rungs", "0,1", "--epochs", str(epochs)) == 0
     one, other = results_in(tmp_path / "minutes"), results_in(tmp_path / "epochs")
     assert one["epochs"] == other["epochs"] == epochs

@@ -147,6 +147,8 @@ class _Run:
         wanted = self.start.epochs
         epochs = max(1, int(min(60 * minutes / seconds - 1, wanted)))
         print(f"one epoch of each rung takes {seconds:.1f} s: {epochs} of {wanted} epochs, for --minutes {minutes:g}")
+        if epochs < wanted:
+            print(f"In so few, tricks against overfitting cost more than they bring; --epochs {wanted} trains all.")
         return epochs
 
     def settings(self, data: Dataset) -> dict[str, Any]:
