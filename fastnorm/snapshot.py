@@ -70,7 +70,8 @@ class Snapshot:
         self._places = [(place, place.read()) for value in found for place in _places(value)]
         self._arrays = [(v, v.copy()) for v in found if isinstance(v, np.ndarray) and v.flags.writeable]
         tensors = [v for v in found if type(v) in (torch.Tensor, nn.Parameter) and v.layout == torch.strided]
-        self._tensors = [(v, v.detach()) for v in tensors]
+        with no_dispatch():  # as in _rewind
+            self._tensors = [(v, v.detach()) for v in tensors]
         generators = [*_GLOBAL_GENERATORS, *(g for value in found if (g := _generator(value)) is not None)]
         self._generators = [(generator, generator.read()) for generator in generators]
 
@@ -160,7 +161,8 @@ def _rewrite(array: np.ndarray, before: np.ndarray) -> bool:
 def _set_data(tensor: torch.Tensor, before: torch.Tensor) -> bool:
     changed = _memory(tensor) != _memory(before)
     if changed:
-        tensor.data = before
+        with no_dispatch():
+            tensor.data = before
     return changed
 
 

@@ -123,7 +123,8 @@ class _Run:
         """Where --epochs does not say: those of the run that is resumed, or as many as --minutes has time for."""
         args, epochs = self.args, self.start.epochs
         if args.epochs is None and args.resume and (args.out / "results.json").exists():
-            epochs = report.read_json(args.out).get("epochs", epochs)
+            before = report.read_json(args.out).get("epochs")
+            epochs = before if type(before) is int and before > 0 else epochs
         elif args.minutes is not None:
             epochs = self._epochs_in(args.minutes, data)
         if epochs != self.start.epochs:
