@@ -48,10 +48,10 @@ def enable_under_compile(enabled: bool) -> None:
 def traced_by_mode() -> bool:
     """Whether FakeTensors, make_fx or functionalisation see this call: the parts of a compiler, when used by hand; or
     a mode that has ``sees_ops``."""
-    if any(_get_dispatch_mode(key) is not None for key in _TRACING_MODES):
-        return True
-    innermost = _len_torch_dispatch_stack() - 1
-    return innermost >= 0 and getattr(_get_dispatch_stack_at(innermost), "sees_ops", False)
+    modes = map(_get_dispatch_stack_at, range(_len_torch_dispatch_stack()))
+    return any(_get_dispatch_mode(key) is not None for key in _TRACING_MODES) or any(
+        getattr(mode, "sees_ops", False) for mode in modes
+    )
 
 
 def uses_ops(input: Tensor) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnorm
 
@@ -660,6 +661,11 @@ def statistics_by(norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Cal
     return count
 
 
+def statistics_in_a_mode(bag: Bag) -> float:
+    with FlopCounterMode(display=False):
+        return statistics_by(fastnorm.functional.batch_norm, training=True)(bag)
+
+
 def drop_in_place(bag: Bag) -> Tensor:
     fastnorm.functional.dropout(bag.constant, 0.1, inplace=True)
     return bag.constant.sum()
@@ -686,6 +692,7 @@ CHANGING: dict[str, Callable[[Bag], Any]] = {
     "a parameter": of_parameter,
     "torch's running statistics": statistics_by(F.batch_norm, training=True),
     "running statistics": statistics_by(fastnorm.functional.batch_norm, training=True),
+    "running statistics in a mode of forward's own": statistics_in_a_mode,
     "running statistics of instances": statistics_by(fastnorm.functional.instance_norm),
     "a tensor by dropout": drop_in_place,
     "an array": lambda bag: fill(bag.array),

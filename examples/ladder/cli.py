@@ -134,8 +134,7 @@ class _Run:
     def _epochs_in(self, minutes: float, data: Dataset) -> int:
         """How many epochs of all rungs take that long, at most the preset's; one of each is timed and thrown away."""
         args, seconds = self.args, 0.0
-        silent = None if self.processes.is_first else True
-        with tqdm(desc="one epoch of each rung", unit="step", disable=silent, leave=False) as bar:
+        with self._steps("one epoch of each rung") as bar:
             for rung in args.rungs:
                 seconds += seconds_of_an_epoch(
                     self.recipe(rung),
@@ -149,7 +148,7 @@ class _Run:
         epochs = max(1, int(min(60 * minutes / seconds - 1, wanted)))
         print(f"one epoch of each rung takes {seconds:.1f} s: {epochs} of {wanted} epochs, for --minutes {minutes:g}")
         if epochs < wanted:
-            print(f"In so few, tricks against overfitting cost more than they bring; --epochs {wanted} trains all.")
+            print(f"Tricks against overfitting cost more than they bring in few epochs; --epochs {wanted} trains all.")
         return epochs
 
     def settings(self, data: Dataset) -> dict[str, Any]:
@@ -258,7 +257,7 @@ class _Run:
     def _check(self, rung: Rung, data: Dataset) -> tuple[dict[str, Any], bool]:
         """What the checks found, for results.json, and whether all is well."""
         recipe = self.recipe(rung)
-        with tqdm(desc="checks", unit="step", disable=None, leave=False) as bar:
+        with self._steps("checks") as bar:
             checks = run_checks(recipe, data, backend=self.args.backend, seed=self.args.seed, on_step=bar.update)
         print(
             f"check {rung.name}: first loss {checks.initial_loss:.3f} (log 10 = 2.303); {checks.overfit_images} images "
@@ -270,10 +269,12 @@ class _Run:
             print(f"check {rung.name} failed: {problem}", file=sys.stderr)
         return checks.as_dict(rung.name, recipe.lr), not checks.problems
 
+    def _steps(self, what: str) -> tqdm:
+        """A progress bar of the first process, which draws nothing where the output is not a terminal."""
+        return tqdm(desc=what, unit="step", disable=None if self.processes.is_first else True, leave=False)
+
     def _train(self, rung: Rung, data: Dataset, saved: Path) -> Outcome:
-        # tqdm draws nothing where the output is not a terminal; the line printed at the end is there either way.
-        silent = None if self.processes.is_first else True
-        with tqdm(desc=f"{rung.label:<16}", unit="step", disable=silent, leave=False) as bar:
+        with self._steps(f"{rung.label:<16}") as bar:
 
             def on_step(epochs: int, steps: int) -> None:
                 bar.total = epochs * steps
