@@ -124,7 +124,7 @@ cuda-check:
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "gpu-check: needs OUT=DIR, where the tables go"; exit 1; }
-	$(PYTHON) benchmarks/gpu_check.py "$(OUT)"
+	$(PYTHON) benchmarks/gpu_check.py "$(OUT)" $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -1,9 +1,11 @@
 """``make gpu-check OUT=DIR``: on a machine with an NVIDIA GPU, builds for it, tests, looks for errors, and measures.
 
-1. The extension for the present device, in place; of the CPU's kernels the plain ones alone.
+1. The extension for the present device, in place; of the CPU's kernels the plain ones alone. Not with ``--built``: then
+   the extension that is there is used.
 2. All at once: the tests that run on a CUDA device, in several processes, and compute-sanitizer's memcheck and
    racecheck on every case of the table at two small shapes.
-3. The benchmarks: fastnorm, torch, torch.compile and whichever of Liger and apex can be imported.
+3. The benchmarks: fastnorm, torch, torch.compile and whichever of Liger and apex can be imported; and which kernels of
+   fastnorm's ran for how long, as torch's profiler has it.
 
 Logs, ``results.json`` and ``results.md`` go to DIR, the results anew after every step and row, and what takes too long
 is stopped, so that a kernel that hangs costs no more than what waits for it. The exit code is 1 if there is no GPU, or
@@ -12,6 +14,7 @@ something failed.
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import importlib
 import json
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +38,10 @@ from workloads import DropPath, WithinChannel, Workload, alike, fastnorm, fused
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-# For everything, for the build, for what comes before the benchmarks. These say what they have not reached by the end.
-SECONDS, BUILD_SECONDS, CHECKED_BY = 9 * 60, 4 * 60, 5.5 * 60
+STEPS = ("tests", "sanitizer", "benchmarks")
+# For everything, and for the build. What comes before the benchmarks has a part of it; those say what they have not
+# reached by the end.
+SECONDS, BUILD_SECONDS = 9 * 60, 4 * 60
 
 # ---- build, tests, compute-sanitizer
 
@@ -74,6 +79,13 @@ def build(out: Path, deadline: float) -> str:
     return Step(command, out / "build.log", **architecture).wait(deadline)
 
 
+def tested_files() -> list[str]:
+    """The tests that run on a device."""
+    without = ("on_cpu", "emulator", "traffic", "check")  # need no GPU
+    found = (path for path in TESTS.glob("test_*.py") if "DEVICES" in path.read_text())
+    return sorted(str(path) for path in found if path.stem not in {f"test_cuda_{name}" for name in without})
+
+
 def start_tests(logs: Path) -> dict[str, Step]:
     """A process for each share of the tests; a share is an op, or what belongs to none."""
     sys.path.insert(0, str(TESTS))
@@ -83,8 +95,7 @@ def start_tests(logs: Path) -> dict[str, Step]:
     steps = {}
     for name, expression in shares.items():
         # verbose: the log of a test that hangs ends with its name
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", expression, "tests"]
-        command += [f"--ignore=tests/test_cuda_{name}.py" for name in ("on_cpu", "emulator", "traffic")]  # need no GPU
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", expression, *tested_files()]
         steps[name] = Step(command, logs / f"{name}.log", OMP_NUM_THREADS="1")
     return steps
 
@@ -128,13 +139,17 @@ def start_sanitizers(out: Path) -> dict[str, Step]:
     return steps
 
 
-def check(out: Path, deadline: float) -> dict[str, str]:
+def check(out: Path, deadline: float, steps: Collection[str] = STEPS) -> dict[str, str]:
     """The tests and compute-sanitizer, by name."""
+    results: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as logs:
-        tests, sanitizers = start_tests(Path(logs)), start_sanitizers(out)
-        results = results_of_tests(tests, out, deadline)
+        tests = start_tests(Path(logs)) if "tests" in steps else {}
+        sanitizers = start_sanitizers(out) if "sanitizer" in steps else {}
+        if tests:
+            results = results_of_tests(tests, out, deadline)
         results |= {name: step.wait(deadline) for name, step in sanitizers.items()}
-    return results if sanitizers else results | {"compute-sanitizer": "not run: it is not installed"}
+    missing = "sanitizer" in steps and not sanitizers
+    return results | ({"compute-sanitizer": "not run: it is not installed"} if missing else {})
 
 
 # ---- benchmarks
@@ -153,6 +168,7 @@ class Row:
     layout: str
     minimum_bytes: int
     ms: dict[str, float] = field(default_factory=dict)  # by library, and "copy" of a tensor of this shape
+    kernels: dict[str, float] = field(default_factory=dict)  # milliseconds of each of fastnorm's, by name
 
     @property
     def terabytes_per_s(self) -> float:
@@ -280,6 +296,23 @@ def forward_and_backward(module: nn.Module, dy: Tensor, inputs: list[Tensor]) ->
     return {"forward": lambda: lambda: module(*inputs), "backward": backward}
 
 
+def kernel_times(prepare: Callable[[], Callable[[], Any]], clock: CudaClock) -> dict[str, float]:
+    """Milliseconds of each kernel that a call starts, the mean of a few calls that find the L2 cache filled."""
+    calls = [prepare() for _ in range(3)]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for call in calls:
+            clock.other.zero_()
+            call()
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    for event in profile.events() or ():
+        if "fastnorm" in event.name:
+            name = event.name.replace("fastnorm::cuda::(anonymous namespace)::", "").split("(")[0]
+            found[name] = found.get(name, 0.0) + event.device_time / 1e3 / len(calls)
+    return found
+
+
 def measure(bench: Workload, clock: CudaClock, others: tuple[str, ...]) -> list[Row]:
     """A row for each pass; ``others`` are peers and "compile"."""
 
@@ -294,18 +327,21 @@ def measure(bench: Workload, clock: CudaClock, others: tuple[str, ...]) -> list[
     for index, passed in enumerate(("forward", "backward")):
         prepare = {name: both[passed] for name, both in passes.items()}
         prepare["copy"] = lambda: lambda: target.copy_(x.detach())
-        times = by_turns(prepare, clock, tiny=bench.numel < MEBI)
+        times = by_turns(prepare, clock, tiny=bench.numel < MEBI, seconds=0.3)
         row = Row(
             bench.op, passed, bench.shape, str(bench.dtype)[6:], bench.layout,
             bench.moved[index] * x.numel() * x.element_size(), {name: t.median * 1e3 for name, t in times.items()},
+            kernel_times(prepare["fastnorm"], clock),
         )  # fmt: skip
         rows.append(row)
     return rows
 
 
-def benchmark(deadline: float, rows: list[Row], missing: list[str], write: Callable[[], None]) -> None:
+def benchmark(
+    deadline: float, rows: list[Row], missing: list[str], write: Callable[[], None], *, compiled_share: float = 0.5
+) -> None:
     """Adds the rows, and what there was no time for; `write` after each. torch.compile takes the most, so it stops
-    first.
+    first, after its share of the time.
     """
     fastnorm().set_fallback("error")  # torch's own op would be measured under fastnorm's name
     clock = CudaClock()
@@ -316,9 +352,10 @@ def benchmark(deadline: float, rows: list[Row], missing: list[str], write: Calla
         if time.monotonic() > deadline:
             missing.append(name)
             continue
-        # one shape of each op, in the first half of the time
+        # one shape of each op
         key = bench.op, bench.dtype, bench.layout
-        compiles = key not in compiled and bench.numel >= MEBI and time.monotonic() < (started + deadline) / 2
+        in_time = time.monotonic() < started + compiled_share * (deadline - started)
+        compiles = key not in compiled and bench.numel >= MEBI and in_time
         if compiles:
             compiled.add(key)
         others = (*bench.peers, *(["compile"] if compiles else []))
@@ -376,11 +413,18 @@ def markdown(report: dict[str, Any], rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(out: Path) -> int:
+def main(
+    out: Path,
+    *,
+    built: bool = False,
+    steps_wanted: Collection[str] = STEPS,
+    seconds: float = SECONDS,
+    compiled_share: float = 0.5,
+) -> int:
     if not torch.cuda.is_available():
         print("gpu-check: needs an NVIDIA GPU, but torch sees none")
         return 1
-    faulthandler.dump_traceback_later(SECONDS + 15, exit=True)  # nothing else ends a benchmark whose kernel hangs
+    faulthandler.dump_traceback_later(seconds + 15, exit=True)  # nothing else ends a benchmark whose kernel hangs
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     steps: dict[str, str] = {}
@@ -396,26 +440,48 @@ def main(out: Path) -> int:
         (out / "results.json").write_text(json.dumps(report, indent=1))
         (out / "results.md").write_text(markdown(report, rows))
 
-    steps["build"] = build(out, started + BUILD_SECONDS)
+    steps["build"] = "ok: made before" if built else build(out, started + min(BUILD_SECONDS, seconds))
     write()
-    if steps["build"] != "ok":
+    if not steps["build"].startswith("ok"):
         print(f"gpu-check: the build {steps['build']}, see {out}/build.log")
         return 1
     sys.path.insert(0, str(ROOT))
-    steps |= check(out, started + CHECKED_BY)
+    now = time.monotonic()
+    left = started + seconds - now
+    steps |= check(out, now + (0.6 * left if "benchmarks" in steps_wanted else left), steps_wanted)
     write()
-    benchmark(started + SECONDS - 30, rows, missing, write)
-    write()
+    if "benchmarks" in steps_wanted:
+        benchmark(started + seconds - 0.05 * seconds, rows, missing, write, compiled_share=compiled_share)
+        write()
     print((out / "results.md").read_text())
     failed = [name for name, result in steps.items() if result.startswith("failed")]
     print(f"gpu-check: {report['seconds']} s; failed: {', '.join(failed) or 'nothing'}; tables in {out}")
     return 1 if failed else 0
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check.py", description="Build, tests, compute-sanitizer, benchmarks.")
+    parser.add_argument("out", type=Path, metavar="DIR", help="where logs and tables go")
+    parser.add_argument("--built", action="store_true", help="use the extension that is there")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="beside the build; all unless given")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (%(default)s)")
+    parser.add_argument(
+        "--compiled-share", type=float, default=0.5, help="of the benchmarks' time with torch.compile (%(default)s)"
+    )
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--sample"]:
         sample()
-    elif len(sys.argv) == 2:
-        sys.exit(main(Path(sys.argv[1]).resolve()))
     else:
-        sys.exit("usage: gpu_check.py DIR")
+        args = parse()
+        sys.exit(
+            main(
+                args.out.resolve(),
+                built=args.built,
+                steps_wanted=args.steps,
+                seconds=args.seconds,
+                compiled_share=args.compiled_share,
+            )
+        )

@@ -76,7 +76,7 @@ def fake_check(monkeypatch: pytest.MonkeyPatch, checked: dict[str, str]) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "machine", lambda: {"device": "none"})
     monkeypatch.setattr(gpu_check, "build", lambda out, deadline: "ok")
-    monkeypatch.setattr(gpu_check, "check", lambda out, deadline: checked)
+    monkeypatch.setattr(gpu_check, "check", lambda out, deadline, steps: checked)
     monkeypatch.setattr(gpu_check, "CudaClock", lambda: None)
     monkeypatch.setattr(
         gpu_check, "benches", lambda: [b for b in gpu_check.of_the_host() if b.op in ("LRN", "Dropout")]
