@@ -88,8 +88,10 @@ bool is_captured(const at::Tensor& t) {
 
 at::Tensor cuda_dropout_state(const std::optional<at::Generator>& generator, const at::Tensor& input) {
   const bool given = generator && generator->defined();
-  TORCH_CHECK(!given || generator->device() == input.device(), "dropout: generator must be on ", input.device(),
-              " like input, or on cpu, got one on ", generator->device());
+  // torch.Generator("cuda") says no more than that of its device.
+  const at::Device device = given ? generator->device() : input.device();
+  TORCH_CHECK(device == input.device() || (device.is_cuda() && !device.has_index()), "dropout: generator must be on ",
+              input.device(), " like input, or on cpu, got one on ", device);
   OnCuda there(input);
   auto* gen = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(input.get_device()));

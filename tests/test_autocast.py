@@ -55,7 +55,10 @@ def test_types_as_torch_has_them(name: str, half: torch.dtype, device: str) -> N
                 got, wanted = (f(*p) for f, p in zip((ours, theirs), leaves, strict=True))
             assert got.dtype == wanted.dtype
             if "dropout" not in name:
-                assert difference(got, wanted) < 4 * torch.finfo(wanted.dtype).eps
+                eps = torch.finfo(wanted.dtype).eps
+                if device == "cuda" and name == "local_response_norm":
+                    eps = torch.finfo(given).eps  # torch squares in the input's type there, and only then widens
+                assert difference(got, wanted) < 4 * eps
             for y in (got, wanted):
                 y.float().square().sum().backward()
             for a, b in zip(*leaves, strict=True):

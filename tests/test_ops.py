@@ -167,9 +167,10 @@ def test_other_strides(case: Case, name: str, device: str) -> None:
         y, grads = differentiate(case.fastnorm, tensors, dy)
         strided = [STRIDES[name](t) if t.shape == tensors[0].shape else t for t in tensors]
         other_y, other_grads = differentiate(case.fastnorm, strided, STRIDES[name](dy))
-        assert torch.equal(other_y, y)
-        for a, b in zip(other_grads, grads, strict=True):
-            assert torch.equal(a, b)
+        # a GPU takes unaligned tensors an element at a time, and so adds in another order
+        rounds_anew = device == "cuda" and name == "offset"
+        for a, b in zip((other_y, *other_grads), (y, *grads), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5) if rounds_anew else torch.equal(a, b)
 
 
 @every_case
