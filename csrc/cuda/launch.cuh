@@ -5,7 +5,6 @@
 //   - global and shared vector accesses through pack.cuh, reductions through reduce.cuh
 //   - launches through launch(), never <<<>>>; blocks of a multiple of 32 threads
 //   - no return before a barrier; shuffle masks name live lanes only
-//   - spinning only through Barrier below
 //   - kStaticShared (sizes.h) bytes of shared memory at most beside the dynamic
 #pragma once
 
@@ -20,7 +19,7 @@
 
 #include "sizes.h"
 
-// Whether what is being compiled has clusters and bulk copies: code for sm_90 and later, and the host's.
+// Whether what is being compiled has clusters: code for sm_90 and later, and the host's.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define FASTNORM_HAS_CLUSTERS 1
 #else
@@ -60,7 +59,6 @@ struct Device {
 
   // Of shared_per_block, which counts both.
   int64_t dynamic_shared() const { return most_dynamic_shared(static_cast<int64_t>(shared_per_block)); }
-  // And bulk copies, which came with them.
   bool has_clusters() const { return std::min(major, compiled_for / 10) >= 9; }
 };
 
@@ -190,6 +188,20 @@ int64_t clusters_at_once(void (*kernel)(Parameters...), int blocks, int threads,
 
 #ifdef __CUDACC__
 
+// ---- arithmetic
+
+// The square root and its reciprocal within 2^-22 of them, relative, in one instruction each; denormals count as zero.
+__device__ inline float rough_root(float s) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(s));
+  return root;
+}
+__device__ inline float rough_reciprocal_root(float s) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(s));
+  return root;
+}
+
 // ---- shared memory
 
 // The block's dynamic shared memory, aligned to 128 bytes.
@@ -203,9 +215,6 @@ __device__ inline T* dynamic_shared() {
 
 // ---- clusters: blocks that run at the same time and reach each other's shared memory. A block launched without one
 // is a cluster of its own, also below sm_90.
-//
-// Bulk asynchronous copies from global to shared memory (sm_90): one thread asks, an engine copies, a barrier in shared
-// memory tells when the bytes have landed.
 
 #if !FASTNORM_HAS_CLUSTERS  // for the emulator as for nvcc
 
@@ -216,17 +225,6 @@ template <typename T>
 __device__ inline T* map_shared_rank(T* p, unsigned) {
   return p;
 }
-
-// No plan has bulk copies there.
-struct Barrier {
-  uint64_t state;
-
-  __device__ void init() {}
-  __device__ void expect(uint32_t) {}
-  __device__ void wait(uint32_t) {}
-};
-__device__ inline void bulk_copy(void*, const void*, uint32_t, Barrier&) {}
-__device__ inline void fence_before_bulk_copy() {}
 
 #elif defined(__CUDACC__)
 
@@ -239,47 +237,6 @@ template <typename T>
 __device__ inline T* map_shared_rank(T* p, unsigned rank) {
   return cooperative_groups::this_cluster().map_shared_rank(p, rank);
 }
-
-// In shared memory, 8 bytes, made by one thread with init(); then __syncthreads() before another uses it.
-struct Barrier {
-  uint64_t state;
-
-  // Phases end when one thread has called expect() and that many bytes have landed.
-  __device__ void init() {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  }
-  __device__ void expect(uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
-  }
-  // Returns when the phase of this parity (0 for the first, then 1, 0, ...) has ended. By all threads that read the
-  // bytes.
-  __device__ void wait(uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(address()),
-        "r"(parity)
-        : "memory");
-  }
-  __device__ uint32_t address() { return static_cast<uint32_t>(__cvta_generic_to_shared(&state)); }
-};
-
-// Starts the copy of `bytes` (a multiple of 16) from global `from` to this block's shared `to` (both aligned to 16).
-__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier.address())
-               : "memory");
-}
-
-// Between ordinary reads or writes of a buffer in shared memory and a bulk copy into it: by the threads that read or
-// wrote, before the barrier that the asking thread waits at.
-__device__ inline void fence_before_bulk_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #endif
 

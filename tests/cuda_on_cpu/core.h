@@ -11,7 +11,7 @@ namespace emulator {
 
 constexpr unsigned kWarp = 32;
 
-enum class Wait : uint8_t { kNone, kBlockBarrier, kClusterBarrier, kWarp, kBulkBarrier, kDone };
+enum class Wait : uint8_t { kNone, kBlockBarrier, kClusterBarrier, kWarp, kDone };
 
 struct Fiber {
   void* stack_pointer;
@@ -25,14 +25,11 @@ struct Fiber {
   unsigned mask;
   int source;
   uint64_t value, result;
-  // of a wait for bulk copies
-  const void* barrier;
-  uint32_t parity;
 };
 
 // A barrier of a block's or a cluster's threads.
 struct Arrivals {
-  unsigned alive, arrived, passed;
+  unsigned alive, arrived;
   Site site;  // of the first to arrive
 };
 
@@ -42,29 +39,11 @@ struct SharedArray {
   size_t bytes;
 };
 
-// An mbarrier: the phase ends when one thread has announced the bytes and they have landed.
-struct BulkBarrier {
-  const void* address;
-  uint32_t phase;
-  bool announced;
-  int64_t missing;
-  unsigned made_by, made_at;  // the thread, and how many block barriers had passed
-};
-
-struct BulkCopy {
-  char* to;
-  const char* from;
-  uint32_t bytes;
-  const void* barrier;
-  unsigned rank;
-};
-
 struct Block {
   unsigned index[3];
   unsigned linear;
   Arrivals arrivals;
   std::vector<SharedArray> shared;
-  std::vector<BulkBarrier> barriers;
 };
 
 struct Buffer {
@@ -78,8 +57,8 @@ struct Buffer {
 struct Group {
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;  // threads_per_block to a block
-  std::vector<BulkCopy> copies;
   Arrivals arrivals;
+  bool all_started;  // they have met
   unsigned threads_per_block;
 };
 
@@ -103,10 +82,6 @@ struct Observer {
   virtual void warp_barrier(unsigned /*first fiber*/, unsigned /*mask*/) {}
   virtual void fence(bool /*whole_device*/) {}
   virtual void atomic(void*, unsigned /*bytes*/) {}
-  virtual void copy_begins(const BulkCopy&, Site) {}
-  virtual void copy_landed(const BulkCopy&) {}
-  virtual void waited_for_copies(const void* /*barrier*/) {}
-  virtual void fence_before_bulk_copy() {}
   virtual void set(void*, size_t) {}
 };
 extern Observer* observer;

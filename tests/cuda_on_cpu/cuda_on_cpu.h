@@ -16,6 +16,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __grid_constant__
@@ -291,6 +292,9 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 
 namespace fastnorm::cuda {
 
+inline float rough_root(float s) { return std::sqrt(s); }
+inline float rough_reciprocal_root(float s) { return 1.0f / std::sqrt(s); }
+
 template <typename T>
 T* dynamic_shared() {
   return static_cast<T*>(emulator::dynamic_shared(128));
@@ -305,24 +309,6 @@ template <typename T>
 T* map_shared_rank(T* p, unsigned rank, emulator::Site site = emulator::Site::here()) {
   return static_cast<T*>(emulator::map_shared_rank(p, rank, site));
 }
-
-struct Barrier {
-  uint64_t state;  // never read: the emulator keeps a table by address
-
-  void init() { emulator::barrier_init(this); }
-  void expect(uint32_t bytes, emulator::Site site = emulator::Site::here()) {
-    emulator::barrier_expect(this, bytes, site);
-  }
-  void wait(uint32_t parity, emulator::Site site = emulator::Site::here()) {
-    emulator::barrier_wait(this, parity, site);
-  }
-};
-
-inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier,
-                      emulator::Site site = emulator::Site::here()) {
-  emulator::bulk_copy(to, from, bytes, &barrier, site);
-}
-inline void fence_before_bulk_copy() { emulator::fence_before_bulk_copy(); }
 
 #endif
 

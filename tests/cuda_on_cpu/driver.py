@@ -45,7 +45,6 @@ BUILD = HERE.parents[1] / "build" / "cuda_on_cpu"  # of the emulator itself
 LIBRARIES = CSRC.parent / "build" / "cuda_on_cpu"
 
 ORDERS = ("first", "last", "random")  # which of the threads that are ready runs next
-LANDINGS = ("at once", "late", "random")  # when bulk copies land
 
 GUARD = 1024  # bytes of no one's memory before and after a buffer
 ALIGNMENT = 256  # of device memory, in bytes, before `misaligned` is added
@@ -65,7 +64,6 @@ class BuildError(RuntimeError):
 class Settings:
     mode: str = "random"
     order: str = "first"
-    landing: str = "late"
     seed: int = 0
     # the device
     multiprocessors: int = 4
@@ -75,7 +73,7 @@ class Settings:
     minor: int = 0
     largest_cluster: int = 16
     most_clusters: int = 0  # that run at once, 0: any number
-    architecture: int = 90  # that the kernels are compiled for: code for less than 90 has no clusters and bulk copies
+    architecture: int = 90  # that the kernels are compiled for: code for less than 90 has no clusters
     misaligned: dict[str, int] = field(default_factory=dict)  # elements by which a pointer of the contract is off
     plan: dict[str, int] = field(default_factory=dict)  # fields of PlanOverride in plan.h, for the ops that have plans
     # in mode trace: look for races; count what accesses cost
@@ -227,7 +225,7 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     i, i64, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.emulator_set_device.argtypes = [i, i64, i64, i, i, i, i64]
-    library.emulator_set_order.argtypes = [i, i, ctypes.c_uint64]
+    library.emulator_set_order.argtypes = [i, ctypes.c_uint64]
     library.emulator_add_buffer.argtypes = [p, i64, i64, ctypes.c_char_p, i]
     library.emulator_clear_buffers.argtypes = [i64]
     library.emulator_errors.restype = ctypes.c_char_p
@@ -349,7 +347,7 @@ def _set(structure: ctypes.Structure, name: str, value: Any) -> None:
     setattr(structure, name, of(*value) if isinstance(value, tuple) else value)
 
 
-_FREE_PLAN = {"resident": -1, "cluster": 0, "scalar": 0, "stages": 0}
+_FREE_PLAN = {"resident": -1, "cluster": 0, "scalar": 0}
 
 
 class Session:
@@ -364,7 +362,7 @@ class Session:
         library.emulator_set_device(
             c.multiprocessors, c.shared_per_block, c.l2, c.major, c.minor, c.largest_cluster, c.most_clusters
         )
-        library.emulator_set_order(ORDERS.index(c.order), LANDINGS.index(c.landing), c.seed)
+        library.emulator_set_order(ORDERS.index(c.order), c.seed)
         if c.mode == "trace":
             library.trace_start(c.races, c.counts)
         if hasattr(library, "force_plan"):

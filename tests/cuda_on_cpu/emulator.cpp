@@ -42,11 +42,9 @@ constexpr size_t kStack = 256 << 10, kPage = 4 << 10;  // bytes; pages that are 
 constexpr int kPoison = 0xff;                          // a NaN in every floating-point type
 
 enum class Order : int { kFirst, kLast, kRandom };
-enum class Landing : int { kAtOnce, kLate, kRandom };
 
 struct Settings {
   Order order = Order::kFirst;
-  Landing landing = Landing::kLate;
   uint64_t seed = 0;
 } settings;
 
@@ -213,40 +211,10 @@ Fiber& take_ready() {
   return the_group.fibers[i];
 }
 
-BulkBarrier* find_barrier(Block& block, const void* address) {
-  for (BulkBarrier& b : block.barriers)
-    if (b.address == address) return &b;
-  return nullptr;
-}
-
-void end_phase_if_complete(Block& block, BulkBarrier& b) {
-  if (!b.announced || b.missing != 0) return;
-  b.announced = false;
-  ++b.phase;
-  const auto rank = static_cast<size_t>(&block - the_group.blocks.data());
-  const size_t first = rank * the_group.threads_per_block;
-  for (size_t i = first; i < first + the_group.threads_per_block; ++i) {
-    Fiber& f = the_group.fibers[i];
-    if (f.wait == Wait::kBulkBarrier && f.barrier == b.address && (b.phase & 1) != f.parity) make_ready(f);
-  }
-}
-
-void land(size_t i) {
-  std::swap(the_group.copies[i], the_group.copies.back());
-  const BulkCopy copy = the_group.copies.back();
-  the_group.copies.pop_back();
-  std::memcpy(copy.to, copy.from, copy.bytes);
-  observer->copy_landed(copy);
-  Block& block = the_group.blocks[copy.rank];
-  BulkBarrier& b = *find_barrier(block, copy.barrier);
-  b.missing -= copy.bytes;
-  end_phase_if_complete(block, b);
-}
-
 std::string deadlock() {
   std::map<std::string, int> where;
   for (const Fiber& f : the_group.fibers) {
-    static const char* const kWhat[] = {"ready", "__syncthreads", "cluster_sync", "a warp operation", "bulk copies"};
+    static const char* const kWhat[] = {"ready", "__syncthreads", "cluster_sync", "a warp operation"};
     if (f.wait != Wait::kDone) ++where[std::string(kWhat[static_cast<int>(f.wait)]) + " at " + at(f.site)];
   }
   std::string text = "deadlock:";
@@ -257,11 +225,6 @@ std::string deadlock() {
 // The running fiber waits or is done: another runs.
 void run_next(bool dies = false) {
   Fiber& from = *current;
-  auto& copies = the_group.copies;
-  if (settings.landing == Landing::kRandom)
-    while (!copies.empty() && next_random() % 4 == 0) land(next_random() % copies.size());
-  while (ready.empty() && !copies.empty())
-    land(settings.landing == Landing::kRandom ? next_random() % copies.size() : 0);
   if (ready.empty()) {
     const bool all_done = std::all_of(the_group.fibers.begin(), the_group.fibers.end(),
                                       [](const Fiber& f) { return f.wait == Wait::kDone; });
@@ -309,11 +272,8 @@ void enter() {
   leave(block.arrivals, "__syncthreads");
   leave(the_group.arrivals, "cluster_sync");
   f.wait = Wait::kDone;
-  if (block.arrivals.alive == 0) {
-    for (const BulkCopy& copy : the_group.copies)
-      if (copy.rank == f.rank) fail(name_of(f) + " was its block's last while a bulk copy is on its way");
-    free_shared(block);  // a late access by the rest of the cluster is then one to freed memory
-  }
+  // A late access by the rest of the cluster is then one to freed memory.
+  if (block.arrivals.alive == 0) free_shared(block);
   run_next(true);
 }
 
@@ -334,15 +294,15 @@ void run_group(const Grid& grid, unsigned first) {
   g.threads_per_block = threads;
   g.blocks.assign(grid.cluster, Block{});
   g.fibers.assign(static_cast<size_t>(grid.cluster) * threads, Fiber{});
-  g.copies.clear();
-  g.arrivals = {grid.cluster * threads, 0, 0, {}};
+  g.arrivals = {grid.cluster * threads, 0, {}};
+  g.all_started = false;
   for (unsigned rank = 0; rank < grid.cluster; ++rank) {
     Block& b = g.blocks[rank];
     b.linear = first + rank;
     b.index[0] = b.linear % grid.blocks[0];
     b.index[1] = b.linear / grid.blocks[0] % grid.blocks[1];
     b.index[2] = b.linear / grid.blocks[0] / grid.blocks[1];
-    b.arrivals = {threads, 0, 0, {}};
+    b.arrivals = {threads, 0, {}};
   }
   ready.clear();
   ready_head = 0;
@@ -505,7 +465,6 @@ void block_barrier(Site site) {
     return;
   }
   arrivals.arrived = 0;
-  ++arrivals.passed;
   observer->block_barrier(self.rank);
   const size_t first = size_t{self.rank} * the_group.threads_per_block;
   for (size_t i = first; i < first + the_group.threads_per_block; ++i)
@@ -523,8 +482,7 @@ void cluster_barrier(Site site) {
     return;
   }
   arrivals.arrived = 0;
-  ++arrivals.passed;
-  for (Block& b : the_group.blocks) ++b.arrivals.passed;
+  the_group.all_started = true;
   observer->cluster_barrier();
   for (Fiber& f : the_group.fibers)
     if (f.wait == Wait::kClusterBarrier) make_ready(f);
@@ -662,7 +620,7 @@ void* map_shared_rank(const void* p, unsigned rank, Site site) {
   for (const SharedArray& a : own.shared) {
     if (c < a.p || c > a.p + a.bytes) continue;
     if (rank == current->rank) return const_cast<char*>(c);
-    if (the_group.arrivals.passed == 0)
+    if (!the_group.all_started)
       fail(name_of(*current) + " reaches into block " + std::to_string(rank) +
            " of its cluster, which may not have started, at " + at(site));
     if (other.arrivals.alive == 0)
@@ -674,63 +632,6 @@ void* map_shared_rank(const void* p, unsigned rank, Site site) {
   }
   fail(name_of(*current) + " maps an address that is not in its shared memory at " + at(site));
 }
-
-// ---- bulk copies
-
-void barrier_init(const void* barrier) {
-  Block& block = the_group.blocks[current->rank];
-  if (find_barrier(block, barrier)) fail(name_of(*current) + " makes a Barrier that is there already");
-  block.barriers.push_back({barrier, 0, false, 0, current->thread, block.arrivals.passed});
-}
-
-static BulkBarrier& made_barrier(Block& block, const void* barrier, Site site) {
-  BulkBarrier* b = find_barrier(block, barrier);
-  if (!b) fail(name_of(*current) + " uses a Barrier without init() at " + at(site));
-  if (b->made_by != current->thread && b->made_at == block.arrivals.passed)
-    fail(name_of(*current) + " uses a Barrier with no __syncthreads() after its init() at " + at(site));
-  return *b;
-}
-
-void barrier_expect(const void* barrier, uint32_t bytes, Site site) {
-  Block& block = the_group.blocks[current->rank];
-  BulkBarrier& b = made_barrier(block, barrier, site);
-  if (b.announced) fail(name_of(*current) + " announces bytes twice in one phase at " + at(site));
-  b.announced = true;
-  b.missing += bytes;
-  end_phase_if_complete(block, b);
-}
-
-void barrier_wait(const void* barrier, uint32_t parity, Site site) {
-  if (parity > 1) fail("a parity of " + std::to_string(parity) + " at " + at(site));
-  const BulkBarrier& b = made_barrier(the_group.blocks[current->rank], barrier, site);
-  if ((b.phase & 1) == parity) {
-    current->barrier = barrier;
-    current->parity = parity;
-    wait(Wait::kBulkBarrier, site);
-  }
-  observer->waited_for_copies(barrier);
-}
-
-void bulk_copy(void* to, const void* from, uint32_t bytes, const void* barrier, Site site) {
-  Block& block = the_group.blocks[current->rank];
-  made_barrier(block, barrier, site);
-  const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
-  if (misaligned(to) || misaligned(from) || bytes % 16 != 0)
-    fail("a bulk copy that is not aligned to 16 bytes at " + at(site));
-  bool inside = false;
-  for (const SharedArray& a : block.shared)
-    inside = inside || (static_cast<char*>(to) >= a.p && static_cast<char*>(to) + bytes <= a.p + a.bytes);
-  if (!inside) fail("a bulk copy beyond the block's shared memory at " + at(site));
-  if (!buffer_of(from, bytes)) fail("a bulk copy from beyond a tensor at " + at(site));
-  if (bytes == 0) return;
-  const BulkCopy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, barrier, current->rank};
-  observer->copy_begins(copy, site);
-  std::memset(to, kPoison, bytes);
-  the_group.copies.push_back(copy);
-  if (settings.landing == Landing::kAtOnce) land(the_group.copies.size() - 1);
-}
-
-void fence_before_bulk_copy() { observer->fence_before_bulk_copy(); }
 
 void trap(Site site) { fail(name_of(*current) + " traps at " + at(site)); }
 
@@ -747,8 +648,8 @@ EXPORT void emulator_set_device(int multiprocessors, int64_t shared_per_block, i
       most_clusters};
 }
 
-EXPORT void emulator_set_order(int order, int landing, uint64_t seed) {
-  emulator::settings = {static_cast<emulator::Order>(order), static_cast<emulator::Landing>(landing), seed};
+EXPORT void emulator_set_order(int order, uint64_t seed) {
+  emulator::settings = {static_cast<emulator::Order>(order), seed};
 }
 
 // Device memory: `guard` bytes before and after are no one's.

@@ -87,12 +87,6 @@ unsigned cluster_size();
 unsigned cluster_rank();
 void* map_shared_rank(const void* p, unsigned rank, Site site);
 
-void barrier_init(const void* barrier);
-void barrier_expect(const void* barrier, uint32_t bytes, Site site);
-void barrier_wait(const void* barrier, uint32_t parity, Site site);
-void bulk_copy(void* to, const void* from, uint32_t bytes, const void* barrier, Site site);
-void fence_before_bulk_copy();
-
 [[noreturn]] void trap(Site site);
 
 }  // namespace emulator

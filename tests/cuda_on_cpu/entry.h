@@ -27,7 +27,7 @@ EXPORT const char* entry_error() { return message.c_str(); }
   }
 
 // Forces the choices of plan.h; -1 and 0 leave them alone.
-#define CUDA_ON_CPU_PLAN                                                      \
-  EXPORT void force_plan(int resident, int cluster, int scalar, int stages) { \
-    fastnorm::cuda::plan_override() = {resident, cluster, scalar, stages};    \
+#define CUDA_ON_CPU_PLAN                                           \
+  EXPORT void force_plan(int resident, int cluster, int scalar) {  \
+    fastnorm::cuda::plan_override() = {resident, cluster, scalar}; \
   }

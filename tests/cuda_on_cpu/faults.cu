@@ -33,25 +33,18 @@ __device__ inline bool is_last_block(unsigned* ticket, unsigned blocks, int* sha
   return *shared != 0;
 }
 
-// y[i] = the sum of x over the cluster's part of it; the last block writes the number of blocks to y[n]. Each block
-// gets its x by a bulk copy.
+// y[i] = the sum of x over the cluster's part of it; the last block writes the sum of y to y[n].
 __global__ void correct(const float* x, float* y, int n, unsigned* ticket) {
   float* const part = dynamic_shared<float>();
-  SMEM_ARRAY(Barrier, barrier, 1);
   SMEM_ARRAY(float, sums, kThreads / 32);
   SMEM_ARRAY(float, block_sum, 1);
   SMEM_ARRAY(int, is_last, 1);
   const int per_block = n / static_cast<int>(gridDim.x), first = static_cast<int>(blockIdx.x) * per_block;
   const int t = static_cast<int>(threadIdx.x);
-  if (t == 0) barrier->init();
+  for (int i = t; i < per_block; i += kThreads) part[i] = x[first + i];
   __syncthreads();
-  if (t == 0) {
-    barrier->expect(per_block * 4);
-    bulk_copy(part, x + first, per_block * 4, *barrier);
-  }
-  barrier->wait(0);
   float sum = 0;
-  for (int i = t; i < per_block; i += kThreads) sum += part[i];
+  for (int i = t; i < per_block; i += kThreads) sum += part[per_block - 1 - i];  // another thread's
   sum = sum_of_warp(sum);
   if (t % 32 == 0) sums[t / 32] = sum;
   __syncthreads();
@@ -145,11 +138,10 @@ __global__ void barrier_in_a_warp(const float*, float* y, int, unsigned*) {
 }
 
 __global__ void deadlock(const float*, float* y, int, unsigned*) {
-  SMEM_ARRAY(Barrier, barrier, 1);
-  if (threadIdx.x == 0) barrier->init();
-  __syncthreads();
-  if (threadIdx.x == 0) barrier->expect(16);  // no copy
-  barrier->wait(0);
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    cluster_sync();
   y[threadIdx.x] = 1;
 }
 
@@ -197,34 +189,6 @@ __global__ void reaches_too_late(const float*, float* y, int, unsigned*) {
   const float* const other = map_shared_rank(s, cluster_rank() ^ 1);
   if (cluster_rank() == 0) __syncwarp();  // the other block may end before this one reads
   if (threadIdx.x == 0 && cluster_rank() == 0) y[0] = *other;
-}
-
-__global__ void copy_not_waited_for(const float* x, float* y, int, unsigned*) {
-  float* const part = dynamic_shared<float>();
-  SMEM_ARRAY(Barrier, barrier, 1);
-  if (threadIdx.x == 0) barrier->init();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    barrier->expect(kThreads * 4);
-    bulk_copy(part, x, kThreads * 4, *barrier);
-  }
-  __syncthreads();
-  y[threadIdx.x] = part[threadIdx.x];
-  barrier->wait(0);
-}
-
-__global__ void copy_without_fence(const float* x, float* y, int, unsigned*) {
-  float* const part = dynamic_shared<float>();
-  SMEM_ARRAY(Barrier, barrier, 1);
-  if (threadIdx.x == 0) barrier->init();
-  part[threadIdx.x] = 0;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    barrier->expect(kThreads * 4);
-    bulk_copy(part, x, kThreads * 4, *barrier);
-  }
-  barrier->wait(0);
-  y[threadIdx.x] = part[threadIdx.x];
 }
 
 __global__ void bank_conflicts(const float* x, float* y, int, unsigned*) {  // a stride of 32 words: one bank
@@ -277,8 +241,6 @@ const std::map<std::string, Toy> kToys = {
     TOY(misaligned_vector, 1, 1, 0),
     TOY(reaches_too_early, 2, 2, 0),
     TOY(reaches_too_late, 2, 2, 0),
-    TOY(copy_not_waited_for, 1, 1, 4096),
-    TOY(copy_without_fence, 1, 1, 4096),
     TOY(bank_conflicts, 1, 1, 0),
     {"too_much_shared_memory", {nothing, {dim3(1), kThreads, 1, 228 << 10}}},
     {"no_room_for_static_shared_memory", {nothing, {dim3(1), kThreads, 1, 226 << 10}}},

@@ -53,6 +53,7 @@ class Mutation:
 _LRN = "local_response_norm.cu"
 _BATCH, _GROUP = "batch_norm-train", "group_norm-some"
 _PLANS = "every_plan and batch_norm-train"
+_RUNS = "every_plan and group_norm-some"  # slices of several channels
 MUTATIONS = (
     # ---- dropout
     Mutation("dropout.cu", "drawn >> (k * kPack + j) & 1", "drawn >> (k * kPack + j + 1) & 1", "dropout"),
@@ -67,7 +68,13 @@ MUTATIONS = (
              by="trace"),
     # ---- local response normalisation
     *(Mutation(_LRN, "    __syncthreads();\n", "", "local_response_norm-intra or every_path", nth, "trace")
-      for nth in range(4)),
+      for nth in range(6)),
+    Mutation(_LRN, "buffer += other, other = -other;", "", "local_response_norm-intra", by="trace"),
+    Mutation(_LRN, "writes = reads && c >= plan.margin", "writes = reads", "every_path"),
+    Mutation(_LRN, "is_first ? 0 : left", "left", "local_response"),
+    Mutation(_LRN, "lane < plan.margin + own && i < packs", "lane < plan.margin + own", "local_response", by="asan"),
+    Mutation("window_plan.h", "p.reach * (in.backward ? 2 : 1)", "p.reach", "every_path"),
+    Mutation("window_plan.h", "kWarp % (p.column.length / along_pack) == 0 ? 0 : 1", "0", "every_path"),
     Mutation(_LRN, "if (tile + gridDim.x < plan.tiles()) __syncthreads();", "", "local_response", by="trace"),
     Mutation(_LRN, "{near.column, far.column, column.before, column.after}",
              "{near.column, far.column, column.after, column.before}", "local_response"),
@@ -93,32 +100,46 @@ MUTATIONS = (
     # ---- batch, group and instance normalisation
     Mutation("slice_norm.cuh", "  __syncthreads();\n  const int apart", "  const int apart", _PLANS),
     Mutation("slice_norm.cuh", "    totals[i] = sum;\n  }\n  __syncthreads();", "    totals[i] = sum;\n  }", _PLANS),
-    Mutation("slice_norm.cuh", "? sum_[k] + rest_[k] :", "? sum_[k] :", f"{_PLANS}-residual-relu-cluster-1"),
-    Mutation("slice_norm.cuh", "isfinite(rest_[k]) ?", "true ?", "batch_norm-infinite-gradient"),
+    Mutation("slice_norm.cuh", "        batch_[k] = 0;\n", "", _PLANS),
     Mutation("slice_norm.cuh", "warp_sum(v, lanes);", "warp_sum(v);", f"float64 and {_BATCH}"),
-    Mutation("slice_norm.cuh", "    moments(walk, [&](int g, const Moments& m) { mine[g] = m; });\n    cluster_sync();",
-             "    moments(walk, [&](int g, const Moments& m) { mine[g] = m; });\n    __syncthreads();", _PLANS),
-    Mutation("slice_norm.cuh", "  cluster_sync();  // no block leaves while another reads its shared memory\n", "",
-             _PLANS, by="asan"),
-    Mutation("slice_norm.cuh", "rank, turn % 2);", "rank, 0);", _PLANS, by="trace"),
-    Mutation("slice_norm.cuh", "    __syncthreads();  // the readers of shared memory are done\n", "", _PLANS,
+    Mutation("slice_norm.cuh", "  if (p.cluster > 1) cluster_sync();\n  const Moments m", "  const Moments m", _PLANS),
+    *(Mutation("slice_norm.cuh", "cluster_sync();  // no block leaves", ";  //", _PLANS, nth)
+      for nth in range(2)),
+    Mutation("slice_norm.cuh", "    __syncthreads();\n    if (!*inexact) return;", "    if (!*inexact) return;", _PLANS,
              by="trace"),
-    Mutation("slice_norm.cuh", "    fence_before_bulk_copy();\n", "", _PLANS, by="trace"),
-    Mutation("slice_norm.cuh", "      full[stage].wait(turn / p.stages % 2);\n", "", _PLANS),
-    Mutation("slice_norm.cuh", "copy(slice + p.clusters, 1 - stage)", "copy(slice + p.clusters, stage)", _PLANS),
-    Mutation("slice_norm.cuh", "min(last, p.numel / kN * kN)", "last", _PLANS, by="asan"),
-    Mutation("slice_norm.cuh", "if (k >= kept || (p.bulk && at.i + kN > p.numel))", "if (k >= kept)", _PLANS),
+    *(Mutation("slice_norm.cuh", "p.cluster > 1 ? cluster_sync() : __syncthreads();", "__syncthreads();", tests, nth)
+      for nth, tests in enumerate((_RUNS, _PLANS))),
+    Mutation("slice_norm.cuh", "      if (rank == 0) of_channels[e] = all;\n    }\n    __syncthreads();",
+             "      if (rank == 0) of_channels[e] = all;\n    }", _RUNS, by="trace"),
+    Mutation("slice_norm.cuh", "p.cluster * static_cast<int64_t>(blockDim.x) / kWarp",
+             "static_cast<int64_t>(blockDim.x) / kWarp", _PLANS),
+    Mutation("slice_norm.cuh", "mine + (static_cast<int>(k) - rank * warps)", "mine", _PLANS),
+    Mutation("slice_norm.cuh", "int chunk = kFrom * walk.teams;", "int chunk = 0;", _PLANS),
+    Mutation("slice_norm.cuh", "chunk < chunks && part.window + lane < span_", "part.window + lane < span_", _PLANS,
+             by="asan"),
+    Mutation("slice_norm.cuh", "part.window + lane < span_", "part.window + lane <= span_", _PLANS, by="asan"),
+    Mutation("slice_norm.cuh", "{gradient.slope}, {gradient.offset}", "{gradient.offset}, {gradient.slope}", _PLANS),
     Mutation("slice_norm.cuh", "= gradient.slope;", "= gradient.offset;", _PLANS),
     *(Mutation("slice_norm.cuh", "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", _PLANS, nth)
       for nth in range(2)),
-    Mutation("slice_norm.cuh", "if (i >= groups) return;", "if (i > groups) return;", _PLANS, by="asan"),
+    *(Mutation("slice_norm.cuh", "if (i >= groups) return;", "if (i > groups) return;", _PLANS, nth, "asan")
+      for nth in range(2)),
     Mutation("slice_norm.cuh", "  __syncthreads();\n  if (warp != 0 || c >= C) return;",
              "  if (warp != 0 || c >= C) return;", _PLANS),
-    Mutation("slice_norm.cuh", "n < samples && c < C", "n < samples", _PLANS, by="asan"),
-    Mutation("slice_norm.cuh", "from & ~int64_t{7}", "from", _PLANS, by="asan"),
-    Mutation("slice_norm.cuh", "(bits & kAny) && walk.lane % lanes == 0", "bits & kAny", f"{_BATCH}-residual-relu",
+    Mutation("slice_norm.cuh", "    if (c >= C) continue;\n", "", _PLANS, by="asan"),
+    Mutation("slice_norm.cuh", "at.inside && walk.lane % lanes == 0", "at.inside", f"{_BATCH}-residual-relu",
              by="trace"),
-    Mutation("slice_norm.cuh", "m.biased_variance(), rank == 0)", "m.biased_variance(), true)", _PLANS, by="trace"),
+    Mutation("slice_norm.cuh", "min(8 / kN, walk.p.team)", "8 / kN", f"{_PLANS}-residual-relu"),
+    Mutation("slice_norm.cuh", "bits << where.first :", "bits :", f"{_PLANS}-residual-relu"),
+    Mutation("slice_norm.cuh", "(a.mask[where.byte]) >> where.first", "(a.mask[where.byte])",
+             f"{_PLANS}-residual-relu"),
+    Mutation("slice_norm.cuh", "bool keep = rank == 0 && threadIdx.x == 0;", "bool keep = threadIdx.x == 0;", _PLANS,
+             by="trace"),
+    Mutation("slice_norm.cuh", "m.biased_variance(), threadIdx.x % kWarp == 0);", "m.biased_variance(), true);", _PLANS,
+             by="trace"),
+    Mutation("slice_norm.cuh", "if (rank == 0) of_channels[e]", "of_channels[e]", _RUNS, by="trace"),
+    Mutation("slice_norm.cuh", "if (rank == 0 && threadIdx.x == 0) *of_channels", "if (threadIdx.x == 0) *of_channels",
+             _PLANS, by="trace"),
     Mutation("slice_norm.cuh", "1.0 / sqrt(variance + a.eps)", "1.0 / sqrt(variance)", _PLANS),
     Mutation("slice_norm.cuh", "clip(1 / (s.rstd * sigma), 1 / a.r_max", "clip(1 / (s.rstd * sigma), a.d_max",
              "batch_renorm"),
@@ -132,7 +153,10 @@ MUTATIONS = (
     Mutation("batch_norm.cu", "is_aligned(a.x, a.dy, a.residual, a.dx, a.dresidual)",
              "is_aligned(a.x, a.dy, a.residual, a.dx)", "misaligned and batch and dresidual", by="asan"),
     Mutation("batch_norm.cu", "take<double>(a.shape.C)", "take<double>(1)", "batch_norm-statistics"),
-    Mutation("slice_norm.cuh", "    if (*inexact) exact_moments(walk, groups, members, store);\n", "",
+    Mutation("slice_norm.cuh", "    if (*inexact) exact_moments(walk, groups, store);\n", "", "scaled and group_norm"),
+    Mutation("slice_norm.cuh", "    exact_moments(walk, 1, [&](int, const Moments& m) { of_warps[0] = m; });\n", "",
+             "scaled and batch_norm"),
+    Mutation("slice_norm.cuh", " || (sum_of_squares < 1e-30 && (sum != 0 || shift != 0))", "",
              "scaled and (batch_norm or group_norm)"),
     # synchronised: statistics and sums leave the kernels in between
     Mutation("slice_norm.cuh", "if (a.variance) a.variance[i] = variance;", "", "sync_batch_norm"),
@@ -145,16 +169,21 @@ MUTATIONS = (
     Mutation("slice_norm.cuh", "weight(c) * a.given_sums[p.C + c]", "a.given_sums[p.C + c]", "two-processes"),
     # what the plans decide
     Mutation("plan.h", "return p.shared.all <= in.shared;", "return true;", "every_device and batch_norm"),
-    Mutation("plan.h", "p.threads / p.team;", "1;", _PLANS, by="asan"),
-    Mutation("plan.h", "p.shared.exchange = take(2 * (", "p.shared.exchange = take((", _PLANS, by="trace"),
+    Mutation("plan.h", "warps * 24", "24", _PLANS, by="asan"),
+    Mutation("plan.h", "std::max<int64_t>(p.entries, warps) * 16", "p.entries * 16", _PLANS, by="asan"),
+    Mutation("plan.h", "p.chunks_per_block() * 2 * acc", "p.chunks_per_block() * acc", _RUNS, by="asan"),
+    Mutation("plan.h", "take(warps * std::min(", "take(std::min(", _PLANS, by="trace"),
+    Mutation("plan.h", "/ d + 1), bits - 1}", "/ d), bits - 1}", _PLANS),
+    Mutation("plan.h", "if (!aligned || element == 8) return 1;", "if (element == 8) return 1;", "misaligned and batch",
+             by="asan"),
+    Mutation("plan.h", "p.mask_row_bytes = ceil_divide(S, 8);", "p.mask_row_bytes = S / 8;", f"{_PLANS}-residual-relu"),
     Mutation("row_plan.h", "while (kWarp * p.packs < n)", "while (2 * kWarp * p.packs < n)", "layer_norm"),
-    Mutation("row_plan.h", "ceil_divide(ceil_divide(n, p.cluster), kWarp * most)",
-             "ceil_divide(n / p.cluster, kWarp * most)", "layer_norm or rms_norm"),
+    Mutation("row_plan.h", "ceil_divide(ceil_divide(n, p.cluster), int64_t{kWarp} * p.packs)",
+             "(ceil_divide(n, p.cluster) / (kWarp * p.packs))", "layer_norm or rms_norm"),
     # compiled for sm_80
     Mutation("launch.cuh", "cluster_rank() { return 0; }", "cluster_rank() { return 1; }", "compiled_for"),
     Mutation("launch.cuh", "std::min(major, compiled_for / 10) >= 9", "major >= 9", "compiled_for"),
     Mutation("launch.cuh", "> most_dynamic_shared(kSharedWithoutAsking)", "> kSharedWithoutAsking", "every_path"),
-    Mutation("slice_norm.cuh", "in.bulk_copies = d.has_clusters();", "in.bulk_copies = true;", "compiled_for"),
     # ---- layer and RMS normalisation
     Mutation("layer_norm.cu", "slot = turn % 2 * kMostSums", "slot = 0", "layer_norm", by="trace"),
     Mutation("layer_norm.cu", "      __syncthreads();\n#pragma unroll", "#pragma unroll", "layer_norm"),
@@ -190,7 +219,7 @@ MUTATIONS = (
 
 # Quick ones for the normal tests, one a mode.
 SAMPLE = [m for m in MUTATIONS if m.old in (
-    "in_tile / kElementsPerPhilox)", "(bits & kAny) && walk.lane % lanes == 0", "row < rows && c < call.C ?",
+    "in_tile / kElementsPerPhilox)", "at.inside && walk.lane % lanes == 0", "row < rows && c < call.C ?",
 )]  # fmt: skip
 
 

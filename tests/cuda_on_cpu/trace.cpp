@@ -36,7 +36,7 @@ struct Stamp {  // an access; launch 0: none
 // What is known of a few bytes. Of the readers since the last write the latest is kept, and one of another warp.
 struct Cell {
   Stamp write, reads[2];
-  bool written = false, atomic = false, awaited = false;  // awaited: a bulk copy writes it
+  bool written = false, atomic = false;
 };
 
 struct Cost {
@@ -72,7 +72,7 @@ struct Instruction {
 
 using Epochs = std::vector<uint32_t>;  // of each block of the launch: what it did before that epoch is known
 struct Thread {
-  uint32_t fenced_in = 0, copy_fenced_in = 0;  // the block's epoch, plus 1
+  uint32_t fenced_in = 0;  // the block's epoch, plus 1
   bool unfenced_writes = false;
   Epochs pending, acquired;  // read by an atomic; made certain by a fence
 };
@@ -131,7 +131,6 @@ class Tracer : public Observer {
     cluster_epoch_ = 0;
     instructions_.clear();
     instructions_.resize(g.fibers.size() / kWarp);
-    copies_.clear();
   }
 
   void group_ends() override {
@@ -213,54 +212,6 @@ class Tracer : public Observer {
     }
   }
 
-  void fence_before_bulk_copy() override { self().copy_fenced_in = order_[running()->rank].epoch + 1; }
-
-  void copy_begins(const BulkCopy& copy, Site site) override {
-    Region* to = find(copy.to);
-    Region* from = find(const_cast<char*>(copy.from));
-    if (!to || !from) return;
-    const uint32_t rank = running()->rank, block = group().blocks[rank].linear;
-    const std::string where = std::string(" at ") + site.file + ":" + std::to_string(site.line);
-    for (const char* p = copy.to; p < copy.to + copy.bytes; p += to->granule) {
-      Cell& c = *to->at(p);
-      if (c.awaited) return complain("a bulk copy into what another one still writes" + where, *to, nullptr, nullptr);
-      for (const Stamp* s : {&c.write, &c.reads[0], &c.reads[1]}) {
-        if (s->launch != launch_) continue;
-        if (!before(*s)) return complain("a bulk copy races with an earlier access" + where, *to, nullptr, s);
-        const bool mine = s->block == block;
-        if (mine && threads_[rank * group().threads_per_block + s->thread].copy_fenced_in <= s->block_epoch)
-          return complain("no fence_before_bulk_copy() by a thread that accessed what is overwritten" + where, *to,
-                          nullptr, s);
-      }
-      c = Cell{};
-      c.written = c.awaited = true;
-    }
-    for (const char* p = copy.from; p < copy.from + copy.bytes; p += from->granule)
-      if (!from->at(p)->written)
-        return complain("a bulk copy of what nothing has written" + where, *from, nullptr, nullptr);
-    const auto begin = reinterpret_cast<uintptr_t>(copy.from), end = begin + copy.bytes;
-    const auto sectors = static_cast<int64_t>((end + kSector - 1) / kSector - begin / kSector);
-    from->read.bytes += copy.bytes;
-    from->read.sectors += sectors;
-    from->read.ideal_sectors += static_cast<int64_t>((copy.bytes + kSector - 1) / kSector);
-    ++from->read.requests;
-    copies_.push_back({copy, false});
-  }
-
-  void copy_landed(const BulkCopy& copy) override {
-    for (auto& [c, landed] : copies_)
-      if (c.to == copy.to && !landed) landed = true;
-  }
-
-  void waited_for_copies(const void* barrier) override {
-    for (auto& [copy, landed] : copies_) {
-      if (!landed || copy.barrier != barrier) continue;
-      Region* to = find(copy.to);
-      for (const char* p = copy.to; p < copy.to + copy.bytes; p += to->granule) to->at(p)->awaited = false;
-    }
-    std::erase_if(copies_, [barrier](const auto& c) { return c.second && c.first.barrier == barrier; });
-  }
-
   void access(void* address, size_t bytes, bool is_write, const void* pc) {
     auto* p = static_cast<char*>(address);
     const Fiber* f = running();
@@ -304,7 +255,6 @@ class Tracer : public Observer {
   uint16_t cluster_epoch_ = 0;
   std::map<const void*, Epochs> released_;
   std::vector<std::unordered_map<const void*, Instruction>> instructions_;  // of each warp
-  std::vector<std::pair<BulkCopy, bool>> copies_;                           // landed?
   std::set<std::string> reported_;
   std::vector<const void*> sites_{nullptr};
   std::unordered_map<const void*, uint16_t> site_index_;
@@ -391,7 +341,6 @@ class Tracer : public Observer {
     if (!is_write && std::none_of(r.at(p), end, [](const Cell& c) { return c.written; }))
       complain("reads what nothing has written", r, pc, nullptr);
     for (Cell* c = r.at(p); c < end; ++c) {
-      if (c->awaited) return complain("touches what a bulk copy still writes", r, pc, nullptr);
       // The thread that came last to a ticket may use it as it likes.
       const bool ticket = c->atomic && !self().pending.empty();
       if (!ticket && !before(c->write))
