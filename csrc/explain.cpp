@@ -21,21 +21,17 @@ Decision plan_slices(int64_t N, int64_t C, int64_t S, bool channels_last, int64_
   in.per_sample = per_sample;
   in.element = element;
   in.aligned = true;
-  in.arrays = backward ? 2 : 1;
   in.backward = backward;
-  in.bulk_copies = has_clusters;
   in.multiprocessors = multiprocessors;
   in.shared = cuda::most_dynamic_shared(shared);
   in.largest_cluster = has_clusters ? cuda::kMaxCluster : 1;
   const cuda::SlicePlan p = cuda::plan_slices(in);
   return {
       {"resident", p.resident},
-      {"blocks", p.resident ? p.clusters * p.cluster : p.slices * p.parts},
+      {"blocks", p.slices * (p.resident ? p.cluster : p.parts)},
       {"threads", p.threads},
       {"cluster", p.cluster},
       {"parts", p.parts},
-      {"stages", p.stages},
-      {"bulk_copies", p.resident && p.bulk},
       {"window", p.window},
       {"shared", p.shared.all},
       {"slices", p.slices},
@@ -65,8 +61,13 @@ Decision plan_windows(int64_t N, int64_t C, int64_t H, int64_t W, bool channels_
   });
   const auto parts = [](const cuda::Axis& axis) { return axis.has_window() ? axis.tiles() : 1; };
   return {
-      {"in_workspace", p.in_workspace}, {"window", p.pack},     {"blocks", p.blocks},
-      {"threads", p.threads},           {"shared", p.shared()}, {"parts", parts(p.row) * parts(p.column)},
+      {"in_registers", p.path != cuda::WindowPath::kTiles},
+      {"in_workspace", p.in_workspace},
+      {"window", p.pack},
+      {"blocks", p.blocks},
+      {"threads", p.threads},
+      {"shared", p.shared()},
+      {"parts", parts(p.row) * parts(p.column)},
   };
 }
 

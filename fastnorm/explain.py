@@ -28,7 +28,7 @@ class Device:
 
     Attributes:
         name: for the reader.
-        compute_capability: (major, minor); clusters and bulk copies come with 9.
+        compute_capability: (major, minor); clusters come with 9.
         multiprocessors: of the device.
         shared_memory: bytes, the most that a block may have.
     """
@@ -61,18 +61,19 @@ class Launch:
 
     Attributes:
         op, direction, device: what was asked for.
-        path: "resident": a slice (what is reduced and normalised together) stays on chip between its statistics and its
-            output, and each element is read once; "split": slices are reduced by one launch and read again by another;
-            "registers": rows stay in registers, each element is read once; "long rows": rows are read again;
-            "tiles": of local_response_norm, in shared memory; "tiles in workspace": those of wide windows;
+        path: "resident": a block or cluster has a slice (what is reduced and normalised together) alone and reads it
+            from device memory once; "split": slices are reduced by one launch and read again by another;
+            "registers": rows, or local_response_norm's windows of few elements, stay in registers, each element is read
+            once; "long rows": rows are read again; "tiles": of local_response_norm's other windows, in shared memory;
+            "tiles in workspace": those of wide windows;
             "elements": each by itself; "read again": weight_norm's slices that do not stay on chip.
         blocks, threads: of the launch that writes the output: blocks, and threads of each.
         cluster: blocks that share a slice or row through distributed shared memory; 1: none do.
         shared_memory: dynamic, bytes a block.
-        window: elements that a thread takes at once: 16 bytes, tiles 4 (2 of float64); 1 where the size allows no more.
-        stages: buffers a block; 2: bulk copies fill one with the next slice while the other is written.
-        parts: split: blocks that reduce a slice; rows: blocks that share them out in backward; tiles: more than 1 cut
-            windows, and so read each other's edges; else 0.
+        window: elements that a thread takes at once: 16 bytes, tiles 4 (2 of float64), local_response_norm's lanes in
+            registers 4 or 8 bytes, planes of slices 16 or 8 bytes; 1 where the size allows no more.
+        parts: split: blocks that reduce a slice; rows: blocks that share them out in backward; of local_response_norm:
+            more than 1 cut windows, and so read each other's edges; else 0.
         tensors_moved: of the input's size, read or written in device memory, residuals and edges of tiles left out.
     """
 
@@ -85,17 +86,15 @@ class Launch:
     cluster: int
     shared_memory: int
     window: int
-    stages: int
     parts: int
     tensors_moved: int
 
     def __str__(self) -> str:
         cluster = f", clusters of {self.cluster}" if self.cluster > 1 else ""
         shared = f", {self.shared_memory / 1024:.1f} KiB of shared memory" if self.shared_memory else ""
-        stages = f", {self.stages} stages" if self.stages > 1 else ""
         return (
             f"{self.op} {self.direction} on {self.device}: {self.path}, {self.blocks} blocks of {self.threads} threads"
-            f"{cluster}{shared}{stages}, {self.window} elements an access, {self.tensors_moved} tensors moved"
+            f"{cluster}{shared}, {self.window} elements an access, {self.tensors_moved} tensors moved"
         )
 
 
@@ -174,7 +173,7 @@ def explain_launch(
         path = "resident" if once else "split" if decided["parts"] > 1 else "read again"
     else:
         decided = _windows(op, shape, dtype, backward, channels_last, size, region, convention, device)
-        path = "tiles in workspace" if decided["in_workspace"] else "tiles"
+        path = "registers" if decided["in_registers"] else "tiles in workspace" if decided["in_workspace"] else "tiles"
     tensors = 3 if backward and op not in _DROPOUTS else 2
     return Launch(
         op=op,
@@ -186,7 +185,6 @@ def explain_launch(
         cluster=decided.get("cluster", 1),
         shared_memory=decided.get("shared", 0),
         window=decided["window"],
-        stages=decided.get("stages", 1),
         parts=decided.get("parts", 0),
         tensors_moved=tensors if once else 2 * tensors - 1,
     )

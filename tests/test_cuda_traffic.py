@@ -36,29 +36,29 @@ class Gate:
 
 
 MASK = 1 / 32  # a bit an element of 32
-# Too little shared memory for any slice: statistics and elements in passes of their own.
-SPLIT = {"shared_per_block": 50 << 10, "major": 8}
+# Statistics and elements in passes of their own, as in channels_last.
+SPLIT = {"plan": {"resident": 0}}
 
 GATES = (
     *(
-        Gate(f"batch_norm-train{suffix}", shape, forward, backward, last)
-        for suffix, forward, backward in (("", 2, 3), ("-residual-relu", 3 + MASK, 4 + MASK))
+        Gate(f"batch_norm-train{suffix}", shape, forward + last, backward + last * (2 + of_mask), last)
+        for suffix, forward, backward, of_mask in (("", 2, 3, 0), ("-residual-relu", 3 + MASK, 4 + MASK, MASK))
         for shape, last in (((16, 6, 32, 32), False), ((8, 64, 16, 16), True))
     ),
     Gate("batch_norm-train", (16, 6, 64, 64), 3, 5, device=SPLIT),
     Gate("batch_norm-train", (16, 64, 16, 16), 3, 5, last=True, device=SPLIT),
     Gate("batch_norm-eval", (16, 6, 32, 32), 2, 3),
-    *(Gate(f"group_norm-some{suffix}", (4, 16, 32, 32), *passes, last)
-      for suffix, passes in (("", (2, 3)), ("-residual-relu", (3 + MASK, 4 + MASK)))
+    *(Gate(f"group_norm-some{suffix}", (4, 16, 32, 32), forward + last, backward + last * (2 + of_mask), last)
+      for suffix, forward, backward, of_mask in (("", 2, 3, 0), ("-residual-relu", 3 + MASK, 4 + MASK, MASK))
       for last in (False, True)),
     Gate("group_norm-some", (2, 16, 64, 64), 3, 5, device=SPLIT),
-    *(Gate("instance_norm-input", (4, 16, 32, 32), 2, 3, last) for last in (False, True)),
+    *(Gate("instance_norm-input", (4, 16, 32, 32), 2 + last, 3 + 2 * last, last) for last in (False, True)),
     # rows enough that dweight, dbias and the blocks' parts of them are small beside them
     *(Gate(name, (1024, 512), 2, 3) for name in ("layer_norm", "rms_norm")),
     Gate("layer_norm-residual-relu", (1024, 512), 3 + MASK, 4 + MASK),
     Gate("layer_norm", (160, 8192), 2, 3, device={"multiprocessors": 2}),  # a cluster a row
     *(Gate("local_response_norm-inter-torch-size5-beta0.75", (4, 32, 16, 32), 2, 3, last) for last in (False, True)),
-    Gate("local_response_norm-intra-torch-size3-beta0.75", (4, 16, 32, 32), 2, 3),
+    *(Gate("local_response_norm-intra-torch-size3-beta0.75", (4, 16, 32, 32), 2, 3, last) for last in (False, True)),
     *(Gate(name, (256, 256), 2, 2) for name in ("dropout-0.5", "alpha_dropout-0.5")),
     *(Gate("dropout2d-0.3", (8, 16, 32, 32), 2, 2, last) for last in (False, True)),
     Gate("weight_norm-0", (64, 32, 8, 8), 2, 3),

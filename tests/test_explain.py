@@ -105,7 +105,7 @@ def test_room_for_what_kernels_have_themselves(device: Device) -> None:
     calls: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [("weight_norm", (8, n << 10), {}) for n in range(1, 65)]
     for shape in images:
         calls += [("batch_norm", shape, {}), ("group_norm", shape, {"num_groups": 32}), ("instance_norm", shape, {})]
-        calls += [("local_response_norm", shape, {"size": 5})]
+        calls += [("local_response_norm", shape, {"size": 25})]  # smaller windows stay in registers
     most = 0
     for op, shape, setting in calls:
         for dtype, direction in product((torch.float32, torch.bfloat16), ("forward", "backward")):
@@ -117,15 +117,22 @@ def test_room_for_what_kernels_have_themselves(device: Device) -> None:
 def test_what_decides() -> None:
     shape = (32, 64, 56, 56)
     launch = fastnorm.explain_launch("batch_norm", shape, device=H100)
-    assert launch.path == "resident" and launch.cluster > 1 and launch.tensors_moved == 2
-    old = fastnorm.explain_launch("batch_norm", shape, device=OLD)
-    assert old.path == "split" and old.cluster == 1 and old.tensors_moved == 3
+    assert launch.path == "split" and launch.cluster == 1 and launch.tensors_moved == 3
+    launch = fastnorm.explain_launch("batch_norm", (32, 256, 7, 7), device=H100)
+    assert launch.path == "resident" and launch.blocks == 256 and launch.tensors_moved == 2
+    for device, shares in ((H100, True), (OLD, False)):  # fewer slices than multiprocessors
+        launch = fastnorm.explain_launch("group_norm", (2, 64, 64, 64), num_groups=8, device=device)
+        assert launch.path == "resident" and (launch.cluster > 1) == shares
+    last = fastnorm.explain_launch("group_norm", (2, 64, 64, 64), num_groups=8, channels_last=True, device=H100)
+    assert last.path == "split"
     assert fastnorm.explain_launch("batch_norm", shape, dtype=torch.bfloat16, device=H100).window == 8
     assert fastnorm.explain_launch("layer_norm", (8, 1027), device=H100).window == 1
     assert fastnorm.explain_launch("layer_norm", (8, 1 << 20), direction="backward", device=OLD).path == "long rows"
     images, intra = (256, 96, 55, 55), {"region": "intra", "direction": "backward"}
     assert fastnorm.explain_launch("local_response_norm", images, device=H100).parts == 1
-    large = fastnorm.explain_launch("local_response_norm", (1, 8, 500, 500), device=H100, **intra)
+    near = fastnorm.explain_launch("local_response_norm", (1, 8, 500, 500), device=H100, **intra)
+    assert near.path == "registers" and near.parts > 1 and near.tensors_moved == 3
+    large = fastnorm.explain_launch("local_response_norm", (1, 8, 500, 500), device=H100, size=11, **intra)
     assert large.path == "tiles" and large.parts > 1 and large.tensors_moved == 3
     small = fastnorm.explain_launch("local_response_norm", (1, 8, 500, 500), device=OLD, size=99, **intra)
     assert small.path == "tiles in workspace" and small.shared_memory == 0

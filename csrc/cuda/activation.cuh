@@ -7,8 +7,13 @@
 
 namespace fastnorm::cuda {
 
-__device__ inline float exponential(float v) { return expf(v); }
+// By the units for such functions, some units in the last place off where |v| is some tens: less than the rounding of
+// what is multiplied by it.
+__device__ inline float exponential(float v) { return __expf(v); }
 __device__ inline double exponential(double v) { return exp(v); }
+// 1 / (1 + exp(-z))
+__device__ inline float sigmoid(float z) { return __fdividef(1.0f, 1.0f + exponential(-z)); }
+__device__ inline double sigmoid(double z) { return 1 / (1 + exponential(-z)); }
 // The normal distribution function. By erf() near zero, where its digits are.
 __device__ inline float normal_cdf(float z) { return 0.5f * (1.0f + erff(z * static_cast<float>(M_SQRT1_2))); }
 __device__ inline double normal_cdf(double z) { return 0.5 * (1.0 + erf(z * M_SQRT1_2)); }
@@ -28,7 +33,7 @@ __device__ inline void activate(Activation activation, acc_t (&z)[n]) {
       break;
     case Activation::kSilu:
 #pragma unroll
-      for (int j = 0; j < n; ++j) z[j] = z[j] / (1 + exponential(-z[j]));
+      for (int j = 0; j < n; ++j) z[j] *= sigmoid(z[j]);
       break;
     case Activation::kGelu:
 #pragma unroll
@@ -66,7 +71,7 @@ __device__ inline void activate_backward(Activation activation, acc_t (&dy)[n], 
     case Activation::kSilu:
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        const acc_t s = 1 / (1 + exponential(-z[j]));
+        const acc_t s = sigmoid(z[j]);
         dy[j] = dy[j] * s * (1 + z[j] * (1 - s));
       }
       break;

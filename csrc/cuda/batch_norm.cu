@@ -42,10 +42,9 @@ SlicePlan plan(const BatchNormForward& a) {
   in.shape = a.shape;
   in.D = 1;
   in.aligned = is_aligned(a.x, a.residual, a.y);
-  in.arrays = 1;
   in.split_only = !a.training;
   in.one_sweep = a.y == nullptr;
-  return plan_forward(in, a.dtype);
+  return plan_for_device(in, a.dtype);
 }
 
 // With given statistics or sums dx needs none of this batch.
@@ -58,10 +57,9 @@ SlicePlan plan(const BatchNormBackward& a) {
   in.shape = a.shape;
   in.D = 1;
   in.aligned = is_aligned(a.x, a.dy, a.residual, a.dx, a.dresidual);
-  in.arrays = 2;
   in.backward = true;
   in.split_only = !wants_sums(a);
-  return plan_backward(in, a.dtype);
+  return plan_for_device(in, a.dtype);
 }
 
 bool updates_running(const BatchNormForward& a) { return a.training && (a.running_mean || a.num_batches_tracked); }

@@ -21,17 +21,15 @@ bool wants_sums(const GroupNormBackward& a) { return a.dweight || a.dbias || a.d
 SlicePlan plan(const GroupNormForward& a) {
   PlanInput in = plan_input(a);
   in.aligned = is_aligned(a.x, a.residual, a.y);
-  in.arrays = 1;
-  return plan_forward(in, a.dtype);
+  return plan_for_device(in, a.dtype);
 }
 
 SlicePlan plan(const GroupNormBackward& a) {
   PlanInput in = plan_input(a);
   in.aligned = is_aligned(a.x, a.dy, a.residual, a.dx, a.dresidual);
-  in.arrays = 2;
   in.backward = true;
   in.split_only = !wants_sums(a);
-  return plan_backward(in, a.dtype);
+  return plan_for_device(in, a.dtype);
 }
 
 // What the kernels take, its buffers in the workspace.

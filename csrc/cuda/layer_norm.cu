@@ -150,7 +150,7 @@ __device__ inline bool out_of_range(double m, double sum, double squares) {
 }
 
 template <typename T, int kPack, int kPacks>
-__global__ void __launch_bounds__(kForwardThreads, 1) forward_rows(const __grid_constant__ Forward<T> a) {
+__global__ void __launch_bounds__(forward_threads(kPacks), 1) forward_rows(const __grid_constant__ Forward<T> a) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   SMEM_ARRAY(double, scratch, 2 * kMostSums * (kMaxWarps + 1));
@@ -532,6 +532,8 @@ void visit_packs(int packs, const F& f) {
     case 1: return f(std::integral_constant<int, 1>{});
     case 2: return f(std::integral_constant<int, 2>{});
     case 4: return f(std::integral_constant<int, 4>{});
+    case 8: return f(std::integral_constant<int, 8>{});
+    case 16: return f(std::integral_constant<int, 16>{});
   }
 }
 

@@ -83,6 +83,7 @@ __device__ inline Moments merge_moments(int parts, const Part& part) {
 template <typename Part>
 __device__ inline Moments warp_merge_moments(int64_t parts, const Part& part) {
   double sums[2] = {0, 0};
+#pragma unroll 4
   for (int64_t k = threadIdx.x % kWarp; k < parts; k += kWarp) {
     const Moments m = part(k);
     sums[0] += m.count;
@@ -91,6 +92,7 @@ __device__ inline Moments warp_merge_moments(int64_t parts, const Part& part) {
   warp_sum(sums);
   const double mean = sums[1] / sums[0];
   double m2 = 0;
+#pragma unroll 4
   for (int64_t k = threadIdx.x % kWarp; k < parts; k += kWarp) {
     const Moments m = part(k);
     const double delta = m.mean - mean;

@@ -28,25 +28,33 @@ struct RowPlan {
 };
 
 // The most threads a block: a thread has 65536 registers by them.
-constexpr int kForwardThreads = 512, kLongRowThreads = 256;
+constexpr int forward_threads(int packs) { return packs > 8 ? 256 : packs > 4 ? 384 : 512; }
+constexpr int kLongRowThreads = 256;
 constexpr int backward_threads(bool is_float64) { return is_float64 ? 256 : 512; }
 
 namespace {  // internal linkage: see isa.h
 
-constexpr int kForwardPacks = 4, kBackwardPacks = 2;  // of a thread: 16 bytes each
-constexpr int kForwardTeams = 4;                      // warps with a row each, of a block
+// Of a thread, 16 bytes each: as many as leave registers for other blocks; and before a row is given to several blocks.
+constexpr int kForwardPacks = 4, kMostForwardPacks = 16, kBackwardPacks = 2;
+constexpr int kForwardTeams = 4;  // warps with a row each, of a block
 
-// Rows of `most` packs a thread, `widest` threads a block.
-inline RowPlan plan_rows(const RowPlanInput& in, int most, int widest) {
+// Rows of `packs` packs a thread, or up to `most`, and of `widest` threads a block.
+inline RowPlan plan_rows(const RowPlanInput& in, int packs, int most, int widest) {
   const int64_t n = ceil_divide(in.N, in.pack);
-  RowPlan p{most, kWarp, 1, 1};
-  if (n <= kWarp * most) {
+  RowPlan p{packs, kWarp, 1, 1};
+  if (n <= kWarp * packs) {
     p.packs = 1;
     while (kWarp * p.packs < n) p.packs *= 2;
     return p;
   }
   // The fewest threads in whole warps that hold a block's share.
-  const auto threads = [&] { return static_cast<int>(ceil_divide(ceil_divide(n, p.cluster), kWarp * most) * kWarp); };
+  const auto threads = [&] {
+    return static_cast<int>(ceil_divide(ceil_divide(n, p.cluster), int64_t{kWarp} * p.packs) * kWarp);
+  };
+  while (p.packs < most && threads() > widest) {
+    p.packs *= 2;
+    widest = std::min(widest, forward_threads(p.packs));
+  }
   constexpr int kLargestCluster = 8;  // that every device with clusters has
   if (in.has_clusters) {
     while (p.cluster < kLargestCluster && threads() > widest) p.cluster *= 2;
@@ -62,7 +70,7 @@ inline RowPlan plan_rows(const RowPlanInput& in, int most, int widest) {
 }  // namespace
 
 inline RowPlan plan_rows_forward(const RowPlanInput& in) {
-  RowPlan p = plan_rows(in, kForwardPacks, kForwardThreads);
+  RowPlan p = plan_rows(in, kForwardPacks, kMostForwardPacks, forward_threads(kForwardPacks));
   if (p.team == kWarp && p.cluster == 1) p.teams = kForwardTeams;
   return p;
 }
@@ -70,7 +78,7 @@ inline RowPlan plan_rows_forward(const RowPlanInput& in) {
 // Parts cost 8 bytes a column each, twice: so few blocks, each with several teams, as many as run at once.
 inline RowPlan plan_rows_backward(const RowPlanInput& in) {
   constexpr int kThreads = 256, kThreadsAtOnce = 512;  // of a block; of a multiprocessor
-  RowPlan p = plan_rows(in, kBackwardPacks, backward_threads(in.is_float64));
+  RowPlan p = plan_rows(in, kBackwardPacks, kBackwardPacks, backward_threads(in.is_float64));
   if (p.packs == 0) {
     p.parts =
         std::min(in.M, std::max<int64_t>(1, 2 * in.multiprocessors / ceil_divide(in.N, int64_t{in.pack} * p.team)));
