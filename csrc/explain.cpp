@@ -27,14 +27,10 @@ Decision plan_slices(int64_t N, int64_t C, int64_t S, bool channels_last, int64_
   in.largest_cluster = has_clusters ? cuda::kMaxCluster : 1;
   const cuda::SlicePlan p = cuda::plan_slices(in);
   return {
-      {"resident", p.resident},
-      {"blocks", p.slices * (p.resident ? p.cluster : p.parts)},
-      {"threads", p.threads},
-      {"cluster", p.cluster},
-      {"parts", p.parts},
-      {"window", p.window},
-      {"shared", p.shared.all},
-      {"slices", p.slices},
+      {"resident", p.resident}, {"blocks", p.slices * (p.resident ? p.cluster : p.parts)},
+      {"threads", p.threads},   {"cluster", p.cluster},
+      {"parts", p.parts},       {"window", p.window},
+      {"shared", p.shared.all}, {"slices", p.slices},
   };
 }
 

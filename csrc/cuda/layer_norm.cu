@@ -150,17 +150,18 @@ __device__ inline bool out_of_range(double m, double sum, double squares) {
 }
 
 template <typename T, int kPack, int kPacks>
-__global__ void __launch_bounds__(forward_threads(kPacks), 1) forward_rows(const __grid_constant__ Forward<T> a) {
+__global__ void __launch_bounds__(kForwardThreads, 1) forward_rows(const __grid_constant__ Forward<T> a) {
   using acc_t = acc_type<T>;
   using P = Pack<T, kPack>;
   SMEM_ARRAY(double, scratch, 2 * kMostSums * (kMaxWarps + 1));
   const Team team(a.team, scratch);
   const int64_t block = static_cast<int64_t>(blockIdx.x / cluster_size());
-  const int64_t row = block * static_cast<int>(blockDim.x / team.threads) + team.index;
+  const bool is_alone = kPacks > kForwardPacks;  // the team, in its block
+  const int64_t row = is_alone ? block : block * static_cast<int>(blockDim.x / team.threads) + team.index;
   if (row >= a.M) return;  // where a block has several teams these are warps, and meet no barrier
   const T* const x = a.x + row * a.N;
-  const int64_t first = (static_cast<int64_t>(cluster_rank()) * team.threads + team.thread) * kPack;
-  const int64_t step = static_cast<int64_t>(cluster_size()) * team.threads * kPack;
+  const int first = (static_cast<int>(cluster_rank()) * team.threads + team.thread) * kPack;
+  const int step = static_cast<int>(cluster_size()) * team.threads * kPack;
 
   P kept[kPacks > 0 ? kPacks : 1];
   if constexpr (kPacks > 0) {
@@ -186,47 +187,60 @@ __global__ void __launch_bounds__(forward_threads(kPacks), 1) forward_rows(const
       }
     }
   };
-  // Over the row, of terms(value, sums of a pack).
-  int turn = 0;
-  const auto row_sums = [&](auto zero, auto& total, const auto& add) {
+  // Over the row, of terms(value, sums of a pack). `turn` is Team::sum()'s.
+  const auto row_sums = [&](int turn, auto& total, const auto& add) {
     constexpr int n = std::extent_v<std::remove_reference_t<decltype(total)>>;
     // a thread that reads its part of a long row adds more numbers than float has digits for
-    using sum_t = std::conditional_t<(kPacks > 0), decltype(zero), double>;
+    using sum_t = std::conditional_t<(kPacks > 0), acc_t, double>;
     sum_t sums[n] = {};
     for_packs([&](int64_t, bool is_inside, const acc_t(&v)[kPack]) {
       if (!is_inside) return;
-      decltype(zero) of_pack[n] = {};
+      acc_t of_pack[n] = {};
 #pragma unroll
       for (int j = 0; j < kPack; ++j) add(v[j], of_pack);
 #pragma unroll
       for (int k = 0; k < n; ++k) sums[k] += of_pack[k];
     });
-    team.sum(sums, total, turn++);
+    team.sum(sums, total, turn);
+  };
+  // Sums of x - m and of their squares in float64: again from memory, element by element, which is for few rows and must
+  // not take registers of all.
+  const auto exact_sums = [&](int turn, double m, double(&total)[2]) {
+    double sums[2] = {};
+#pragma unroll 1
+    for (int64_t i = first / kPack; i < a.N; i += step / kPack) {
+      const double d = static_cast<double>(to_acc(x[i])) - m;
+      sums[0] += d;
+      sums[1] = multiply_add(d, d, sums[1]);
+    }
+    team.sum(sums, total, turn);
   };
 
   // Scalar math: m = sum x / N;  s1 = sum (x - m);  s2 = sum (x - m)^2;  mean = m + s1 / N;  var = (s2 - s1^2 / N) / N
-  const auto moments = [&](auto zero, double& mean, double& variance) {
-    using sum_t = decltype(zero);
-    double sum[1] = {}, deviations[2];
-    if (a.subtract_mean) row_sums(zero, sum, [](acc_t v, auto& s) { s[0] += static_cast<sum_t>(v); });
-    const sum_t m = static_cast<sum_t>(sum[0] * a.reciprocal);
-    row_sums(zero, deviations, [m](acc_t v, auto& s) {
-      const sum_t d = static_cast<sum_t>(v) - m;
-      s[0] += d;
-      s[1] = multiply_add(d, d, s[1]);
-    });
-    mean = variance = 0;
-    double m2 = deviations[1];
+  double sum[1] = {}, deviations[2];
+  if (a.subtract_mean) row_sums(0, sum, [](acc_t v, auto& s) { s[0] += v; });
+  const acc_t rounded = static_cast<acc_t>(sum[0] * a.reciprocal);
+  row_sums(1, deviations, [rounded](acc_t v, auto& s) {
+    const acc_t d = v - rounded;
+    s[0] += d;
+    s[1] = multiply_add(d, d, s[1]);
+  });
+  double m = static_cast<double>(rounded);
+  if (sizeof(acc_t) < sizeof(double) && out_of_range(m, deviations[0], deviations[1])) {
+    m = 0;
+    exact_sums(2, m, deviations);
     if (a.subtract_mean) {
-      const double shift = deviations[0] * a.reciprocal;
-      mean = static_cast<double>(m) + shift;
-      m2 -= deviations[0] * shift;
+      m = deviations[0] * a.reciprocal;
+      exact_sums(3, m, deviations);
     }
-    variance = m2 < 0 ? 0 : m2 * a.reciprocal;  // a NaN stays one
-    return !out_of_range(static_cast<double>(m), deviations[0], deviations[1]);
-  };
-  double mean, variance;
-  if (!moments(acc_t(0), mean, variance) && sizeof(acc_t) < sizeof(double)) moments(0.0, mean, variance);
+  }
+  double mean = 0, m2 = deviations[1];
+  if (a.subtract_mean) {
+    const double shift = deviations[0] * a.reciprocal;
+    mean = m + shift;
+    m2 -= deviations[0] * shift;
+  }
+  const double variance = m2 < 0 ? 0 : m2 * a.reciprocal;  // a NaN stays one
   const SliceStandardize<acc_t> s(mean, rsqrt(variance + a.eps));
   if (team.thread == 0 && cluster_rank() == 0) {
     if (a.mean) a.mean[row] = s.mean;

@@ -28,8 +28,7 @@ struct RowPlan {
 };
 
 // The most threads a block: a thread has 65536 registers by them.
-constexpr int forward_threads(int packs) { return packs > 8 ? 256 : packs > 4 ? 384 : 512; }
-constexpr int kLongRowThreads = 256;
+constexpr int kForwardThreads = 512, kLongRowThreads = 256;
 constexpr int backward_threads(bool is_float64) { return is_float64 ? 256 : 512; }
 
 namespace {  // internal linkage: see isa.h
@@ -51,10 +50,7 @@ inline RowPlan plan_rows(const RowPlanInput& in, int packs, int most, int widest
   const auto threads = [&] {
     return static_cast<int>(ceil_divide(ceil_divide(n, p.cluster), int64_t{kWarp} * p.packs) * kWarp);
   };
-  while (p.packs < most && threads() > widest) {
-    p.packs *= 2;
-    widest = std::min(widest, forward_threads(p.packs));
-  }
+  while (p.packs < most && threads() > widest) p.packs *= 2;
   constexpr int kLargestCluster = 8;  // that every device with clusters has
   if (in.has_clusters) {
     while (p.cluster < kLargestCluster && threads() > widest) p.cluster *= 2;
@@ -70,7 +66,7 @@ inline RowPlan plan_rows(const RowPlanInput& in, int packs, int most, int widest
 }  // namespace
 
 inline RowPlan plan_rows_forward(const RowPlanInput& in) {
-  RowPlan p = plan_rows(in, kForwardPacks, kMostForwardPacks, forward_threads(kForwardPacks));
+  RowPlan p = plan_rows(in, kForwardPacks, kMostForwardPacks, kForwardThreads);
   if (p.team == kWarp && p.cluster == 1) p.teams = kForwardTeams;
   return p;
 }
