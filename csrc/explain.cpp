@@ -83,10 +83,11 @@ Decision plan_weights(int64_t N, int64_t C, int64_t S, int64_t element, bool bac
   };
 }
 
-Decision plan_rows(int64_t M, int64_t N, int64_t element, bool backward, int multiprocessors, int major) {
+Decision plan_rows(int64_t M, int64_t N, int64_t element, bool is_bfloat16, bool backward, int multiprocessors,
+                   int major) {
   constexpr int64_t kAccess = 16;  // bytes
   const int pack = N % (kAccess / element) == 0 ? static_cast<int>(kAccess / element) : 1;
-  const cuda::RowPlanInput in{M, N, pack, element == 8, major >= kMajorWithClusters, multiprocessors};
+  const cuda::RowPlanInput in{M, N, pack, element == 8, is_bfloat16, major >= kMajorWithClusters, multiprocessors};
   const cuda::RowPlan p = backward ? cuda::plan_rows_backward(in) : cuda::plan_rows_forward(in);
   // Rows too long for registers: backward has a block a row for dx, the parts share them out for dweight and dbias.
   const int64_t of_rows = p.packs == 0 ? M : backward ? p.parts : cuda::ceil_divide(M, p.teams);

@@ -29,6 +29,7 @@ Decision plan_weights(int64_t N, int64_t C, int64_t S, int64_t element, bool bac
                       int64_t shared);
 
 // Layer and RMS normalisation of M rows of N elements; cuda/row_plan.h has the words.
-Decision plan_rows(int64_t M, int64_t N, int64_t element, bool backward, int multiprocessors, int major);
+Decision plan_rows(int64_t M, int64_t N, int64_t element, bool is_bfloat16, bool backward, int multiprocessors,
+                   int major);
 
 }  // namespace fastnorm

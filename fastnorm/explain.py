@@ -223,7 +223,7 @@ def _rows(
         raise ValueError(f"explain_launch: {op} of {normalized_dims} dimensions cannot take shape {list(shape)}")
     N = prod(shape[-normalized_dims:])
     limits = device.multiprocessors, device.compute_capability[0]
-    return _C.plan_rows(prod(shape) // N, N, dtype.itemsize, backward, *limits)
+    return _C.plan_rows(prod(shape) // N, N, dtype.itemsize, dtype == torch.bfloat16, backward, *limits)
 
 
 def _dropout(op: str, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> dict[str, int]:

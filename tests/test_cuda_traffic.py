@@ -1,7 +1,7 @@
 """What the CUDA kernels move, counted by the emulator: passes over the tensors, and sectors of 32 bytes a request.
 
 A gate against a pass too many and against accesses that do not coalesce. It knows no caches: parameters, which stay in
-them, are not counted.
+them, are not counted, and resident slices are small enough for a block's registers.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ GATES = (
     *(
         Gate(f"batch_norm-train{suffix}", shape, forward + last, backward + last * (2 + of_mask), last)
         for suffix, forward, backward, of_mask in (("", 2, 3, 0), ("-residual-relu", 3 + MASK, 4 + MASK, MASK))
-        for shape, last in (((16, 6, 32, 32), False), ((8, 64, 16, 16), True))
+        for shape, last in (((4, 6, 32, 32), False), ((8, 64, 16, 16), True))
     ),
     Gate("batch_norm-train", (16, 6, 64, 64), 3, 5, device=SPLIT),
     Gate("batch_norm-train", (16, 64, 16, 16), 3, 5, last=True, device=SPLIT),
-    Gate("batch_norm-eval", (16, 6, 32, 32), 2, 3),
+    Gate("batch_norm-eval", (4, 6, 32, 32), 2, 3),
     *(Gate(f"group_norm-some{suffix}", (4, 16, 32, 32), forward + last, backward + last * (2 + of_mask), last)
       for suffix, forward, backward, of_mask in (("", 2, 3, 0), ("-residual-relu", 3 + MASK, 4 + MASK, MASK))
       for last in (False, True)),

@@ -172,17 +172,19 @@ def test_the_clusters_in_the_documentation() -> None:
     ops = {"BatchNorm": "batch_norm", "GroupNorm(32)": "group_norm", "InstanceNorm": "instance_norm"}
     text = (Path(__file__).parent.parent / "docs" / "cuda_kernels.md").read_text()
     row = r"^\| (\S+?),? [^|]*\| ([\dx]+) \| (\w*) ?\| [\d.]+ \| (\d+) / (\d+) \|"
-    rows = re.findall(row, text, re.M)
-    assert len(rows) > 10
-    for op, sizes, layout, *clusters in rows:
-        for direction, wanted in zip(("forward", "backward"), clusters, strict=True):
-            launch = fastnorm.explain_launch(
-                ops.get(op, "layer_norm"),
-                tuple(map(int, sizes.split("x"))),
-                dtype=torch.bfloat16,
-                direction=direction,
-                channels_last=layout == "channels_last",
-                num_groups=32,
-                device=H100,
-            )
-            assert int(wanted) == (0 if launch.path == "split" else launch.cluster), (op, sizes, layout, launch)
+    half, single = text.split("\nfloat32:\n")
+    for dtype, table in ((torch.bfloat16, half), (torch.float32, single)):
+        rows = re.findall(row, table, re.M)
+        assert len(rows) > 10
+        for op, sizes, layout, *clusters in rows:
+            for direction, wanted in zip(("forward", "backward"), clusters, strict=True):
+                launch = fastnorm.explain_launch(
+                    ops.get(op, "layer_norm"),
+                    tuple(map(int, sizes.split("x"))),
+                    dtype=dtype,
+                    direction=direction,
+                    channels_last=layout == "channels_last",
+                    num_groups=32,
+                    device=H100,
+                )
+                assert int(wanted) == (0 if launch.path == "split" else launch.cluster), (op, sizes, layout, launch)

@@ -521,7 +521,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
 template <typename Args>
 RowPlanInput plan_input(const Args& a, int pack) {
   const Device& d = device();
-  return {a.M, a.N, pack, a.dtype == Dtype::kFloat64, d.has_clusters(), d.multiprocessors};
+  return {a.M, a.N, pack, a.dtype == Dtype::kFloat64, a.dtype == Dtype::kBFloat16, d.has_clusters(), d.multiprocessors};
 }
 
 template <typename Args>
@@ -609,7 +609,9 @@ void layer_norm_forward(const LayerNormForward& a, const Queue& queue) {
         const auto stream = static_cast<cudaStream_t>(queue.stream);
         if (p.packs == 0) return launch(kOp, forward_rows<T, kPack, 0>, grid, stream, call);
         visit_packs(p.packs, [&](auto packs) {
-          launch(kOp, forward_rows<T, kPack, decltype(packs)::value>, grid, stream, call);
+          constexpr int kPacks = decltype(packs)::value;
+          if constexpr (kPacks <= most_forward_packs(std::is_same_v<T, __nv_bfloat16>))
+            launch(kOp, forward_rows<T, kPack, kPacks>, grid, stream, call);
         });
       },
       a.y);

@@ -13,6 +13,7 @@ struct RowPlanInput {
   int64_t M, N;     // rows, elements of each
   int pack;         // elements an access
   bool is_float64;  // arithmetic
+  bool is_bfloat16;
   bool has_clusters;
   int multiprocessors;
 };
@@ -34,7 +35,9 @@ constexpr int backward_threads(bool is_float64) { return is_float64 ? 256 : 512;
 namespace {  // internal linkage: see isa.h
 
 // Of a thread, 16 bytes each: as many as leave registers for other blocks; and before a row is given to several blocks.
-constexpr int kForwardPacks = 4, kMostForwardPacks = 16, kBackwardPacks = 2;
+constexpr int kForwardPacks = 4, kBackwardPacks = 2;
+// Sixteen of another type than bfloat16 spill on one architecture or another.
+constexpr int most_forward_packs(bool is_bfloat16) { return is_bfloat16 ? 16 : 8; }
 constexpr int kForwardTeams = 4;  // warps with a row each, of a block
 
 // Rows of `packs` packs a thread, or up to `most`, and of `widest` threads a block.
@@ -66,7 +69,7 @@ inline RowPlan plan_rows(const RowPlanInput& in, int packs, int most, int widest
 }  // namespace
 
 inline RowPlan plan_rows_forward(const RowPlanInput& in) {
-  RowPlan p = plan_rows(in, kForwardPacks, kMostForwardPacks, kForwardThreads);
+  RowPlan p = plan_rows(in, kForwardPacks, most_forward_packs(in.is_bfloat16), kForwardThreads);
   if (p.team == kWarp && p.cluster == 1) p.teams = kForwardTeams;
   return p;
 }
