@@ -12,20 +12,16 @@ namespace fastnorm {
 // tasks write one. What a row is, the contract of each op says for the CPU.
 struct MaskRows {
   int64_t rows, length;
-  // Rows either start at a byte each, or follow each other with eight bits between: then an element's place within its
-  // byte is that of its index, whatever the length, and 16-byte accesses to the tensor meet whole bytes of the mask.
-  bool by_index = false;
 
-  int64_t bytes_per_row() const { return (length + 7) / 8; }  // where rows start at a byte
-  int64_t bits_per_row() const { return by_index ? length + 8 : bytes_per_row() * 8; }
-  int64_t bytes() const { return (rows * bits_per_row() + 7) / 8; }
+  int64_t bytes_per_row() const { return (length + 7) / 8; }
+  int64_t bytes() const { return rows * bytes_per_row(); }
 };
 
 namespace {  // internal linkage: see isa.h
 
 // The rows on a CUDA device, of every op that has channels: planes, or the channels of a position.
 inline MaskRows cuda_mask_rows(const Shape& shape) {
-  if (shape.layout == Layout::kContiguous && shape.S > 1) return {shape.N * shape.C, shape.S, true};
+  if (shape.layout == Layout::kContiguous && shape.S > 1) return {shape.N * shape.C, shape.S};
   return {shape.N * shape.S, shape.C};
 }
 

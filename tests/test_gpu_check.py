@@ -153,3 +153,26 @@ def test_torchs_op_is_not_measured_for_a_kernel(monkeypatch: pytest.MonkeyPatch)
 def test_every_row_is_of_its_own() -> None:
     found = [(bench.op, bench.shape, bench.dtype, bench.layout) for bench in gpu_check.benches()]
     assert len(set(found)) == len(found) > 50
+
+
+def test_an_extension_built_elsewhere_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_check(monkeypatch, {})
+    monkeypatch.setattr(gpu_check, "build", lambda out, deadline: "failed: exit code 1")
+    assert gpu_check.main(tmp_path) == 1
+    assert gpu_check.main(tmp_path, built=True) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == {"build": "ok: made before"}
+
+
+def test_chosen_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_check(monkeypatch, {})
+    wanted: list[Any] = []
+    monkeypatch.setattr(gpu_check, "check", lambda out, deadline, steps: wanted.append(steps) or {"tests": "1 passed"})
+    assert gpu_check.main(tmp_path, steps_wanted=("tests",)) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert wanted == [("tests",)] and report["rows"] == [] and report["steps"]["tests"] == "1 passed"
+
+
+def test_the_tests_of_a_device_are_found() -> None:
+    found = {Path(path).name for path in gpu_check.tested_files()}
+    assert {"test_ops.py", "test_cuda.py", "test_autocast.py", "test_determinism.py"} <= found
+    assert not found & {"test_cuda_on_cpu.py", "test_cuda_emulator.py", "test_cuda_check.py"}

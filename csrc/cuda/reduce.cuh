@@ -50,36 +50,9 @@ __device__ inline void block_sum(const acc_t (&v)[n], double (&total)[n], double
   }
 }
 
-// What one number is in all blocks of the cluster, in the order of their ranks: f(value) for each. `mine` lies in
-// shared memory and was written before the last cluster_sync(); after f no block may leave or write it again before the
-// next.
-template <typename V, typename F>
-__device__ inline void for_cluster(V* mine, const F& f) {
-  const unsigned blocks = cluster_size();
-  for (unsigned rank = 0; rank < blocks; ++rank) f(*map_shared_rank(mine, rank));
-}
-
-// Moments of a set from those of its parts: part(k), k < parts. Mean first, then the deviations of the parts' means
-// from it: as exact as merging them one by one and without a division each.
-template <typename Part>
-__device__ inline Moments merge_moments(int parts, const Part& part) {
-  double count = 0, sum = 0;
-  for (int k = 0; k < parts; ++k) {
-    const Moments m = part(k);
-    count += m.count;
-    if (m.count > 0) sum += m.count * m.mean;
-  }
-  const double mean = sum / count;
-  double m2 = 0;
-  for (int k = 0; k < parts; ++k) {
-    const Moments m = part(k);
-    const double delta = m.mean - mean;
-    if (m.count > 0) m2 += m.m2 + m.count * delta * delta;
-  }
-  return {count, mean, m2};
-}
-
-// The same by the lanes of a warp together, each taking every 32nd part; every lane gets the result.
+// Moments of a set from those of its parts, part(k), k < parts, by the lanes of a warp together, each taking every 32nd
+// part; every lane gets the result. Mean first, then the deviations of the parts' means from it: as exact as merging them
+// one by one and without a division each.
 template <typename Part>
 __device__ inline Moments warp_merge_moments(int64_t parts, const Part& part) {
   double sums[2] = {0, 0};

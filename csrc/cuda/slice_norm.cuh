@@ -679,21 +679,28 @@ __global__ void __launch_bounds__(kSliceThreads, 2) forward_elements(const __gri
 }
 
 // Where the parts of channel c of sample n are, one after the other.
-__device__ inline int64_t first_partial(const SlicePlan& p, int64_t n, int64_t c) {
-  return ((n * p.inner + c / p.entries) * p.entries + c % p.entries) * p.parts;
+__device__ inline int64_t first_partial(const SlicePlan& p, unsigned n, unsigned c) {
+  const unsigned entries = static_cast<unsigned>(p.entries);
+  return ((n * p.inner + c / entries) * entries + c % entries) * p.parts;
 }
 
 constexpr int kMergeThreads = 256;
+
+// Of the merges; groups, and the parts of one, are fewer than 2^31.
+__device__ inline unsigned group_of_warp() { return blockIdx.x * (kMergeThreads / kWarp) + threadIdx.x / kWarp; }
 
 // A warp a group: merges the parts of its channels.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_statistics(const __grid_constant__ SliceForward a, int64_t groups) {
   const SlicePlan& p = a.plan;
-  const int64_t i = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
+  const unsigned i = group_of_warp();
   if (i >= groups) return;
-  const int64_t per_sample = p.C / a.D, n = i / per_sample, c = i % per_sample * a.D;
-  const Moments m = warp_merge_moments(
-      a.D * p.parts, [&](int64_t k) { return a.partial[first_partial(p, n, c + k / p.parts) + k % p.parts]; });
+  const unsigned D = static_cast<unsigned>(a.D), per_sample = static_cast<unsigned>(p.C) / D;
+  const unsigned n = i / per_sample, c = i % per_sample * D, parts = static_cast<unsigned>(p.parts);
+  const Moments m = warp_merge_moments(static_cast<int64_t>(D) * parts, [&](int64_t k) {
+    const unsigned part = static_cast<unsigned>(k);
+    return a.partial[first_partial(p, n, c + part / parts) + part % parts];
+  });
   keep_statistics(a, i, m.mean, m.biased_variance(), threadIdx.x % kWarp == 0);
 }
 
@@ -1095,19 +1102,21 @@ __global__ void __launch_bounds__(kSliceThreads, 2) backward_elements(const __gr
 // many as there are parts.
 __global__ void __launch_bounds__(kMergeThreads) merge_sums(const __grid_constant__ SliceBackward a, int64_t groups) {
   const SlicePlan& p = a.plan;
-  const int64_t i = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
+  const unsigned i = group_of_warp();
   if (i >= groups) return;
   int lanes = 1;
   while (lanes < kWarp && lanes < p.parts) lanes *= 2;
   const int lane = static_cast<int>(threadIdx.x) % lanes, mine = static_cast<int>(threadIdx.x) % kWarp / lanes;
-  const int64_t per_sample = p.C / a.D, n = i / per_sample, first = i % per_sample * a.D;
+  const unsigned D = static_cast<unsigned>(a.D), per_sample = static_cast<unsigned>(p.C) / D;
+  const unsigned n = i / per_sample, first = i % per_sample * D;
   double group[2] = {0, 0};
-  for (int64_t k = 0; k < a.D; k += kWarp / lanes) {
-    const int64_t c = first + k + mine;
-    const bool is_there = k + mine < a.D;
+  for (unsigned start = 0; start < D; start += kWarp / lanes) {
+    const unsigned k = start + mine;
+    const unsigned c = first + k;
+    const bool is_there = k < D;
     double v[2] = {0, 0};
 #pragma unroll 4
-    for (int64_t part = lane; part < p.parts; part += lanes) {
+    for (int part = lane; part < p.parts; part += lanes) {
       if (!is_there) continue;
       const Sums s = a.partial[first_partial(p, n, c) + part];
       v[0] += s.dz;

@@ -89,9 +89,9 @@ MUTATIONS = (
     Mutation(_LRN, "reinterpret_cast<uintptr_t>(p) % kAccess == 0", "true",
              "local_response", by="trace"),
     # ---- what kernels share
-    Mutation("pack.cuh", "j >= begin && j < end ? p[j]", "j >= begin && j <= end ? p[j]", _PLANS, by="asan"),
-    Mutation("pack.cuh", "if (j >= begin && j < end) p[j]", "if (j >= begin && j <= end) p[j]", _PLANS),
-    Mutation("pack.cuh", "if (aligned && begin == 0 && end == n)", "if (true)", _PLANS),
+    Mutation("pack.cuh", "j >= begin && j < end ? p[j]", "j >= begin && j <= end ? p[j]", "dropout", by="asan"),
+    Mutation("pack.cuh", "if (j >= begin && j < end) p[j]", "if (j >= begin && j <= end) p[j]", "dropout"),
+    Mutation("pack.cuh", "if (aligned && begin == 0 && end == n)", "if (true)", "dropout"),
     Mutation("reduce.cuh", "distance < lanes; distance *= 2", "distance < lanes / 2; distance *= 2", _PLANS),
     Mutation("reduce.cuh", "m2 = sum_of_squares - sum * d", "m2 = sum_of_squares", "drifts and batch_norm"),
     Mutation("activation.cuh", "bits |= static_cast<unsigned>(!(z[j] <= 0)) << j;",
