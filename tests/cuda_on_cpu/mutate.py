@@ -107,8 +107,7 @@ MUTATIONS = (
       for nth in range(2)),
     Mutation("slice_norm.cuh", "    __syncthreads();\n    if (!*inexact) return;", "    if (!*inexact) return;", _PLANS,
              by="trace"),
-    *(Mutation("slice_norm.cuh", "p.cluster > 1 ? cluster_sync() : __syncthreads();", "__syncthreads();", tests, nth)
-      for nth, tests in enumerate((_RUNS, _PLANS))),
+    Mutation("slice_norm.cuh", "p.cluster > 1 ? cluster_sync() : __syncthreads();", "__syncthreads();", _PLANS),
     Mutation("slice_norm.cuh", "      if (rank == 0) of_channels[e] = all;\n    }\n    __syncthreads();",
              "      if (rank == 0) of_channels[e] = all;\n    }", _RUNS, by="trace"),
     Mutation("slice_norm.cuh", "p.cluster * static_cast<int64_t>(blockDim.x) / kWarp",
