@@ -81,7 +81,7 @@ struct SlicePlan {
   // Slice s of sample n = s / inner begins at element n * sample_stride + s % inner * slice_stride.
   int64_t slices, inner, sample_stride, slice_stride;
   int64_t runs, run_stride;
-  int64_t C, S;
+  int64_t C;
   bool strips;
   int entries;  // channels of a slice
 
@@ -138,7 +138,6 @@ inline int window_of(int64_t length, int64_t element, bool aligned, bool strips)
 inline void set_slices(SlicePlan& p, const PlanInput& in, int64_t width) {
   const int64_t N = in.shape.N, C = in.shape.C, S = in.shape.S, D = in.D;
   p.C = C;
-  p.S = S;
   p.sample_stride = in.per_sample ? C * S : 0;
   if (p.strips) {
     p.entries = static_cast<int>(width);
@@ -185,9 +184,10 @@ inline void set_shared(SlicePlan& p, const PlanInput& in) {
     return here;
   };
   p.shared.table = take((in.backward ? kBackwardColumns : kForwardColumns) * p.entries * acc);
-  p.shared.partial = take(warps * std::min(p.columns(), kWarp) * numbers * acc);
-  p.shared.totals = take(p.columns() * numbers * 8);
-  p.shared.shift = take(in.backward ? 0 : p.entries * acc);
+  // Resident: the warps' sums meet in `exchange`.
+  p.shared.partial = take(p.resident ? 0 : warps * std::min(p.columns(), kWarp) * numbers * acc);
+  p.shared.totals = take(p.resident ? 0 : p.columns() * numbers * 8);
+  p.shared.shift = take(p.resident || in.backward ? 0 : p.entries * acc);
   p.shared.exchange = take(!p.resident ? 0 : in.backward ? std::max<int64_t>(p.entries, warps) * 16 : warps * 24);
   p.shared.sums = take(in.backward && p.resident ? p.entries * 16 : 0);
   p.shared.runs = take(in.backward && p.by_run() ? p.chunks_per_block() * 2 * acc : 0);
