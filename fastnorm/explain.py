@@ -143,7 +143,7 @@ def explain_launch(
         >>> print(fastnorm.explain_launch("layer_norm", (8192, 1024), device=H100))  # doctest: +NORMALIZE_WHITESPACE
         layer_norm forward on H100 SXM: registers, 8192 blocks of 64 threads, 4 elements an access, 2 tensors moved
         >>> fastnorm.explain_launch("batch_norm", (32, 64, 56, 56), device=H100).path
-        'resident'
+        'split'
     """
     if op not in _OPS:
         raise ValueError(f"explain_launch: op must be one of {', '.join(_OPS)}, got {op!r}")

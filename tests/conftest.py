@@ -24,8 +24,3 @@ def _no_fallback_and_two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     fastnorm.set_fallback("warn")
-
-
-@pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace: dict[str, object]) -> None:
-    doctest_namespace.update(torch=torch, fastnorm=fastnorm)

@@ -171,7 +171,7 @@ MUTATIONS = (
     Mutation("plan.h", "warps * 24", "24", _PLANS, by="asan"),
     Mutation("plan.h", "std::max<int64_t>(p.entries, warps) * 16", "p.entries * 16", _PLANS, by="asan"),
     Mutation("plan.h", "p.chunks_per_block() * 2 * acc", "p.chunks_per_block() * acc", _RUNS, by="asan"),
-    Mutation("plan.h", "take(warps * std::min(", "take(std::min(", _PLANS, by="trace"),
+    Mutation("plan.h", ": warps * std::min(", ": std::min(", _PLANS, by="trace"),
     Mutation("plan.h", "/ d + 1), bits - 1}", "/ d), bits - 1}", _PLANS),
     Mutation("plan.h", "if (!aligned || element == 8) return 1;", "if (element == 8) return 1;", "misaligned and batch",
              by="asan"),
