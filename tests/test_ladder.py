@@ -564,6 +564,16 @@ def test_as_many_epochs_as_there_is_time_for(
     assert [rung["epochs"] for rung in results_in(tmp_path / "minutes")["rungs"]] == [epochs] * 3
 
 
+def test_an_out_that_cannot_be_written_to_is_noticed_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_small_synthetic(monkeypatch)
+    monkeypatch.setattr(cli, "seconds_of_an_epoch", lambda *_, **__: pytest.fail("timed"))
+    (tmp_path / "file").touch()
+    assert run_cli(tmp_path / "file" / "out", "--rungs", "0", "--minutes", "1") == 2
+    assert "file" in (message := capsys.readouterr().err) and message.count("\n") == 1
+
+
 def test_seconds_of_an_epoch() -> None:
     """Of all its steps and the validation, also where it diverges."""
     steps: list[int] = []
@@ -879,6 +889,27 @@ def test_milliseconds() -> None:
     assert [pictures.milliseconds(value) for value in (0.1234, 12.34, 999.4, 999.6, 1234.5)] == [
         "0.123", "12.3", "999", "1000", "1234",
     ]  # fmt: skip
+
+
+def test_epochs_of() -> None:
+    assert [pictures.epochs_of(counts) for counts in ([1], [8, 8], [12, 1, 8])] == [
+        "1 epoch",
+        "8 epochs",
+        "1 to 12 epochs",
+    ]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_curve_of_one_epoch_is_seen(epochs: int) -> None:
+    start = {"dataset": "synthetic", "preset": "quick", "train_images": 8000, "val_images": 10_000, "epochs": epochs}
+    one = finished("baseline", 0.5)
+    history = {name: values[:1] * epochs for name, values in one["history"].items()}
+    drawn = pictures.learning_curves(report.content(start, [{**one, "epochs": epochs, "history": history}]))
+    assert f"training images, {epochs} epoch{'s' * (epochs > 1)}" in drawn.get_suptitle()
+    for axes in drawn.axes[:2]:
+        means = [line for line in axes.lines if not line.get_label().startswith("_")]
+        assert len(means) == 2
+        assert all((line.get_marker() == "D") == (epochs == 1) for line in means)
 
 
 def test_exponential_mean() -> None:

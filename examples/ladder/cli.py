@@ -8,6 +8,7 @@ import io
 import math
 import platform
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from .checkpoint import CheckpointError
 from .checks import run_checks
 from .data import DataError, Dataset, UrlOpener, load
 from .models import BACKENDS, needs_fastnorm
-from .pictures import milliseconds, span
+from .pictures import epochs_of, milliseconds
 from .processes import FailedElsewhere, Processes, joined, local_device
 from .recipe import Recipe
 from .rungs import PRESETS, RUNGS, Rung, recipe_of, select
@@ -174,12 +175,15 @@ class _Run:
         args, out = self.args, self.args.out
         checkpoints = out / "checkpoints"
         data = self.load()
+        with self.processes.together():
+            if self.processes.is_first:
+                _make_writable(out)  # before --minutes takes its time
         self.choose_epochs(data)
         run = self.settings(data)
-        epochs = span(sum(stage_lengths(self.recipe(rung))) for rung in args.rungs)
+        epochs = epochs_of(sum(stage_lengths(self.recipe(rung))) for rung in args.rungs)
         print(
             f"{data.name}: {run['train_images']} training and {run['val_images']} validation images ({data.source}); "
-            f"{self.preset_name} preset, {epochs} epochs, backend {args.backend}, {run['device']}"
+            f"{self.preset_name} preset, {epochs}, backend {args.backend}, {run['device']}"
         )
         before = self._before(run) if args.resume else None
         done = {one["name"]: one for one in before["rungs"]} if before else {}
@@ -187,11 +191,9 @@ class _Run:
         failed = {one["name"]: one for one in before["failed"]} if before else {}
         with self.processes.together():
             if self.processes.is_first:
-                out.mkdir(parents=True, exist_ok=True)
                 if not args.resume:
                     checkpoint.discard(checkpoints, [rung.name for rung in RUNGS])
-                # Before the first checkpoint, so that --resume knows whose it is, and what cannot be written to is
-                # noticed.
+                # Before the first checkpoint, so that --resume knows whose it is.
                 report.write_json(out, self._content(run, done, failed, None, checks))
 
         interrupted: Rung | None = None
@@ -300,6 +302,13 @@ class _Run:
             flush=True,
         )
         return outcome
+
+
+def _make_writable(folder: Path) -> None:
+    """Makes the folder if need be, and writes and deletes a file in it, for the OSError that this may raise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _device(name: str) -> torch.device:

@@ -47,10 +47,12 @@ def write_all(out: Path, results: Content) -> list[Path]:
     return paths
 
 
-def span(counts: Iterable[int]) -> str:
-    """Their common value, or the smallest and the largest."""
+def epochs_of(counts: Iterable[int]) -> str:
+    """Their common number, or the smallest and the largest, with the noun: 1 epoch, 4 to 8 epochs."""
     counts = set(counts)
-    return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    fewest, most = min(counts), max(counts)
+    numbers = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return f"{numbers} epoch{'' if most == 1 else 's'}"
 
 
 def milliseconds(value: float) -> str:
@@ -60,8 +62,8 @@ def milliseconds(value: float) -> str:
 
 def _subtitle(results: Content) -> str:
     images = "CIFAR-10" if results["dataset"] == "cifar10" else "Synthetic images (not CIFAR-10)"
-    epochs = span(one["epochs"] for one in results["rungs"] or [results])  # a rung may have its own number of them
-    return f"{images}, {results['preset']} preset: {results['train_images']} training images, {epochs} epochs"
+    epochs = epochs_of(one["epochs"] for one in results["rungs"] or [results])  # a rung may have its own number of them
+    return f"{images}, {results['preset']} preset: {results['train_images']} training images, {epochs}"
 
 
 def _plain(axes: Axes, grid: str = "both") -> None:
@@ -273,7 +275,8 @@ def _pair(axes: Axes, training: Sequence[float], validation: Sequence[float]) ->
     )
     for values, colour, line, label in kinds:
         axes.plot(epochs, values, ".", color=colour, markersize=4, alpha=0.5)
-        axes.plot(epochs, exponential_mean(values), line, color=colour, linewidth=1.8, label=label)
+        marker = "D" if len(values) == 1 else ""  # of one epoch there is no line
+        axes.plot(epochs, exponential_mean(values), line, color=colour, linewidth=1.8, marker=marker, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     _plain(axes)
 

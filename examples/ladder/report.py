@@ -133,9 +133,9 @@ def footnotes(results: Content) -> str:
     if results["dataset"] != "cifar10":
         lines.append("SYNTHETIC IMAGES: these figures are not CIFAR-10's; the notes' are.")
     elif results["train_images"] < 50_000:
-        epochs = pictures.span(one["epochs"] for one in results["rungs"] or [results])
+        epochs = pictures.epochs_of(one["epochs"] for one in results["rungs"] or [results])
         lines.append(
-            f"Trained on {results['train_images']} images for {epochs} epochs; the notes' figures come from all 50000 "
+            f"Trained on {results['train_images']} images for {epochs}; the notes' figures come from all 50000 "
             "and many more steps."
         )
     for one in results["rungs"]:
