@@ -1,5 +1,5 @@
 // Batch normalisation on CUDA devices: slice_norm.cuh with a channel, or a strip of channels, a slice. What is only of
-// batch_norm is here: the running statistics.
+// batch_norm is here: when the running statistics are updated.
 #include "../batch_norm.h"
 
 #include "slice_norm.cuh"
@@ -7,11 +7,24 @@
 namespace fastnorm::cuda {
 namespace {
 
+bool updates_running(const BatchNormForward& a) { return a.training && (a.running_mean || a.num_batches_tracked); }
+
+// Whether the running statistics wait for a launch of their own: for all channels' statistics, for the number of batches,
+// or because batch renormalisation reads them as they were.
+bool updates_last(const BatchNormForward& a) {
+  return updates_running(a) && (a.skip_nonfinite_stats || isnan(a.momentum) || a.r);
+}
+
+RunningUpdate running_update(const BatchNormForward& a) {
+  const double count = static_cast<double>(a.shape.N * a.shape.S);
+  return {a.running_mean, a.running_var, a.stats_dtype, a.num_batches_tracked, a.momentum, count / (count - 1)};
+}
+
 // One block: the running statistics and the number of batches, after this batch of mean a.mean and variance
 // `variance`.
-// running = (1 - momentum) * running + momentum * new, the variance unbiased
 __global__ void __launch_bounds__(kMergeThreads)
-    update_running_statistics(const __grid_constant__ BatchNormForward a, const double* variance) {
+    update_running_statistics(const __grid_constant__ BatchNormForward a, RunningUpdate update,
+                              const double* variance) {
   SMEM_ARRAY(unsigned, nonfinite, 1);
   const int64_t C = a.shape.C;
   const int first = static_cast<int>(threadIdx.x);
@@ -21,20 +34,12 @@ __global__ void __launch_bounds__(kMergeThreads)
     for (int64_t c = first; c < C; c += kMergeThreads)
       if (!isfinite(a.mean[c]) || !isfinite(variance[c])) atomicOr(nonfinite, 1u);
   }
-  const int64_t batches = a.num_batches_tracked ? *a.num_batches_tracked + 1 : 0;
+  const int64_t batches = update.batches ? *update.batches + 1 : 0;
   __syncthreads();
   if (*nonfinite) return;
-  if (first == 0 && a.num_batches_tracked) *a.num_batches_tracked = batches;
-  if (a.running_mean == nullptr) return;
-  const double momentum = isnan(a.momentum) && a.num_batches_tracked ? 1.0 / static_cast<double>(batches) : a.momentum;
-  const double count = static_cast<double>(a.shape.N * a.shape.S), unbiased = count / (count - 1);
-  const auto average = [&](void* running, int64_t c, double value) {
-    write(running, a.stats_dtype, c, (1 - momentum) * read(running, a.stats_dtype, c, 0.0) + momentum * value);
-  };
-  for (int64_t c = first; c < C; c += kMergeThreads) {
-    average(a.running_mean, c, a.mean[c]);
-    average(a.running_var, c, variance[c] * unbiased);
-  }
+  if (first == 0 && update.batches) *update.batches = batches;
+  if (isnan(update.momentum) && update.batches) update.momentum = 1.0 / static_cast<double>(batches);
+  for (int64_t c = first; c < C; c += kMergeThreads) update.average(c, a.mean[c], variance[c]);
 }
 
 SlicePlan plan(const BatchNormForward& a) {
@@ -62,8 +67,6 @@ SlicePlan plan(const BatchNormBackward& a) {
   return plan_for_device(in, a.dtype);
 }
 
-bool updates_running(const BatchNormForward& a) { return a.training && (a.running_mean || a.num_batches_tracked); }
-
 // What the kernels take, its buffers in the workspace.
 SliceForward arguments(const BatchNormForward& a, Workspace& workspace) {
   SliceForward s = common_forward(a);
@@ -80,7 +83,8 @@ SliceForward arguments(const BatchNormForward& a, Workspace& workspace) {
   s.d_max = a.d_max;
   s.r = a.r;
   s.d = a.d;
-  if (updates_running(a) && s.variance == nullptr) s.variance = workspace.take<double>(a.shape.C);
+  if (updates_last(a) && s.variance == nullptr) s.variance = workspace.take<double>(a.shape.C);
+  if (updates_running(a) && !updates_last(a)) s.update = running_update(a);
   if (a.training && !s.plan.resident) s.partial = workspace.take<Moments>(s.plan.partials());
   return s;
 }
@@ -94,7 +98,9 @@ SliceBackward arguments(const BatchNormBackward& a, Workspace& workspace) {
   s.D = 1;
   s.count = a.given_sums ? a.count : static_cast<double>(a.shape.N * a.shape.S);
   s.given_sums = a.given_sums;
-  s.channel_sums = workspace.take<Sums>(a.shape.C);
+  s.dweight = a.dweight;
+  s.dbias = a.dbias;
+  s.sums = a.sums;
   s.group_sums = workspace.take<Sums>(a.shape.C);
   if (!s.plan.resident) s.partial = workspace.take<Sums>(s.plan.partials());
   return s;
@@ -111,22 +117,16 @@ void batch_norm_forward(const BatchNormForward& a, const Queue& queue) {
   Workspace workspace(queue.workspace);
   const SliceForward s = arguments(a, workspace);
   run_forward("batch_norm", a.dtype, s, a.training, a.shape.C, stream);
-  if (updates_running(a))
-    launch("batch_norm", update_running_statistics, Grid{dim3(1), kMergeThreads}, stream, a,
+  if (updates_last(a))
+    launch("batch_norm", update_running_statistics, Grid{dim3(1), kMergeThreads}, stream, a, running_update(a),
            static_cast<const double*>(s.variance));
 }
 
 void batch_norm_backward(const BatchNormBackward& a, const Queue& queue) {
   if (a.shape.numel() == 0) return;
-  const auto stream = static_cast<cudaStream_t>(queue.stream);
   Workspace workspace(queue.workspace);
-  const SliceBackward s = arguments(a, workspace);
-  run_backward("batch_norm", a.dtype, s, wants_sums(a), a.shape.C, stream);
-  run_parameter_gradients("batch_norm", s, 1, a.dweight, a.dbias, a.param_dtype, stream);
-  if (a.sums == nullptr) return;
-  SliceBackward plain = s;  // dbias and dweight without batch renormalisation's r and d
-  plain.r = plain.d = nullptr;
-  run_parameter_gradients("batch_norm", plain, 1, a.sums + a.shape.C, a.sums, Dtype::kFloat64, stream);
+  run_backward("batch_norm", a.dtype, arguments(a, workspace), wants_sums(a), a.shape.C,
+               static_cast<cudaStream_t>(queue.stream));
 }
 
 }  // namespace fastnorm::cuda

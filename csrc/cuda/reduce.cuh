@@ -28,50 +28,60 @@ __device__ inline acc_t warp_sum(acc_t v) {
   return one[0];
 }
 
-// The sums over the block's threads, in double from the warps' on; every thread gets them. `scratch`: n * kMaxWarps
-// doubles of shared memory. By all threads; they may call again with the same scratch at once.
+// The sums of what the warps' lanes have alike, over each `warps` neighbouring warps of the block, in their order; every
+// thread gets its own ones'. `scratch`: n * kMaxWarps doubles of shared memory. By all threads; they may call again with
+// the same scratch at once.
+template <int n>
+__device__ inline void sum_of_warps(double (&v)[n], int warps, double* scratch) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, first = warp / warps * warps;
+  __syncthreads();  // the last call's readers are done
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) scratch[k * kMaxWarps + warp] = v[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    v[k] = 0;
+    for (int w = first; w < first + warps; ++w) v[k] += scratch[k * kMaxWarps + w];
+  }
+}
+
+// The sums over the block's threads, in double from the warps' on; every thread gets them. `scratch` as above.
 template <int n, typename acc_t>
 __device__ inline void block_sum(const acc_t (&v)[n], double (&total)[n], double* scratch) {
   acc_t sum[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) sum[k] = v[k];
   warp_sum(sum);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  __syncthreads();  // the last call's readers are done
-  if (lane == 0) {
 #pragma unroll
-    for (int k = 0; k < n; ++k) scratch[k * kMaxWarps + warp] = static_cast<double>(sum[k]);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < n; ++k) {
-    total[k] = 0;
-    for (int w = 0; w < warps; ++w) total[k] += scratch[k * kMaxWarps + w];
-  }
+  for (int k = 0; k < n; ++k) total[k] = static_cast<double>(sum[k]);
+  sum_of_warps(total, static_cast<int>(blockDim.x) / kWarp, scratch);
 }
 
-// Moments of a set from those of its parts, part(k), k < parts, by the lanes of a warp together, each taking every 32nd
-// part; every lane gets the result. Mean first, then the deviations of the parts' means from it: as exact as merging them
-// one by one and without a division each.
-template <typename Part>
-__device__ inline Moments warp_merge_moments(int64_t parts, const Part& part) {
+// Moments of a set from those of its parts, part(k), k < parts, by `threads` threads together, of which this is number
+// `thread` and whose sums of n doubles sum(v) leaves in each. Mean first, then the deviations of the parts' means from
+// it: as exact as merging them one by one and without a division each.
+template <typename Part, typename Sum>
+__device__ inline Moments merge_moments(int thread, int threads, int64_t parts, const Part& part, const Sum& sum) {
   double sums[2] = {0, 0};
 #pragma unroll 4
-  for (int64_t k = threadIdx.x % kWarp; k < parts; k += kWarp) {
+  for (int64_t k = thread; k < parts; k += threads) {
     const Moments m = part(k);
     sums[0] += m.count;
     if (m.count > 0) sums[1] += m.count * m.mean;
   }
-  warp_sum(sums);
+  sum(sums);
   const double mean = sums[1] / sums[0];
-  double m2 = 0;
+  double m2[1] = {0};
 #pragma unroll 4
-  for (int64_t k = threadIdx.x % kWarp; k < parts; k += kWarp) {
+  for (int64_t k = thread; k < parts; k += threads) {
     const Moments m = part(k);
     const double delta = m.mean - mean;
-    if (m.count > 0) m2 += m.m2 + m.count * delta * delta;
+    if (m.count > 0) m2[0] += m.m2 + m.count * delta * delta;
   }
-  return {sums[0], mean, warp_sum(m2)};
+  sum(m2);
+  return {sums[0], mean, m2[0]};
 }
 
 // Of n > 0 numbers, from the sums of (x - shift) and (x - shift)^2, shift being any number near their mean.

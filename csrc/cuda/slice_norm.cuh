@@ -8,6 +8,9 @@
 // Split: one launch reduces, a block a part of a slice; a small one merges the parts; a third normalises, the last
 // blocks' elements first, for they may still be in the L2 cache. Forward moves 3 tensors, backward 5.
 //
+// What is of a channel alone is written by the launch that ends its sums: running statistics, dweight and dbias of
+// batch_norm.
+//
 // Every access is whole: plan.h chooses its width so that it divides every run. Sums are of arithmetic's type, of a
 // window, of a batch of them, of a thread; from the block on they are double. The shift from which deviations are taken
 // is the mean of the elements that the warp holds, or split the block.
@@ -290,6 +293,22 @@ class ThreadSums {
 
 // ---- forward
 
+// The running statistics after a batch: running = (1 - momentum) * running + momentum * new, the variance unbiased.
+struct RunningUpdate {
+  void *mean, *var;  // of dtype; or null
+  Dtype dtype;
+  int64_t* batches;  // counted up; or null
+  double momentum;
+  double unbiased;  // the unbiased variance by the biased one
+
+  // By one thread, of channel c.
+  __device__ void average(int64_t c, double new_mean, double new_variance) const {
+    if (mean == nullptr) return;
+    write(mean, dtype, c, (1 - momentum) * read(mean, dtype, c, 0.0) + momentum * new_mean);
+    write(var, dtype, c, (1 - momentum) * read(var, dtype, c, 0.0) + momentum * (new_variance * unbiased));
+  }
+};
+
 struct SliceForward {
   SlicePlan plan;
   Dtype param_dtype, stats_dtype;
@@ -300,6 +319,7 @@ struct SliceForward {
   uint8_t* mask;
   double *mean, *rstd, *variance;  // by group; variance or null
   int64_t D;                       // channels that share statistics
+  RunningUpdate update;            // by the thread that keeps a channel's statistics; or nothing
   bool use_running;                // the running statistics are those to normalise by
   // Batch renormalisation: r and d by channel, from the running statistics.
   const void *running_mean, *running_var;
@@ -316,6 +336,8 @@ __device__ inline Statistics keep_statistics(const SliceForward& a, int64_t i, d
     a.mean[i] = s.mean;
     a.rstd[i] = s.rstd;
     if (a.variance) a.variance[i] = variance;
+    a.update.average(i, mean, variance);
+    if (i == 0 && a.update.batches) ++*a.update.batches;
   }
   return s;
 }
@@ -633,8 +655,9 @@ __global__ void __launch_bounds__(kSliceThreads, 2) forward_resident(const __gri
   Moments* const mine = Shared<T>(p).template exchange<Moments>();
   kernel.moments_of_warps(walk, held, mine);
   if (p.cluster > 1) cluster_sync();
-  const Moments m = warp_merge_moments(p.cluster * static_cast<int64_t>(blockDim.x) / kWarp,
-                                       [&](int64_t k) { return of_cluster(mine, k); });
+  const Moments m = merge_moments(
+      static_cast<int>(threadIdx.x) % kWarp, kWarp, p.cluster * static_cast<int64_t>(blockDim.x) / kWarp,
+      [&](int64_t k) { return of_cluster(mine, k); }, [](auto& v) { warp_sum(v); });
   const bool keep = rank == 0 && threadIdx.x == 0;
   const Statistics s = keep_statistics(a, walk.statistic(walk.channel, a.D), m.mean, m.biased_variance(), keep);
   if (p.by_run()) {
@@ -684,24 +707,49 @@ __device__ inline int64_t first_partial(const SlicePlan& p, unsigned n, unsigned
   return ((n * p.inner + c / entries) * entries + c % entries) * p.parts;
 }
 
-constexpr int kMergeThreads = 256;
+constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
 
-// Of the merges; groups, and the parts of one, are fewer than 2^31.
-__device__ inline unsigned group_of_warp() { return blockIdx.x * (kMergeThreads / kWarp) + threadIdx.x / kWarp; }
+// The merges' threads: teams of `warps` of them, a power of two, a team a group. Groups, and the parts of one, are fewer
+// than 2^31.
+class MergeTeam {
+ public:
+  __device__ MergeTeam(int64_t groups, int warps)
+      : group(blockIdx.x * (kMergeWarps / warps) + threadIdx.x / (warps * kWarp)),
+        is_there(group < groups),
+        thread(static_cast<int>(threadIdx.x) % (warps * kWarp)),
+        threads(warps * kWarp) {}
 
-// A warp a group: merges the parts of its channels.
+  // Over the team of what a warp's lanes have alike; every thread gets it.
+  template <int n>
+  __device__ void sum_of_warps(double (&v)[n]) const {
+    SMEM_ARRAY(double, scratch, 2 * kMaxWarps);
+    static_assert(n <= 2);
+    if (threads > kWarp) cuda::sum_of_warps(v, threads / kWarp, scratch);
+  }
+
+  const unsigned group;
+  const bool is_there;  // of the last block's teams some have no group, but take part in its barriers
+  const int thread, threads;
+};
+
+// Merges the parts of a group's channels.
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_statistics(const __grid_constant__ SliceForward a, int64_t groups) {
+    merge_statistics(const __grid_constant__ SliceForward a, int64_t groups, int warps) {
   const SlicePlan& p = a.plan;
-  const unsigned i = group_of_warp();
-  if (i >= groups) return;
+  const MergeTeam team(groups, warps);
   const unsigned D = static_cast<unsigned>(a.D), per_sample = static_cast<unsigned>(p.C) / D;
-  const unsigned n = i / per_sample, c = i % per_sample * D, parts = static_cast<unsigned>(p.parts);
-  const Moments m = warp_merge_moments(static_cast<int64_t>(D) * parts, [&](int64_t k) {
-    const unsigned part = static_cast<unsigned>(k);
-    return a.partial[first_partial(p, n, c + part / parts) + part % parts];
-  });
-  keep_statistics(a, i, m.mean, m.biased_variance(), threadIdx.x % kWarp == 0);
+  const unsigned n = team.group / per_sample, c = team.group % per_sample * D, parts = static_cast<unsigned>(p.parts);
+  const Moments m = merge_moments(
+      team.thread, team.threads, team.is_there ? static_cast<int64_t>(D) * parts : 0,
+      [&](int64_t k) {
+        const unsigned part = static_cast<unsigned>(k);
+        return a.partial[first_partial(p, n, c + part / parts) + part % parts];
+      },
+      [&](auto& v) {
+        warp_sum(v);
+        team.sum_of_warps(v);
+      });
+  keep_statistics(a, team.group, m.mean, m.biased_variance(), team.is_there && team.thread == 0);
 }
 
 // ---- backward
@@ -721,9 +769,29 @@ struct SliceBackward {
   double count;              // elements of a group
   const double* given_sums;  // [2, C] as BatchNormBackward has them, or null
   Sums* partial;             // [slices][entries][parts], if split
-  Sums* channel_sums;        // [samples][C] of dz
   Sums* group_sums;          // by group, of dz * weight; if split
+  // A channel's sums of dz: those of each sample, for parameter_gradients(); or if that is null what BatchNormBackward
+  // wants of the batch's, each or null.
+  Sums* channel_sums;  // [samples][C]
+  void *dweight, *dbias;
+  double* sums;
 };
+
+// Keeps those of channel c and sample n, by one thread.
+//   dweight = r * sum of dz * xhat + d * sum of dz,  dbias = sum of dz
+__device__ inline void keep_sums(const SliceBackward& a, int64_t n, int64_t c, const Sums& s) {
+  const int64_t C = a.plan.C;
+  if (a.channel_sums) {
+    a.channel_sums[n * C + c] = s;
+    return;
+  }
+  if (a.dweight) write(a.dweight, a.param_dtype, c, a.r ? a.r[c] * s.dz_xhat + a.d[c] * s.dz : s.dz_xhat);
+  if (a.dbias) write(a.dbias, a.param_dtype, c, s.dz);
+  if (a.sums) {
+    a.sums[c] = s.dz;
+    a.sums[C + c] = s.dz_xhat;
+  }
+}
 
 template <typename T, int kN, int kC, int kFlight>
 class Backward {
@@ -776,14 +844,9 @@ class Backward {
   template <int kHeld, typename Adder, typename Done>
   __device__ void add_gradients(const Walk<kN>& walk, const Held<T, kN, kHeld>& held_x,
                                 const Held<T, kN, kHeld>& held_dy, Adder& sums, const Done& done) const {
-    if (a.activation == Activation::kNone) {
-      add_gradients_of<false>(walk, held_x, held_dy, sums, done);
-    } else {
-      add_gradients_of<true>(walk, held_x, held_dy, sums, done);
-    }
+    visit_activated(
+        [&](auto activated) { add_gradients_of<decltype(activated)::value>(walk, held_x, held_dy, sums, done); });
   }
-
-  // The two of them apart, and so below: the activations' code would take registers of a loop that has none.
   template <bool kActivated, int kHeld, typename Adder, typename Done>
   __device__ void add_gradients_of(const Walk<kN>& walk, const Held<T, kN, kHeld>& held_x,
                                    const Held<T, kN, kHeld>& held_dy, Adder& sums, const Done& done) const {
@@ -886,11 +949,7 @@ class Backward {
   template <int kHeld>
   __device__ void elements(const Walk<kN>& walk, const Held<T, kN, kHeld>& held_x, const Held<T, kN, kHeld>& held_dy,
                            const Coefficients& c) const {
-    if (a.activation == Activation::kNone) {
-      elements_of<false>(walk, held_x, held_dy, c);
-    } else {
-      elements_of<true>(walk, held_x, held_dy, c);
-    }
+    visit_activated([&](auto activated) { elements_of<decltype(activated)::value>(walk, held_x, held_dy, c); });
   }
   template <bool kActivated, int kHeld>
   __device__ void elements_of(const Walk<kN>& walk, const Held<T, kN, kHeld>& held_x, const Held<T, kN, kHeld>& held_dy,
@@ -929,6 +988,16 @@ class Backward {
   // Columns of the table.
   enum { kMean, kScale, kShift, kRstd, kSlope, kOffset, kColumns };
   static_assert(kColumns == kBackwardColumns);
+
+  // f(whether there is an activation), apart: the activations' code would take registers of a loop that has none.
+  template <typename F>
+  __device__ void visit_activated(const F& f) const {
+    if (a.activation == Activation::kNone) {
+      f(std::false_type{});
+    } else {
+      f(std::true_type{});
+    }
+  }
 
   // What the activation's gradient needs.
   struct Beside {
@@ -1014,7 +1083,6 @@ __global__ void __launch_bounds__(kSliceThreads, 2) backward_resident(const __gr
   dy.template load<false>(walk, kernel.dy());
   kernel.table(walk);
   Sums* const mine = shared.template exchange<Sums>();
-  Sums* const of_channels = a.channel_sums + walk.sample * p.C + walk.channel;
   double g[2] = {0, 0};  // of dz * weight over the slice, in every warp
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if (p.by_run()) {
@@ -1035,7 +1103,7 @@ __global__ void __launch_bounds__(kSliceThreads, 2) backward_resident(const __gr
       all = kernel.with_rest(all, s);
       const double weight = kernel.weight(walk.channel + e);
       shared.sums()[e] = {weight * all.dz, weight * all.dz_xhat};
-      if (rank == 0) of_channels[e] = all;
+      if (rank == 0) keep_sums(a, walk.sample, walk.channel + e, all);
     }
     __syncthreads();
     for (int e = lane; e < walk.channels; e += kWarp) {
@@ -1052,7 +1120,7 @@ __global__ void __launch_bounds__(kSliceThreads, 2) backward_resident(const __gr
     }
     warp_sum(g);
     const Sums all = kernel.with_rest({g[0], g[1]}, s);
-    if (rank == 0 && threadIdx.x == 0) *of_channels = all;
+    if (rank == 0 && threadIdx.x == 0) keep_sums(a, walk.sample, walk.channel, all);
     g[0] = weight * all.dz;
     g[1] = weight * all.dz_xhat;
   }
@@ -1098,22 +1166,22 @@ __global__ void __launch_bounds__(kSliceThreads, 2) backward_elements(const __gr
   kernel.elements(walk, x, dy, kernel.coefficients(walk));
 }
 
-// A warp a group: adds the parts of each of its channels, and the channels with their weights. A few lanes a channel, as
-// many as there are parts.
-__global__ void __launch_bounds__(kMergeThreads) merge_sums(const __grid_constant__ SliceBackward a, int64_t groups) {
+// Adds the parts of each of a group's channels, and the channels with their weights. A channel is of a few lanes, as many
+// as there are parts; or with more than 32 of all the team's threads.
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_sums(const __grid_constant__ SliceBackward a, int64_t groups, int warps) {
   const SlicePlan& p = a.plan;
-  const unsigned i = group_of_warp();
-  if (i >= groups) return;
+  const MergeTeam team(groups, warps);
   int lanes = 1;
-  while (lanes < kWarp && lanes < p.parts) lanes *= 2;
-  const int lane = static_cast<int>(threadIdx.x) % lanes, mine = static_cast<int>(threadIdx.x) % kWarp / lanes;
+  while (lanes < team.threads && lanes < p.parts) lanes *= 2;
+  const int lane = team.thread % lanes, mine = team.thread / lanes, at_once = team.threads / lanes;
   const unsigned D = static_cast<unsigned>(a.D), per_sample = static_cast<unsigned>(p.C) / D;
-  const unsigned n = i / per_sample, first = i % per_sample * D;
+  const unsigned n = team.group / per_sample, first = team.group % per_sample * D;
   double group[2] = {0, 0};
-  for (unsigned start = 0; start < D; start += kWarp / lanes) {
+  for (unsigned start = 0; start < D; start += at_once) {
     const unsigned k = start + mine;
     const unsigned c = first + k;
-    const bool is_there = k < D;
+    const bool is_there = team.is_there && k < D;
     double v[2] = {0, 0};
 #pragma unroll 4
     for (int part = lane; part < p.parts; part += lanes) {
@@ -1122,28 +1190,28 @@ __global__ void __launch_bounds__(kMergeThreads) merge_sums(const __grid_constan
       v[0] += s.dz;
       v[1] += s.dz_xhat;
     }
-    warp_sum(v, 1, lanes);
+    warp_sum(v, 1, min(lanes, kWarp));
+    team.sum_of_warps(v);
     if (!is_there || lane != 0) continue;
     const double weight = read(a.weight, a.param_dtype, c, 1.0) * (a.r ? a.r[c] : 1.0);
     group[0] += weight * v[0];
     group[1] += weight * v[1];
-    a.channel_sums[n * p.C + c] = {v[0], v[1]};
+    keep_sums(a, n, c, {v[0], v[1]});
   }
   warp_sum(group);
-  if (threadIdx.x % kWarp == 0) a.group_sums[i] = {group[0], group[1]};
+  if (team.is_there && team.thread == 0) a.group_sums[team.group] = {group[0], group[1]};
 }
 
-// dweight = r * sum of dz * xhat + d * sum of dz,  dbias = sum of dz,  over the samples: a lane a channel, the warps of
-// a block every so many samples.
+// dweight = sum of dz * xhat,  dbias = sum of dz,  over the samples: a lane a channel, the warps of a block every so many
+// samples.
 __global__ void __launch_bounds__(kMergeThreads)
-    parameter_gradients(const Sums* sums, int64_t samples, int64_t C, const double* r, const double* d, void* dweight,
-                        void* dbias, Dtype dtype) {
+    parameter_gradients(const Sums* sums, int64_t samples, int64_t C, void* dweight, void* dbias, Dtype dtype) {
   SMEM_ARRAY(Sums, partial, kMergeThreads);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t c = blockIdx.x * static_cast<int64_t>(kWarp) + lane;
   Sums all{0, 0};
 #pragma unroll 4
-  for (int64_t n = warp; n < samples; n += kMergeThreads / kWarp) {
+  for (int64_t n = warp; n < samples; n += kMergeWarps) {
     if (c >= C) continue;
     all.dz += sums[n * C + c].dz;
     all.dz_xhat += sums[n * C + c].dz_xhat;
@@ -1151,11 +1219,11 @@ __global__ void __launch_bounds__(kMergeThreads)
   partial[threadIdx.x] = all;
   __syncthreads();
   if (warp != 0 || c >= C) return;
-  for (int w = 1; w < kMergeThreads / kWarp; ++w) {
+  for (int w = 1; w < kMergeWarps; ++w) {
     all.dz += partial[w * kWarp + lane].dz;
     all.dz_xhat += partial[w * kWarp + lane].dz_xhat;
   }
-  if (dweight) write(dweight, dtype, c, r ? r[c] * all.dz_xhat + d[c] * all.dz : all.dz_xhat);
+  if (dweight) write(dweight, dtype, c, all.dz_xhat);
   if (dbias) write(dbias, dtype, c, all.dz);
 }
 
@@ -1187,9 +1255,17 @@ inline Grid split_grid(const SlicePlan& p) {
   return {dim3(static_cast<unsigned>(p.slices * p.parts)), p.threads, 1, static_cast<size_t>(p.shared.all)};
 }
 
-// A warp for each of `groups`.
-inline Grid merge_grid(int64_t groups) {
-  return {dim3(static_cast<unsigned>(ceil_divide(groups, kMergeThreads / kWarp))), kMergeThreads};
+// Warps of a team that merges so many parts: a thread takes one or two, unless even kMergeWarps have more. More than one
+// only where no thread is without a part.
+inline int merge_warps(int64_t parts) {
+  int warps = 1;
+  while (warps < kMergeWarps && parts > 2 * kWarp * warps) warps *= 2;
+  return warps;
+}
+
+// A team for each of `groups`.
+inline Grid merge_grid(int64_t groups, int warps) {
+  return {dim3(static_cast<unsigned>(ceil_divide(groups, kMergeWarps / warps))), kMergeThreads};
 }
 
 // Pieces of the workspace, each aligned to 16 bytes.
@@ -1278,7 +1354,8 @@ inline void run_forward(const char* op, Dtype dtype, const SliceForward& a, bool
     }
     if (own) {
       launch(op, forward_reduce<T, kN, kC>, split_grid(p), stream, a);
-      launch(op, merge_statistics, merge_grid(groups), stream, a, groups);
+      const int warps = merge_warps(a.D * p.parts);
+      launch(op, merge_statistics, merge_grid(groups, warps), stream, a, groups, warps);
     }
     if (a.y) launch(op, forward_elements<T, kN, kC>, split_grid(p), stream, a);
   });
@@ -1289,7 +1366,7 @@ inline void run_parameter_gradients(const char* op, const SliceBackward& a, int6
                                     Dtype dtype, cudaStream_t stream) {
   if (!dweight && !dbias) return;
   const Grid grid{dim3(static_cast<unsigned>(ceil_divide(a.plan.C, kWarp))), kMergeThreads};
-  launch(op, parameter_gradients, grid, stream, a.channel_sums, samples, a.plan.C, a.r, a.d, dweight, dbias, dtype);
+  launch(op, parameter_gradients, grid, stream, a.channel_sums, samples, a.plan.C, dweight, dbias, dtype);
 }
 
 // Channel sums if `sums`, dx and dresidual if wanted.
@@ -1305,7 +1382,8 @@ inline void run_backward(const char* op, Dtype dtype, const SliceBackward& a, bo
     }
     if (sums) {
       launch(op, backward_reduce<T, kN, kC>, split_grid(p), stream, a);
-      launch(op, merge_sums, merge_grid(groups), stream, a, groups);
+      const int warps = merge_warps(p.parts);
+      launch(op, merge_sums, merge_grid(groups, warps), stream, a, groups, warps);
     }
     if (!a.dx && !a.dresidual) return;
     SliceBackward elements = a;
