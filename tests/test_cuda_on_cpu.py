@@ -298,6 +298,7 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         for scale in (1e25, 1e-25)
         for name, norm in {
             "batch_norm": lambda x: [fn.batch_norm(x.view(5, 8, 25), None, None, training=True, eps=1e-300)],
+            "batch_norm-warps": lambda x: [fn.batch_norm(x.repeat(13, 1).view(65, 2, 100), None, None, training=True)],
             "group_norm": lambda x: [fn.group_norm(channels_last(x.view(5, 8, 25)), 4, eps=0.0)],
             "layer_norm": lambda x: [fn.layer_norm(x, [200], eps=0.0)],
             "rms_norm": lambda x: [fn.rms_norm(x, [200], eps=0.0)],
@@ -426,6 +427,11 @@ PATHS = (
            device={"shared_per_block": 4 << 10, "multiprocessors": 1}, workspace=True) for last in (False, True)),
     *(Path("local_response_norm-intra-paper-size100-beta1.3", (2, 4, 30, 20), torch.float16, last=last,
            device={"shared_per_block": 4 << 10, "multiprocessors": 1}, workspace=True) for last in (False, True)),
+    # merges of more parts than two a thread of a warp: of a channel, and of a group's channels
+    Path("batch_norm-train", (4, 2, 171, 153), device={"multiprocessors": 132}, workspace=True),
+    Path("group_norm-one", (2, 3, 171, 153), device={"multiprocessors": 132, **SM_80}, workspace=True),
+    # a slice of more channels than backward's table has room for, so that backward is split
+    Path("group_norm-one", (1, 1500, 2, 2), device={"multiprocessors": 1, "shared_per_block": 48 << 10}),
     # slices of 48 KiB: too much beside what a kernel has itself, unless the launch asks
     Path("weight_norm-0", (3, 12288)),
     # slices cut in parts

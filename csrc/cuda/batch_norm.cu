@@ -1,7 +1,8 @@
-// Batch normalisation on CUDA devices: slice_norm.cuh with a channel, or a strip of channels, a slice. What is only of
+// Batch normalisation on CUDA devices: slice_norm.cu with a channel, or a strip of channels, a slice. What is only of
 // batch_norm is here: when the running statistics are updated.
 #include "../batch_norm.h"
 
+#include "../moments.h"
 #include "slice_norm.cuh"
 
 namespace fastnorm::cuda {
@@ -20,9 +21,11 @@ RunningUpdate running_update(const BatchNormForward& a) {
   return {a.running_mean, a.running_var, a.stats_dtype, a.num_batches_tracked, a.momentum, count / (count - 1)};
 }
 
+constexpr int kThreads = 256;
+
 // One block: the running statistics and the number of batches, after this batch of mean a.mean and variance
 // `variance`.
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kThreads)
     update_running_statistics(const __grid_constant__ BatchNormForward a, RunningUpdate update,
                               const double* variance) {
   SMEM_ARRAY(unsigned, nonfinite, 1);
@@ -31,7 +34,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (first == 0) *nonfinite = 0;
   __syncthreads();
   if (a.skip_nonfinite_stats) {
-    for (int64_t c = first; c < C; c += kMergeThreads)
+    for (int64_t c = first; c < C; c += kThreads)
       if (!isfinite(a.mean[c]) || !isfinite(variance[c])) atomicOr(nonfinite, 1u);
   }
   const int64_t batches = update.batches ? *update.batches + 1 : 0;
@@ -39,7 +42,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (*nonfinite) return;
   if (first == 0 && update.batches) *update.batches = batches;
   if (isnan(update.momentum) && update.batches) update.momentum = 1.0 / static_cast<double>(batches);
-  for (int64_t c = first; c < C; c += kMergeThreads) update.average(c, a.mean[c], variance[c]);
+  for (int64_t c = first; c < C; c += kThreads) update.average(c, a.mean[c], variance[c]);
 }
 
 SlicePlan plan(const BatchNormForward& a) {
@@ -98,8 +101,6 @@ SliceBackward arguments(const BatchNormBackward& a, Workspace& workspace) {
   s.D = 1;
   s.count = a.given_sums ? a.count : static_cast<double>(a.shape.N * a.shape.S);
   s.given_sums = a.given_sums;
-  s.dweight = a.dweight;
-  s.dbias = a.dbias;
   s.sums = a.sums;
   s.group_sums = workspace.take<Sums>(a.shape.C);
   if (!s.plan.resident) s.partial = workspace.take<Sums>(s.plan.partials());
@@ -116,17 +117,16 @@ void batch_norm_forward(const BatchNormForward& a, const Queue& queue) {
   const auto stream = static_cast<cudaStream_t>(queue.stream);
   Workspace workspace(queue.workspace);
   const SliceForward s = arguments(a, workspace);
-  run_forward("batch_norm", a.dtype, s, a.training, a.shape.C, stream);
+  run_forward("batch_norm", s, a.training, stream);
   if (updates_last(a))
-    launch("batch_norm", update_running_statistics, Grid{dim3(1), kMergeThreads}, stream, a, running_update(a),
+    launch("batch_norm", update_running_statistics, Grid{dim3(1), kThreads}, stream, a, running_update(a),
            static_cast<const double*>(s.variance));
 }
 
 void batch_norm_backward(const BatchNormBackward& a, const Queue& queue) {
   if (a.shape.numel() == 0) return;
   Workspace workspace(queue.workspace);
-  run_backward("batch_norm", a.dtype, arguments(a, workspace), wants_sums(a), a.shape.C,
-               static_cast<cudaStream_t>(queue.stream));
+  run_backward("batch_norm", arguments(a, workspace), wants_sums(a), static_cast<cudaStream_t>(queue.stream));
 }
 
 }  // namespace fastnorm::cuda

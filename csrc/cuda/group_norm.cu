@@ -1,7 +1,8 @@
-// Group and instance normalisation on CUDA devices: slice_norm.cuh with a group of a sample, or a strip of a sample's
+// Group and instance normalisation on CUDA devices: slice_norm.cu with a group of a sample, or a strip of a sample's
 // groups, a slice.
 #include "../group_norm.h"
 
+#include "../moments.h"
 #include "slice_norm.cuh"
 
 namespace fastnorm::cuda {
@@ -60,17 +61,13 @@ int64_t group_norm_backward_workspace(const GroupNormBackward& a) { return works
 void group_norm_forward(const GroupNormForward& a, const Queue& queue) {
   if (a.shape.numel() == 0) return;
   Workspace workspace(queue.workspace);
-  run_forward("group_norm", a.dtype, arguments(a, workspace), true, a.shape.N * a.G,
-              static_cast<cudaStream_t>(queue.stream));
+  run_forward("group_norm", arguments(a, workspace), true, static_cast<cudaStream_t>(queue.stream));
 }
 
 void group_norm_backward(const GroupNormBackward& a, const Queue& queue) {
   if (a.shape.numel() == 0) return;
-  const auto stream = static_cast<cudaStream_t>(queue.stream);
   Workspace workspace(queue.workspace);
-  const SliceBackward s = arguments(a, workspace);
-  run_backward("group_norm", a.dtype, s, wants_sums(a), a.shape.N * a.G, stream);
-  run_parameter_gradients("group_norm", s, a.shape.N, a.dweight, a.dbias, a.param_dtype, stream);
+  run_backward("group_norm", arguments(a, workspace), wants_sums(a), static_cast<cudaStream_t>(queue.stream));
 }
 
 }  // namespace fastnorm::cuda

@@ -108,6 +108,8 @@ struct SlicePlan {
     const int blocks = resident ? cluster : parts;
     return (chunks + blocks - 1) / blocks;
   }
+  // Statistics are of each of these, or of the whole batch, which is one.
+  int64_t samples() const { return slices / inner; }
   // What the blocks leave for the merge, if split.
   int64_t partials() const { return slices * parts * entries; }
   // Planes of several channels: backward's sums are of runs.

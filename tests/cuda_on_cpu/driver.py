@@ -28,6 +28,8 @@ import os
 import platform
 import re
 import subprocess
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -191,34 +193,42 @@ def _core() -> list[str]:
     return objects
 
 
+_compiling: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+
+def _object(source: Path, flags: list[str], mode: str, entries: str = "") -> Path:
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *CSRC.glob("cuda/*.h"), *HERE.glob("*.h")]
+    output = LIBRARIES / f"{source.stem}-{mode}-{_digest([source, *headers], ' '.join(flags) + entries)}.o"
+    with _compiling[output]:  # several libraries may want the same one
+        if not output.exists():
+            LIBRARIES.mkdir(parents=True, exist_ok=True)
+            before = output.with_suffix(f".{os.getpid()}.h")
+            before.write_text(entries)
+            try:
+                _compile([*flags, "-include", str(before), "-c", str(source)], output)
+            finally:
+                before.unlink(missing_ok=True)
+    return output
+
+
 def build(source: Path, mode: str, entries: str = "", architecture: int = 90) -> Path:
-    """The shared library of `source`; `entries`: code that is compiled before it."""
+    """The shared library of `source` and of what it calls; `entries`: code that is compiled before it."""
     flags = [*_COMMON, *_NATIVE, *_MODES[mode], f"-I{HERE}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
     flags += [f"-D__CUDA_ARCH__={10 * architecture}"] if architecture < 90 else []
-    read = [
-        source,
-        *CSRC.glob("*.h"),
-        *CSRC.glob("cuda/*.cuh"),
-        *CSRC.glob("cuda/*.h"),
-        *(HERE / n for n in CORE),
-        *HERE.glob("*.h"),
-    ]
-    name = f"{source.stem}-{mode}-{_digest([p for p in read if p.exists()], ' '.join(flags) + entries)}"
-    library = LIBRARIES / f"{name}.so"
+    objects = [_object(source, flags, mode, entries), *(_object(other, flags, mode) for other in _called(source))]
+    objects += map(Path, _core())
+    library = LIBRARIES / f"{source.stem}-{mode}-{_digest(objects, '')}.so"
     if not library.exists():
-        LIBRARIES.mkdir(parents=True, exist_ok=True)
-        before = LIBRARIES / f"{name}.{os.getpid()}.h"
-        before.write_text(entries)
-        kernel = LIBRARIES / f"{name}.{os.getpid()}.o"
-        try:
-            _compile([*flags, "-include", str(before), "-c", str(source)], kernel)
-            # -fsanitize=thread is not given to the linker: trace.cpp has its functions
-            sanitizers = [f for f in flags if f.startswith("-fsanitize=") and mode == "asan"]
-            _compile(["-shared", "-Wl,-Bsymbolic", *sanitizers, str(kernel), *(o for o in _core())], library)
-        finally:
-            before.unlink(missing_ok=True)
-            kernel.unlink(missing_ok=True)
+        # -fsanitize=thread is not given to the linker: trace.cpp has its functions
+        sanitizers = [f for f in flags if f.startswith("-fsanitize=") and mode == "asan"]
+        _compile(["-shared", "-Wl,-Bsymbolic", *sanitizers, *map(str, objects)], library)
     return library
+
+
+def _called(source: Path) -> list[Path]:
+    """The .cu files beside it whose interfaces it includes."""
+    beside = [source.with_name(f"{stem}.cu") for stem in re.findall(r'#include "(\w+)\.cuh"', source.read_text())]
+    return [path for path in beside if path.exists() and path != source]
 
 
 def load(path: Path) -> ctypes.CDLL:
