@@ -184,10 +184,13 @@ def _gradients(function: Callable[..., Tensor], *tensors: Tensor | None) -> list
     return [y.detach(), *torch.autograd.grad(y, there, cotangent(y))]
 
 
-def _running_statistics(momentum: float | None, dtype: torch.dtype) -> list[Tensor]:
-    mean, var, count = torch.full((5,), 0.5), torch.full((5,), 2.0), torch.tensor(3)
+def _running_statistics(momentum: float | None, dtype: torch.dtype, last: bool = False) -> list[Tensor]:
+    """`last`: more channels than a block of the merge has teams."""
+    C = 40 if last else 5
+    mean, var, count = torch.full((C,), 0.5), torch.full((C,), 2.0), torch.tensor(3)
     for seed in range(2):
-        x = _values(6, 5, 9, 7, seed=seed).to(dtype)
+        x = _values(6, C, 9, 7, seed=seed).to(dtype)
+        x = channels_last(x) if last else x
         fn.batch_norm(x, mean, var, None, None, True, momentum, num_batches_tracked=count)
     return [mean, var, count]
 
@@ -263,6 +266,7 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         f"batch_norm-statistics-{momentum}-{str(dtype)[6:]}": partial(_running_statistics, momentum, dtype)
         for momentum, dtype in ((0.1, torch.float32), (None, torch.float32), (0.3, torch.bfloat16))
     },
+    "batch_norm-statistics-last": partial(_running_statistics, 0.1, torch.float32, last=True),
     "batch_norm-skipped-statistics": _skipped_statistics,
     "batch_norm-infinite-gradient": _infinite_gradient,
     **{
@@ -430,6 +434,9 @@ PATHS = (
     # merges of more parts than two a thread of a warp: of a channel, and of a group's channels
     Path("batch_norm-train", (4, 2, 171, 153), device={"multiprocessors": 132}, workspace=True),
     Path("group_norm-one", (2, 3, 171, 153), device={"multiprocessors": 132, **SM_80}, workspace=True),
+    # of several channels, and with teams that have none
+    Path("batch_norm-train", (4, 3, 171, 153), device={"multiprocessors": 132}, workspace=True),
+    Path("group_norm-one", (1, 2, 171, 153), device={"multiprocessors": 132, **SM_80}, workspace=True),
     # a slice of more channels than backward's table has room for, so that backward is split
     Path("group_norm-one", (1, 1500, 2, 2), device={"multiprocessors": 1, "shared_per_block": 48 << 10}),
     # slices of 48 KiB: too much beside what a kernel has itself, unless the launch asks

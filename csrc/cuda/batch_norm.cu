@@ -25,9 +25,8 @@ constexpr int kThreads = 256;
 
 // One block: the running statistics and the number of batches, after this batch of mean a.mean and variance
 // `variance`.
-__global__ void __launch_bounds__(kThreads)
-    update_running_statistics(const __grid_constant__ BatchNormForward a, RunningUpdate update,
-                              const double* variance) {
+__global__ void __launch_bounds__(kThreads) update_running_statistics(const __grid_constant__ BatchNormForward a,
+                                                                      RunningUpdate update, const double* variance) {
   SMEM_ARRAY(unsigned, nonfinite, 1);
   const int64_t C = a.shape.C;
   const int first = static_cast<int>(threadIdx.x);

@@ -9,7 +9,8 @@
 //                           for each position, a transposed 32 x 8 bit matrix. Rows are then read and written by 16
 //                           bytes a lane. Where S is no multiple of 8, blocks begin at other positions in each channel,
 //                           and one more than the strip is long is drawn.
-// channels, contiguous:     a thread owns 16 bytes, wherever in a channel they lie, and draws for those they touch.
+// channels, contiguous:     a thread owns kWindowsPerThread times 16 bytes, wherever in a channel they lie, and draws once
+//                           for the eight channels of a block, which they seldom leave.
 // channels, channels_last:  a thread draws once for the channels of 16 bytes, and applies it to kRowsPerThread rows.
 #include "../dropout.h"
 
@@ -24,6 +25,7 @@ namespace {
 constexpr int kThreads = kDropoutThreads;
 constexpr int kStripRows = kDropoutStripRows;
 constexpr int kRowsPerThread = kDropoutRows;
+constexpr int kWindowsPerThread = kDropoutWindows;
 
 template <typename T>
 struct Call {
@@ -83,8 +85,8 @@ class Mask {
     return keep;
   }
 
-  // Bit e: whether element index + e is kept, up to the end of index's block. No pack of a thread's goes beyond: a block
-  // of eight channels has a multiple of eight elements, and packs of channels begin at multiples of their size.
+  // Bit e: whether element index + e is kept, up to the end of index's block. No pack of channels goes beyond, for these
+  // begin at multiples of their size.
   __device__ uint32_t from(uint64_t index) const {
     return of_block(index / kElementsPerPhilox) >> index % kElementsPerPhilox;
   }
@@ -157,21 +159,41 @@ __global__ void __launch_bounds__(kThreads) drop_elements_channels_last(Call<T> 
 }
 
 template <typename T, int kPack>
-__global__ void __launch_bounds__(kThreads) drop_channels(Call<T> call) {
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPack;
-  if (i >= call.numel()) return;
-  const Pack<T, kPack> x = call.template load<kPack>(i);
-  int64_t channel = i / call.S, left = (channel + 1) * call.S - i;  // elements of it from i on
-  const uint32_t drawn = Mask(call).from(static_cast<uint64_t>(channel));
-  uint32_t keep = 0, nth = 0;  // of the channels that begin here or before
+__global__ void __launch_bounds__(kThreads) drop_channels(Call<T> call, bool is_narrow, FastDivide by_S) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  const int64_t first = (warp * kWarp * kWindowsPerThread + lane) * kPack;
+  Pack<T, kPack> x[kWindowsPerThread];
 #pragma unroll
-  for (int j = 0; j < kPack; ++j) {
-    keep |= (drawn >> nth & 1) << j;
-    if (--left > 0) continue;
-    ++nth;
-    left = call.S;
+  for (int k = 0; k < kWindowsPerThread; ++k) x[k] = call.template load<kPack>(first + k * kWarp * kPack);
+  const Mask mask(call);
+  uint64_t block = ~uint64_t{0};
+  uint32_t of_block = 0;
+#pragma unroll
+  for (int k = 0; k < kWindowsPerThread; ++k) {
+    const int64_t i = first + k * kWarp * kPack;
+    const uint64_t channel = is_narrow ? by_S(static_cast<uint32_t>(i)) : static_cast<uint64_t>(i / call.S);
+    if (channel / kElementsPerPhilox != block) {
+      block = channel / kElementsPerPhilox;
+      of_block = mask.of_block(block);
+    }
+    // A block of eight channels has a multiple of eight elements, so that no pack goes beyond it.
+    const uint32_t drawn = of_block >> channel % kElementsPerPhilox;
+    int64_t left = static_cast<int64_t>(channel + 1) * call.S - i;  // elements of the channel from i on
+    uint32_t keep = drawn & 1 ? ~0u : 0u;
+    if (left < kPack) {
+      uint32_t nth = 0;  // of the channels that begin here or before
+      keep = 0;
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        keep |= (drawn >> nth & 1) << j;
+        if (--left > 0) continue;
+        ++nth;
+        left = call.S;
+      }
+    }
+    call.store(i, call.apply(x[k], keep));
   }
-  call.store(i, call.apply(x, keep));
 }
 
 template <typename T, int kPack>
@@ -221,8 +243,10 @@ void run(const Dropout& a, const DropoutPlan& p, cudaStream_t stream) {
                      shift(a.level.shift_kept),
                      shift(a.level.shift_dropped)};
   const Grid grid{dim3(static_cast<unsigned>(p.blocks())), kThreads};
-  if (layout == Layout::kContiguous)
-    return launch("dropout", a.by_channel ? drop_channels<T, kPack> : drop_elements<T, kPack>, grid, stream, call);
+  if (layout == Layout::kContiguous) {
+    if (a.by_channel) return launch("dropout", drop_channels<T, kPack>, grid, stream, call, p.is_narrow, p.by_S);
+    return launch("dropout", drop_elements<T, kPack>, grid, stream, call);
+  }
   if (a.by_channel) return launch("dropout", drop_channels_channels_last<T, kPack>, grid, stream, call, p.strips);
   launch("dropout", drop_elements_channels_last<T, kPack>, grid, stream, call, p.strips, p.groups);
 }

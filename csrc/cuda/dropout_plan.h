@@ -10,10 +10,14 @@ namespace fastnorm::cuda {
 constexpr int kDropoutThreads = 256;   // of a block
 constexpr int kDropoutStripRows = 32;  // elements, channels_last: positions of a warp
 constexpr int kDropoutRows = 4;        // channels, channels_last: positions of a thread
+constexpr int kDropoutWindows = 4;     // channels, contiguous: accesses of a thread
 
 struct DropoutPlan {
   int pack;         // elements an access
   int64_t threads;  // of all blocks together
+  // Channels, contiguous: element / S, if every index is less than 2^31.
+  bool is_narrow;
+  FastDivide by_S;
   // Into which the positions of a sample are cut, and its channels.
   int64_t strips, groups;
 
@@ -26,10 +30,13 @@ namespace {  // internal linkage: see isa.h
 inline DropoutPlan plan_dropout(const Shape& shape, bool by_channel, int64_t element, bool aligned) {
   const auto [N, C, S, layout] = shape;
   const int window = static_cast<int>(16 / element);
-  DropoutPlan p{1, 0, 1, 1};
+  DropoutPlan p{};
+  p.pack = p.strips = p.groups = 1;
   if (layout == Layout::kContiguous) {
     if (aligned) p.pack = window;
-    p.threads = ceil_divide(N * C * S, by_channel ? p.pack : kElementsPerPhilox);
+    p.threads = ceil_divide(N * C * S, by_channel ? kDropoutWindows * p.pack : kElementsPerPhilox);
+    p.is_narrow = S > 1 && p.blocks() * kDropoutThreads * kDropoutWindows * p.pack < int64_t{1} << 31;
+    if (p.is_narrow) p.by_S = FastDivide::by(static_cast<uint32_t>(S));
     return p;
   }
   if (aligned && C % window == 0) p.pack = window;

@@ -2,8 +2,8 @@
 // C.
 #include "../instance_norm.h"
 
-#include "pack.cuh"
 #include "reduce.cuh"
+#include "running.cuh"
 
 namespace fastnorm::cuda {
 namespace {
@@ -11,7 +11,8 @@ namespace {
 constexpr int kThreads = 256;
 
 // A lane a channel, the warps of a block every so many samples, in double.
-__global__ void __launch_bounds__(kThreads) update_running(const __grid_constant__ InstanceNormRunning a) {
+__global__ void __launch_bounds__(kThreads)
+    update_running(const __grid_constant__ InstanceNormRunning a, RunningUpdate update) {
   SMEM_ARRAY(double, partial, 2 * kThreads);
   const int64_t N = a.shape.N, C = a.shape.C;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -29,12 +30,7 @@ __global__ void __launch_bounds__(kThreads) update_running(const __grid_constant
     mean += partial[w * kWarp + lane];
     variance += partial[kThreads + w * kWarp + lane];
   }
-  const double samples = static_cast<double>(N), count = static_cast<double>(a.shape.S);
-  const auto average = [&](void* running, double value) {
-    write(running, a.stats_dtype, c, (1 - a.momentum) * read(running, a.stats_dtype, c, 0.0) + a.momentum * value);
-  };
-  average(a.running_mean, mean / samples);
-  average(a.running_var, variance / samples * (count / (count - 1)));
+  update.average(c, mean / static_cast<double>(N), variance / static_cast<double>(N));
 }
 
 }  // namespace
@@ -44,7 +40,9 @@ int64_t instance_norm_running_workspace(const InstanceNormRunning&) { return 0; 
 void instance_norm_running(const InstanceNormRunning& a, const Queue& queue) {
   if (a.shape.numel() == 0) return;
   const Grid grid{dim3(static_cast<unsigned>((a.shape.C + kWarp - 1) / kWarp)), kThreads};
-  launch("instance_norm", update_running, grid, static_cast<cudaStream_t>(queue.stream), a);
+  const double count = static_cast<double>(a.shape.S);
+  const RunningUpdate update{a.running_mean, a.running_var, a.stats_dtype, nullptr, a.momentum, count / (count - 1)};
+  launch("instance_norm", update_running, grid, static_cast<cudaStream_t>(queue.stream), a, update);
 }
 
 }  // namespace fastnorm::cuda

@@ -49,21 +49,6 @@ constexpr int kSliceThreads = 256;  // the most of a block
 // Windows that a thread of a resident kernel holds of x, and backward of dy as well.
 constexpr int windows_held(bool backward) { return backward ? 4 : 8; }
 
-// n / d for n < 2^31 and d > 1 by a multiplication.
-struct FastDivide {
-  uint32_t factor;
-  int shift;
-
-  static FastDivide by(uint32_t d) {
-    int bits = 1;
-    while ((uint64_t{1} << bits) < d) ++bits;
-    return {static_cast<uint32_t>((uint64_t{1} << (31 + bits)) / d + 1), bits - 1};
-  }
-  FASTNORM_HOST_DEVICE uint32_t operator()(uint32_t n) const {
-    return static_cast<uint32_t>((static_cast<uint64_t>(n) * factor) >> 32) >> shift;
-  }
-};
-
 // Slices lie in memory as runs of contiguous elements:
 //
 //   planes  (contiguous)     a run is a plane of a channel; every run has its own coefficients, or all of them have the

@@ -8,8 +8,8 @@
 // Split: one launch reduces, a block a part of a slice; a small one merges the parts; a third normalises, the last
 // blocks' elements first, for they may still be in the L2 cache. Forward moves 3 tensors, backward 5.
 //
-// What is of a channel alone is written by the launch that ends its sums: running statistics, dweight and dbias of
-// batch_norm.
+// What is of a channel alone is written by the launch that ends its sums: dweight and dbias of batch_norm, and its
+// running statistics unless they wait (batch_norm.cu).
 //
 // Every access is whole: plan.h chooses its width so that it divides every run. Sums are of arithmetic's type, of a
 // window, of a batch of them, of a thread; from the block on they are double. The shift from which deviations are taken
@@ -293,8 +293,6 @@ __device__ inline Statistics keep_statistics(const SliceForward& a, int64_t i, d
     a.mean[i] = s.mean;
     a.rstd[i] = s.rstd;
     if (a.variance) a.variance[i] = variance;
-    a.update.average(i, mean, variance);
-    if (i == 0 && a.update.batches) ++*a.update.batches;
   }
   return s;
 }
@@ -624,6 +622,7 @@ __global__ void __launch_bounds__(kSliceThreads, 2) forward_resident(const __gri
     const auto affine = kernel.affine(walk, 0, own, s, keep);
     kernel.normalize(walk, held, {{affine.mean}, {affine.scale}, {affine.shift}});
   }
+  if (keep) a.update.average_and_count(walk.channel, m.mean, m.biased_variance());  // for which y does not wait
   if (p.cluster > 1) cluster_sync();  // no block leaves while another reads its shared memory
 }
 
@@ -708,7 +707,9 @@ __global__ void __launch_bounds__(kMergeThreads)
         warp_sum(v);
         team.sum_of_warps(v);
       });
-  keep_statistics(a, team.group, m.mean, m.biased_variance(), team.is_there && team.thread == 0);
+  if (!team.is_there || team.thread != 0) return;
+  keep_statistics(a, team.group, m.mean, m.biased_variance(), true);
+  a.update.average_and_count(team.group, m.mean, m.biased_variance());
 }
 
 // ---- backward
@@ -1102,8 +1103,8 @@ __global__ void __launch_bounds__(kSliceThreads, 2) backward_elements(const __gr
   kernel.elements(walk, x, dy, kernel.coefficients(walk));
 }
 
-// Adds the parts of each of a group's channels, and the channels with their weights. A channel is of a few lanes, as many
-// as there are parts; or with more than 32 of all the team's threads.
+// Adds the parts of each of a group's channels, and the channels with their weights. A channel has as many lanes as parts,
+// so that a warp takes several of few parts; of more than 32 it has all the team's threads.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_sums(const __grid_constant__ SliceBackward a, int64_t groups, int warps) {
   const SlicePlan& p = a.plan;
@@ -1191,7 +1192,7 @@ inline Grid split_grid(const SlicePlan& p) {
   return {dim3(static_cast<unsigned>(p.slices * p.parts)), p.threads, 1, static_cast<size_t>(p.shared.all)};
 }
 
-// Warps of a team that merges so many parts: a thread takes one or two, unless even kMergeWarps have more. More than one
+// Warps of a team that merges so many parts: at most two a thread, unless even kMergeWarps have more. More than one warp
 // only where no thread is without a part.
 inline int merge_warps(int64_t parts) {
   int warps = 1;

@@ -5,24 +5,9 @@
 #include "../backend.h"
 #include "pack.cuh"
 #include "plan.h"
+#include "running.cuh"
 
 namespace fastnorm::cuda {
-
-// The running statistics after a batch: running = (1 - momentum) * running + momentum * new, the variance unbiased.
-struct RunningUpdate {
-  void *mean, *var;  // of dtype; or null
-  Dtype dtype;
-  int64_t* batches;  // counted up; or null
-  double momentum;
-  double unbiased;  // the unbiased variance by the biased one
-
-  // By one thread, of channel c.
-  __device__ void average(int64_t c, double new_mean, double new_variance) const {
-    if (mean == nullptr) return;
-    write(mean, dtype, c, (1 - momentum) * read(mean, dtype, c, 0.0) + momentum * new_mean);
-    write(var, dtype, c, (1 - momentum) * read(var, dtype, c, 0.0) + momentum * (new_variance * unbiased));
-  }
-};
 
 // What the kernels take forward.
 struct SliceForward {
@@ -35,7 +20,7 @@ struct SliceForward {
   uint8_t* mask;
   double *mean, *rstd, *variance;  // by group; variance or null
   int64_t D;                       // channels that share statistics
-  RunningUpdate update;            // by the thread that keeps a channel's statistics; or nothing
+  RunningUpdate update;            // of batch_norm's running statistics; or all zero
   bool use_running;                // the running statistics are those to normalise by
   // Batch renormalisation: r and d by channel, from the running statistics.
   const void *running_mean, *running_var;
@@ -68,7 +53,7 @@ struct SliceBackward {
   Sums* group_sums;          // by group, of dz * weight; if split
   Sums* channel_sums;        // [samples][C] of dz, or null: there is one sample
   void *dweight, *dbias;     // each or null
-  double* sums;              // [2, C] as BatchNormBackward has them, or null: not wanted, or of each sample
+  double* sums;              // [2, C] as BatchNormBackward has them, or null; never beside channel_sums
 };
 
 // Statistics, then y. own: of the batch, else those in a (use_running, or a.mean and a.rstd as they are).

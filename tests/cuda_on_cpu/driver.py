@@ -193,13 +193,13 @@ def _core() -> list[str]:
     return objects
 
 
-_compiling: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+_compiling: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 def _object(source: Path, flags: list[str], mode: str, entries: str = "") -> Path:
     headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *CSRC.glob("cuda/*.h"), *HERE.glob("*.h")]
     output = LIBRARIES / f"{source.stem}-{mode}-{_digest([source, *headers], ' '.join(flags) + entries)}.o"
-    with _compiling[output]:  # several libraries may want the same one
+    with _compiling[str(output)]:  # several libraries may want the same one
         if not output.exists():
             LIBRARIES.mkdir(parents=True, exist_ok=True)
             before = output.with_suffix(f".{os.getpid()}.h")
