@@ -143,13 +143,17 @@ if CUDA_HOME:
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
 
 
+def largest_first(pattern):
+    """These take longest: if they are first, no processor waits for the last one."""
+    return sorted(glob(pattern), key=os.path.getsize, reverse=True)
+
+
 class build_ext(cpp_extension.BuildExtension):
     def build_extension(self, ext):
         for name, flags in INSTRUCTION_SETS.items():
             macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None)]
             objects = self.compiler.compile(
-                # The largest take longest: if they are first, no processor waits for the last one.
-                sorted(glob("csrc/cpu/*.cpp"), key=os.path.getsize, reverse=True),
+                largest_first("csrc/cpu/*.cpp"),
                 output_dir=str(Path(self.build_temp) / name.lower()),
                 macros=macros,
                 include_dirs=ext.include_dirs,
@@ -161,7 +165,7 @@ class build_ext(cpp_extension.BuildExtension):
             ext.extra_objects += objects
         if CUDA_HOME:
             ext.extra_objects += self.compiler.compile(
-                sorted(glob("csrc/cuda/*.cu")),
+                largest_first("csrc/cuda/*.cu"),
                 output_dir=str(Path(self.build_temp) / "cuda"),
                 include_dirs=[os.path.abspath("csrc"), os.path.abspath("csrc/cuda")],  # ninja runs elsewhere
                 extra_postargs={"cxx": [], "nvcc": NVCC_FLAGS},

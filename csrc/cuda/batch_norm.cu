@@ -2,6 +2,8 @@
 // batch_norm is here: when the running statistics are updated.
 #include "../batch_norm.h"
 
+#include <cmath>
+
 #include "../moments.h"
 #include "slice_norm.cuh"
 
@@ -13,7 +15,7 @@ bool updates_running(const BatchNormForward& a) { return a.training && (a.runnin
 // Whether the running statistics wait for a launch of their own: for all channels' statistics, for the number of batches,
 // or because batch renormalisation reads them as they were.
 bool updates_last(const BatchNormForward& a) {
-  return updates_running(a) && (a.skip_nonfinite_stats || isnan(a.momentum) || a.r);
+  return updates_running(a) && (a.skip_nonfinite_stats || std::isnan(a.momentum) || a.r);
 }
 
 RunningUpdate running_update(const BatchNormForward& a) {
