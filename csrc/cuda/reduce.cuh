@@ -28,9 +28,9 @@ __device__ inline acc_t warp_sum(acc_t v) {
   return one[0];
 }
 
-// The sums over each `warps` neighbouring warps of the block, in their order, of what all lanes of a warp have alike; every
-// thread gets that of its own neighbours. `scratch`: n * kMaxWarps doubles of shared memory. By all threads; they may call again with
-// the same scratch at once.
+// The sums over each `warps` neighbouring warps of the block, in their order, of what all lanes of a warp have alike;
+// every thread gets that of its own neighbours. `scratch`: n * kMaxWarps doubles of shared memory. By all threads; they
+// may call again with the same scratch at once.
 template <int n>
 __device__ inline void sum_of_warps(double (&v)[n], int warps, double* scratch) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, first = warp / warps * warps;
