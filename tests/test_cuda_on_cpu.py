@@ -302,7 +302,9 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         for scale in (1e25, 1e-25)
         for name, norm in {
             "batch_norm": lambda x: [fn.batch_norm(x.view(5, 8, 25), None, None, training=True, eps=1e-300)],
-            "batch_norm-warps": lambda x: [fn.batch_norm(x.repeat(13, 1).view(65, 2, 100), None, None, training=True)],
+            "batch_norm-warps": lambda x: [
+                fn.batch_norm(x.repeat(13, 1).view(65, 2, 100), None, None, training=True, eps=1e-300)
+            ],
             "group_norm": lambda x: [fn.group_norm(channels_last(x.view(5, 8, 25)), 4, eps=0.0)],
             "layer_norm": lambda x: [fn.layer_norm(x, [200], eps=0.0)],
             "rms_norm": lambda x: [fn.rms_norm(x, [200], eps=0.0)],
