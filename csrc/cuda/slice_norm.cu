@@ -1200,13 +1200,15 @@ inline int merge_warps(int64_t parts) {
   return warps;
 }
 
-// A team for each of `groups`.
-inline Grid merge_grid(int64_t groups, int warps) {
-  return {dim3(static_cast<unsigned>(ceil_divide(groups, kMergeWarps / warps))), kMergeThreads};
+// A team for each group, which merges so many parts at a time.
+template <typename Args>
+void launch_merge(const char* op, void (*kernel)(Args, int64_t, int), const Args& a, int64_t parts,
+                  cudaStream_t stream) {
+  const int64_t groups = a.plan.samples() * (a.plan.C / a.D);
+  const int warps = merge_warps(parts);
+  const Grid grid{dim3(static_cast<unsigned>(ceil_divide(groups, kMergeWarps / warps))), kMergeThreads};
+  launch(op, kernel, grid, stream, a, groups, warps);
 }
-
-// What statistics are of: as keep_statistics() and merge_sums() number them.
-inline int64_t groups_of(const SlicePlan& p, int64_t D) { return p.samples() * (p.C / D); }
 
 }  // namespace
 
@@ -1221,9 +1223,7 @@ void run_forward(const char* op, const SliceForward& a, bool own, cudaStream_t s
     }
     if (own) {
       launch(op, forward_reduce<T, kN, kC>, split_grid(p), stream, a);
-      const int64_t groups = groups_of(p, a.D);
-      const int warps = merge_warps(a.D * p.parts);
-      launch(op, merge_statistics, merge_grid(groups, warps), stream, a, groups, warps);
+      launch_merge(op, merge_statistics, a, a.D * p.parts, stream);
     }
     if (a.y) launch(op, forward_elements<T, kN, kC>, split_grid(p), stream, a);
   });
@@ -1240,9 +1240,7 @@ void run_backward(const char* op, const SliceBackward& a, bool sums, cudaStream_
     }
     if (sums) {
       launch(op, backward_reduce<T, kN, kC>, split_grid(p), stream, a);
-      const int64_t groups = groups_of(p, a.D);
-      const int warps = merge_warps(p.parts);
-      launch(op, merge_sums, merge_grid(groups, warps), stream, a, groups, warps);
+      launch_merge(op, merge_sums, a, p.parts, stream);
     }
     if (!a.dx && !a.dresidual) return;
     SliceBackward elements = a;
