@@ -246,7 +246,6 @@ struct PlanesBackward {
   const int64_t C = a.shape.C, S = a.shape.S;
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
-  const int64_t ahead = C * S;  // as in forward
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart, /*inputs=*/in_two_sweeps(a) ? 2 : 1);
 
   // Where the dz of a bundle's channels stays from its first sweep to its second, if anywhere.
@@ -260,10 +259,11 @@ struct PlanesBackward {
   template <typename F>
   void for_runs(const Runs& chunk, int64_t begin, int64_t end, const Kept& kept, const F& f) const {
     const RunGradient<T> all{x, dy, residual, mask.bits};  // in registers: a store to dx might be one to a member
-    const int64_t plane = S, sample = C * S, plane_bytes = mask.bytes_per_row(), sample_bytes = C * plane_bytes;
+    const int64_t plane = S, plane_bytes = mask.bytes_per_row();
+    const int64_t stride = chunk.stride, stride_bytes = stride / S * plane_bytes, kept_stride = stride / C;
     int64_t first = begin * S + chunk.offset;
     const uint8_t* bits = mask(first);
-    acc_t* dz = offset_by(kept.dz, chunk.offset / sample * S + chunk.offset % sample);
+    acc_t* dz = offset_by(kept.dz, chunk.offset / (C * S) * S + chunk.offset % (C * S));
     for (int64_t run = 0; run < chunk.count; ++run) {
       for (int64_t c = 0; c < end - begin; ++c) {
         const int64_t i = first + c * plane;
@@ -271,42 +271,42 @@ struct PlanesBackward {
           RunGradient<T>{all.x + i, all.dy + i, offset_by(all.residual, i), bits + c * plane_bytes,
                          offset_by(dz, c * kept.of_channel)});
       }
-      first += sample;
-      bits += sample_bytes;
-      dz = offset_by(dz, plane);
+      first += stride;
+      bits += stride_bytes;
+      dz = offset_by(dz, kept_stride);
     }
   }
 
-  // Adds to the sums of the channels begin .. end those of a chunk.
-  void add_sums(int64_t begin, int64_t end, int64_t chunk, Sums* total, const Kept& kept) const {
+  // Adds to the sums of the channels begin .. end those of a chunk. Prefetches what lies `ahead`, if not 0.
+  void add_sums(int64_t begin, int64_t end, const Runs& chunk, Sums* total, const Kept& kept, int64_t ahead) const {
     PerChannel<SliceAffine<acc_t>> affine(begin, end,
                                           [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
     PerChannel<SliceStandardize<acc_t>> standardize(
         begin, end, [&](int64_t c) { return SliceStandardize<acc_t>(a.mean[c], a.rstd[c]); });
     PerChannel<GradientSums<T>> sums(begin, end, [](int64_t) { return GradientSums<T>(); });
-    const Runs runs = chunks[chunk];
     visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
-      const int64_t length = runs.length, to_next = ahead;
-      for_runs(runs, begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
+      const int64_t length = chunk.length, to_next = ahead;
+      for_runs(chunk, begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
         sums[c].add_run(act, run, length, uniform<T>(affine[c]), uniform<T>(standardize[c]), to_next);
       });
     });
     for (int64_t c = 0; c < end - begin; ++c) total[c] += Sums{sums[c].sum_dz(), sums[c].sum_dz_xhat()};
   }
 
-  void elements(int64_t begin, int64_t end, int64_t chunk, const Sums* total, const Kept& kept) const {
+  void elements(int64_t begin, int64_t end, const Runs& chunk, const Sums* total, const Kept& kept,
+                const Prefetches& ahead) const {
     PerChannel<SliceAffine<acc_t>> affine(begin, end,
                                           [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
     PerChannel<SliceGradient<acc_t>> slice(begin, end, [&](int64_t c) {
       const Sums& all = total[c - begin];
       return SliceGradient<acc_t>(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
     });
-    const Runs runs = chunks[chunk];
     visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       T *const to = dx, *const to_residual = dresidual;
-      const int64_t length = runs.length, to_next = ahead;
+      const int64_t length = chunk.length;
+      const Prefetches to_next = ahead;
       const bool constant_statistics = !a.training, past_caches = stream;
-      for_runs(runs, begin, end, kept, [&](int64_t i, int64_t c, const RunGradient<T>& run) {
+      for_runs(chunk, begin, end, kept, [&](int64_t i, int64_t c, const RunGradient<T>& run) {
         input_gradient_run(act, run, offset_by(to, i), offset_by(to_residual, i), length, uniform<T>(affine[c]),
                            uniform<T>(slice[c], constant_statistics), past_caches, to_next);
       });
@@ -317,9 +317,12 @@ struct PlanesBackward {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
     const Bundles bundles(a.shape, 2 * sizeof(T));  // x and dy
     const bool one_sweep = in_one_sweep(a);
-    const auto add_sums_of = [&](int64_t begin, int64_t end, int64_t chunk, Sums* total, const Kept& kept) {
-      add_sums(begin, end, chunk, total, kept);
-      if (one_sweep) elements(begin, end, chunk, total, Kept{});
+    // To the next sample's plane of the channel, as in forward.
+    const int64_t sample = C * S;
+    const Prefetches next_sample{sample, sample};
+    const auto add_sums_of = [&](int64_t begin, int64_t end, int64_t k, Sums* total, const Kept& kept, int64_t ahead) {
+      add_sums(begin, end, chunks[k], total, kept, ahead);
+      if (one_sweep) elements(begin, end, chunks[k], total, Kept{}, next_sample);
     };
     if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Sums> partial(C * per_channel), total(C);
@@ -328,7 +331,7 @@ struct PlanesBackward {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
           const int64_t c = i / per_channel;
           partial[i] = Sums{};
-          add_sums_of(c, c + 1, i % per_channel, &partial[i], Kept{});
+          add_sums_of(c, c + 1, i % per_channel, &partial[i], Kept{}, sample);
           if (stream) stream_fence();
         });
         for (int64_t i = 0; i < C * per_channel; ++i) total[i / per_channel] += partial[i];
@@ -337,7 +340,7 @@ struct PlanesBackward {
       if (wants_elements(a) && !one_sweep) {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
           const int64_t c = i / per_channel;
-          elements(c, c + 1, i % per_channel, &total[c], Kept{});
+          elements(c, c + 1, chunks[i % per_channel], &total[c], Kept{}, next_sample);
           if (stream) stream_fence();
         });
       }
@@ -346,6 +349,13 @@ struct PlanesBackward {
     // dz of each channel of a task, for its second sweep. A whole pack beyond the end of a run is overwritten by the next.
     const bool keeps = in_two_sweeps(a) && keeps_gradient<T>(a.activation, bundles.channels * a.shape.N * S);
     const int64_t kept_of_channel = keeps ? a.shape.N * S + Pack<T>::kSize : 0;
+    // In its second sweep a task finds its planes in the cache, and memory would only be written. Where they came from
+    // memory it asks for the next bundle's, unless two bundles drive each other out; and it goes from the last sample to
+    // the first, for the last ones are the nearest.
+    const int64_t read = 2 * sizeof(T) * bundles.channels * a.shape.N * S;  // bytes of a bundle
+    const bool from_memory = 2 * numel * static_cast<int64_t>(sizeof(T)) >= stream_threshold() / 2;
+    const bool fetches_next = in_two_sweeps(a) && from_memory && read <= 1 << 20;
+    const bool stays_near = read <= 256 << 10;  // in the second-level cache, until the first sweep comes to it
     parallel_for_ranges(bundles.size(), numel, [&](int64_t first, int64_t last) {
       const ScratchArray<acc_t> scratch(bundles.channels * kept_of_channel);
       for (int64_t bundle = first; bundle < last; ++bundle) {
@@ -354,11 +364,19 @@ struct PlanesBackward {
         Sums total[Bundles::kMost];
         for (int64_t c = begin; c < end; ++c) total[c - begin] = given_sums(a, c);
         if (wants_sums(a)) {
-          for (int64_t k = 0; k < per_channel; ++k) add_sums_of(begin, end, k, total, kept);
+          const int64_t ahead = fetches_next && stays_near && bundle > first ? 0 : sample;
+          for (int64_t k = 0; k < per_channel; ++k) add_sums_of(begin, end, k, total, kept, ahead);
           for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
         }
-        if (wants_elements(a) && !one_sweep)
-          for (int64_t k = 0; k < per_channel; ++k) elements(begin, end, k, total, kept);
+        if (!wants_elements(a) || one_sweep) continue;
+        for (int64_t k = 0; k < per_channel; ++k) {
+          if (fetches_next) {
+            const Prefetches ahead{(end - begin) * S, -sample};
+            elements(begin, end, chunks[per_channel - 1 - k].reversed(), total, kept, ahead);
+          } else {
+            elements(begin, end, chunks[k], total, kept, next_sample);
+          }
+        }
       }
       if (stream) stream_fence();
     });

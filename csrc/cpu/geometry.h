@@ -16,6 +16,8 @@ struct Runs {
   int64_t offset, count, stride, length;
 
   int64_t numel() const { return count * length; }
+  // The same from the last to the first.
+  Runs reversed() const { return {offset + (count - 1) * stride, count, -stride, length}; }
 };
 
 // The chunks of a slice: a piece of one run if the runs are long, else several whole runs.

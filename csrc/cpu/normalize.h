@@ -223,13 +223,19 @@ struct PastCaches {
   }
 };
 
-// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = (dz - (x - mean) * slope - offset) * scale. Prefetches what
-// lies `ahead`, if not 0.
+// How far from an element what a sweep asks for lies, or 0 where it asks for nothing: of x and dy, which it may find in
+// the cache while those of its next task come from memory, and of dx.
+struct Prefetches {
+  int64_t inputs = 0, outputs = 0;
+};
+
+// Scalar math: dz = dy * act'(z);  dresidual = dz;  dx = (dz - (x - mean) * slope - offset) * scale
 template <typename Act, typename T, typename C>
 FASTNORM_LOOP void input_gradient_run(Act act, const RunGradient<T>& g, T* dx, T* dresidual, int64_t n,
                                       const Affine<C>& affine, const InputGradient<C>& coefficient, bool stream,
-                                      int64_t ahead = 0) {
+                                      const Prefetches& prefetches = {}) {
   using P = Pack<T>;
+  const int64_t inputs_ahead = prefetches.inputs, ahead = prefetches.outputs;
   const RunGradient<T> from = g;
   const Affine<C> local = affine;
   const InputGradient<C> by = coefficient;
@@ -237,7 +243,7 @@ FASTNORM_LOOP void input_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   from.with_dz(act, [&](const auto& dz_at) {
     for_packs_after<T>(past_caches.head, n, [&](int64_t i, auto count, int) {
       if (ahead) {
-        from.prefetch(i + ahead);
+        from.prefetch(i + inputs_ahead);
         if (dx && !past_caches.dx) prefetch_to_write(dx + i + ahead);
       }
       P x(0);
