@@ -1,6 +1,10 @@
 // The coefficients of a slice (a channel, a group, a row), computed in float64 and rounded once.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
 #include "moments.h"  // FASTNORM_HOST_DEVICE
 
 namespace fastnorm {
@@ -31,6 +35,36 @@ struct SliceStandardize {
 
  private:
   FASTNORM_HOST_DEVICE static double lost(double mean) { return static_cast<double>(static_cast<acc_t>(mean)) - mean; }
+};
+
+// v over the power of two at or below it, 1 <= mantissa < 2; 1 for zero and the infinities, NaN stays where v is divided.
+FASTNORM_HOST_DEVICE inline double mantissa_of(double v) {
+  uint64_t bits;
+  std::memcpy(&bits, &v, sizeof v);
+  bits = (bits & 0x000fffffffffffff) | 0x3ff0000000000000;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+// sum(g * xhat), for which (x - mean) * power is summed in place of xhat: a product with a power of two has no rounding of
+// its own in every term. What is missing, the rest above and `unit`, the sum gets in the end, in float64.
+template <typename acc_t>
+struct SliceSummand {
+  acc_t mean, power;
+
+  FASTNORM_HOST_DEVICE SliceSummand(double mean_, double rstd)
+      : mean(static_cast<acc_t>(mean_)),
+        power(static_cast<acc_t>(rstd / mantissa_of(rstd))),
+        unit_(mantissa_of(rstd)),
+        rest_((static_cast<double>(mean) - mean_) * (rstd / unit_)) {}
+
+  // From the sums of g and of g * (x - mean) * power.
+  FASTNORM_HOST_DEVICE double sum_g_xhat(double sum_g, double sum) const {
+    return (std::isfinite(sum_g) ? sum + rest_ * sum_g : sum) * unit_;
+  }
+
+ private:
+  double unit_, rest_;
 };
 
 // dx = (g - m1 - xhat * m2) * factor, where m1 and m2 are the means over the slice of g and g * xhat, written in x -

@@ -281,16 +281,19 @@ struct PlanesBackward {
   void add_sums(int64_t begin, int64_t end, const Runs& chunk, Sums* total, const Kept& kept, int64_t ahead) const {
     PerChannel<SliceAffine<acc_t>> affine(begin, end,
                                           [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
-    PerChannel<SliceStandardize<acc_t>> standardize(
-        begin, end, [&](int64_t c) { return SliceStandardize<acc_t>(a.mean[c], a.rstd[c]); });
+    PerChannel<SliceSummand<acc_t>> summand(begin, end,
+                                            [&](int64_t c) { return SliceSummand<acc_t>(a.mean[c], a.rstd[c]); });
     PerChannel<GradientSums<T>> sums(begin, end, [](int64_t) { return GradientSums<T>(); });
     visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       const int64_t length = chunk.length, to_next = ahead;
       for_runs(chunk, begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
-        sums[c].add_run(act, run, length, uniform<T>(affine[c]), uniform<T>(standardize[c]), to_next);
+        sums[c].add_run(act, run, length, uniform<T>(affine[c]), uniform<T>(summand[c]), to_next);
       });
     });
-    for (int64_t c = 0; c < end - begin; ++c) total[c] += Sums{sums[c].sum_dz(), sums[c].sum_dz_xhat()};
+    for (int64_t c = 0; c < end - begin; ++c) {
+      const double sum_dz = sums[c].sum_dz();
+      total[c] += Sums{sum_dz, summand[c].sum_g_xhat(sum_dz, sums[c].sum_dz_summand())};
+    }
   }
 
   void elements(int64_t begin, int64_t end, const Runs& chunk, const Sums* total, const Kept& kept,
@@ -530,26 +533,29 @@ struct ColumnsBackward {
   }
 
   // Writes the elements, too, if in one sweep.
-  void channel_sums(const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize,
+  void channel_sums(const Affine<PerColumn<T>>& affine, const Summand<PerColumn<T>>& summand,
                     const InputGradient<PerColumn<T>>& coefficient, Sums* total) const {
-    const ScratchArray<double> dz(parts.size() * width), dz_xhat(parts.size() * width);
+    const ScratchArray<double> dz(parts.size() * width), dz_summand(parts.size() * width);
     const Strides strides{width, parts.mask_bytes()};
     parallel_for(parts.size(), a.shape.numel(), [&](int64_t part) {
-      double *s = &dz[part * width], *sx = &dz_xhat[part * width];
+      double *s = &dz[part * width], *sx = &dz_summand[part * width];
       std::fill(s, s + width, 0.0);
       std::fill(sx, sx + width, 0.0);
       visit<T>(a.activation, [&](auto act) {
         parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
-          add_column_gradients(act, gradient(row), strides, rows, columns, affine, standardize, s, sx);
+          add_column_gradients(act, gradient(row), strides, rows, columns, affine, summand, s, sx);
           for (int64_t r = row; one_sweep && r < row + rows; ++r) elements(act, r, columns, affine, coefficient);
         });
       });
       if (stream) stream_fence();
     });
     parallel_for(a.shape.C, parts.size() * width, [&](int64_t c) {
+      const SliceSummand<acc_t> channel(a.mean[c], a.rstd[c]);
       parts.for_columns(c, [&](int64_t j) {
-        for (int64_t part = 0; part < parts.size(); ++part)
-          total[c] += Sums{dz[part * width + j], dz_xhat[part * width + j]};
+        for (int64_t part = 0; part < parts.size(); ++part) {
+          const double sum_dz = dz[part * width + j];
+          total[c] += Sums{sum_dz, channel.sum_g_xhat(sum_dz, dz_summand[part * width + j])};
+        }
       });
       keep_sums(a, c, total[c]);
     });
@@ -557,23 +563,22 @@ struct ColumnsBackward {
 
   void run() const {
     const int64_t C = a.shape.C;
-    const ColumnArray<T> mean(width), scale(width), shift(width), rstd(width), rest(width), slope(width), offset(width);
+    const ColumnArray<T> mean(width), scale(width), shift(width), power(width), slope(width), offset(width);
     for (int64_t c = 0; c < C; ++c) {
       const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, parameters, c);
-      const SliceStandardize<acc_t> standardize(a.mean[c], a.rstd[c]);
+      const SliceSummand<acc_t> summand(a.mean[c], a.rstd[c]);
       parts.for_columns(c, [&](int64_t j) {
         mean[j] = channel.mean;
         scale[j] = channel.scale;
         shift[j] = channel.shift;
-        rstd[j] = standardize.rstd;
-        rest[j] = standardize.rest;
+        power[j] = summand.power;
       });
     }
     const Affine<PerColumn<T>> affine{mean, scale, shift};
     const ScratchArray<Sums> total(C);
     for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
     const InputGradient<PerColumn<T>> coefficient{slope, offset, !a.training};
-    if (wants_sums(a)) channel_sums(affine, Standardize<PerColumn<T>>{mean, rstd, rest}, coefficient, total.data());
+    if (wants_sums(a)) channel_sums(affine, Summand<PerColumn<T>>{mean, power}, coefficient, total.data());
     if (!wants_elements(a) || one_sweep) return;
 
     for (int64_t c = 0; c < C; ++c) {

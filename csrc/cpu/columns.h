@@ -151,22 +151,21 @@ RunGradient<T> offset_by(const RunGradient<T>& g, int64_t elements, int64_t mask
           offset_by(g.kept, elements)};
 }
 
-// Scalar math: s[j] += sum_r dz[r][j];  sx[j] += sum_r dz[r][j] * xhat[r][j]
+// Scalar math: s[j] += sum_r dz[r][j];  sx[j] += sum_r dz[r][j] * summand[r][j]
 template <typename Act, typename T>
 FASTNORM_LOOP void add_row_gradients(Act act, const RunGradient<T>& g, const Strides& stride, int64_t rows,
                                      int64_t columns, const Affine<PerColumn<T>>& affine,
-                                     const Standardize<PerColumn<T>>& standardize, acc_type<T>* dz,
-                                     acc_type<T>* dz_xhat) {
+                                     const Summand<PerColumn<T>>& summand, acc_type<T>* dz, acc_type<T>* dz_summand) {
   using P = Pack<T>;
   const Affine<PerColumn<T>> z = affine;
-  const Standardize<PerColumn<T>> xhat = standardize;
+  const Summand<PerColumn<T>> times = summand;
   const Strides to_next = stride;
   for_row_groups(act, rows, [&](int64_t row, auto here) {
     RunGradient<T> from[kRowGroup];
     for (int r = 0; r < here; ++r) from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
-      P s = P::load_acc(dz + i), sx = P::load_acc(dz_xhat + i);
-      const P mean = xhat.mean[i], rstd = xhat.rstd[i], rest = xhat.rest[i];
+      P s = P::load_acc(dz + i), sx = P::load_acc(dz_summand + i);
+      const P mean = times.mean[i], power = times.power[i];
       for_each_row(here, count, [&](int r) {
         prefetch(from[r].x + i + kRowGroup * to_next.elements);
         prefetch(from[r].dy + i + kRowGroup * to_next.elements);
@@ -174,33 +173,33 @@ FASTNORM_LOOP void add_row_gradients(Act act, const RunGradient<T>& g, const Str
         const P d = from[r].dz(act, i, count, x, z);
         from[r].keep(act, i, d);
         s = s + d;
-        sx = fmadd(d, fmadd(x - mean, rstd, rest), sx);
+        sx = fmadd(d, (x - mean) * power, sx);
       });
       s.store_acc(dz + i);
-      sx.store_acc(dz_xhat + i);
+      sx.store_acc(dz_summand + i);
     });
   });
 }
 
-// The sums over rows of dz and dz * xhat of each column, added to dz[] and dz_xhat[]; g is at the first row.
+// The sums over rows of dz and dz * summand of each column, added to dz[] and dz_summand[]; g is at the first row.
 template <typename Act, typename T>
 void add_column_gradients(Act act, const RunGradient<T>& g, const Strides& stride, int64_t rows, int64_t columns,
-                          const Affine<PerColumn<T>>& affine, const Standardize<PerColumn<T>>& standardize, double* dz,
-                          double* dz_xhat) {
+                          const Affine<PerColumn<T>>& affine, const Summand<PerColumn<T>>& summand, double* dz,
+                          double* dz_summand) {
   using acc_t = acc_type<T>;
   for (int64_t first = 0; first < columns; first += kStrip) {
     const int64_t n = std::min(kStrip, columns - first);
     acc_t s[kStrip + Pack<T>::kSize], sx[kStrip + Pack<T>::kSize];
     const auto at = [&](const PerColumn<T>& c) { return PerColumn<T>(c.values + first); };
     const Affine<PerColumn<T>> z{at(affine.mean), at(affine.scale), at(affine.shift)};
-    const Standardize<PerColumn<T>> xhat{at(standardize.mean), at(standardize.rstd), at(standardize.rest)};
+    const Summand<PerColumn<T>> times{at(summand.mean), at(summand.power)};
     for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
       std::fill(s, s + n + Pack<T>::kSize, acc_t(0));
       std::fill(sx, sx + n + Pack<T>::kSize, acc_t(0));
       add_row_gradients(act, offset_by(g, row * stride.elements + first, row * stride.mask_bytes + first / 8), stride,
-                        here, n, z, xhat, s, sx);
+                        here, n, z, times, s, sx);
       for (int64_t j = 0; j < n; ++j) dz[first + j] += s[j];
-      for (int64_t j = 0; j < n; ++j) dz_xhat[first + j] += sx[j];
+      for (int64_t j = 0; j < n; ++j) dz_summand[first + j] += sx[j];
     });
   }
 }

@@ -438,7 +438,7 @@ struct BackwardGroups : Groups<GroupNormBackward> {
         static_cast<char*>(of.kept), (owner - of.begin) * bytes + element * static_cast<int64_t>(sizeof(acc_type<T>))));
   }
 
-  SliceStandardize<acc_type<T>> standardize(int64_t slice) const { return {a.mean[slice], a.rstd[slice]}; }
+  SliceSummand<acc_type<T>> summand(int64_t slice) const { return {a.mean[slice], a.rstd[slice]}; }
 
   GroupGradient<acc_type<T>> input_gradient(int64_t slice, const Sums& g) const {
     return {static_cast<double>(L), a.mean[slice], a.rstd[slice], g.dz, g.dz_xhat};
@@ -498,11 +498,13 @@ struct PlanesBackward : BackwardGroups<T> {
     visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       Base::for_slices(of, [&](int64_t slice, int64_t group) {
         const auto affine = this->template affine_of<T>(slice, group * D + first_channel);
-        const auto standardize = uniform<T>(Base::standardize(slice));
+        const SliceSummand<acc_type<T>> summand = Base::summand(slice);
+        const auto times = uniform<T>(summand);
         for_runs(of, slice, chunk, [&, to = to + slice * sums_of_slice](int64_t, int64_t run, const RunGradient<T>& g) {
           GradientSums<T> total;
-          total.add_run(act, g, chunk.length, uniform<T>(affine(run)), standardize);
-          to[run] = {tree_sum(total.dz), tree_sum(total.dz_xhat)};
+          total.add_run(act, g, chunk.length, uniform<T>(affine(run)), times);
+          const double sum_dz = tree_sum(total.dz);
+          to[run] = {sum_dz, summand.sum_g_xhat(sum_dz, tree_sum(total.dz_summand))};
         });
       });
     });
@@ -605,7 +607,7 @@ struct FlatBackward : BackwardGroups<T> {
       for (int64_t c = begin * D; c < end * D; ++c) {
         const int64_t slice = n * G + c / D;
         const auto channel = this->template affine<T>(slice, c);
-        const auto standardize = Base::standardize(slice);
+        const SliceStandardize<acc_type<T>> standardize(a.mean[slice], a.rstd[slice]);
         for (int64_t j = (c - begin * D) * S; j < (c - begin * D + 1) * S; ++j) {
           columns.affine.set(j, channel);
           columns.set(j, standardize);
@@ -698,26 +700,27 @@ struct ColumnsBackward : BackwardGroups<T> {
 
   void sums(const Bundle& of, int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
-    const ColumnCoefficients<T> coefficients(columns);
-    coefficients.affine.set_sample(*this, n, columns);
-    for (int64_t g = 0; g < G; ++g) {
-      const auto standardize = Base::standardize(n * G + g);
-      for (int64_t c = g * D; c < (g + 1) * D; ++c) coefficients.set(c, standardize);
-    }
-    for (const auto* array : {&coefficients.rstd, &coefficients.rest}) array->repeat(C, columns);
-    const ScratchArray<double> dz(columns), dz_xhat(columns);
+    const ColumnAffine<T> affines(columns);
+    affines.set_sample(*this, n, columns);
+    const ColumnArray<T> power(columns);
+    for (int64_t g = 0; g < G; ++g) std::fill(&power[g * D], &power[(g + 1) * D], Base::summand(n * G + g).power);
+    power.repeat(C, columns);
+    const ScratchArray<double> dz(columns), dz_summand(columns);
     std::fill(&dz[0], &dz[columns], 0.0);
-    std::fill(&dz_xhat[0], &dz_xhat[columns], 0.0);
-    const Affine<PerColumn<T>> affine = coefficients.affine;
-    const auto standardize = coefficients.standardize();
+    std::fill(&dz_summand[0], &dz_summand[columns], 0.0);
+    const Affine<PerColumn<T>> affine = affines;
+    const Summand<PerColumn<T>> summand{affine.mean, power};
     visit<T>(a.activation, [&](auto act) {
-      add_column_gradients(act, row_gradient(of, n, begin), parts.strides(), parts.rows(part), columns, affine,
-                           standardize, &dz[0], &dz_xhat[0]);
+      add_column_gradients(act, row_gradient(of, n, begin), parts.strides(), parts.rows(part), columns, affine, summand,
+                           &dz[0], &dz_summand[0]);
     });
     Sums* out = &partial[(n * parts.size() + part) * C];
-    for (int64_t c = 0; c < C; ++c) {
-      out[c] = Sums{};
-      for (int64_t j = c; j < columns; j += C) out[c] += Sums{dz[j], dz_xhat[j]};
+    for (int64_t g = 0; g < G; ++g) {
+      const auto group = Base::summand(n * G + g);
+      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+        out[c] = Sums{};
+        for (int64_t j = c; j < columns; j += C) out[c] += Sums{dz[j], group.sum_g_xhat(dz[j], dz_summand[j])};
+      }
     }
   }
 

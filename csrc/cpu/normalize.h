@@ -192,6 +192,22 @@ Standardize<Uniform<T>> uniform(const SliceStandardize<acc_type<T>>& s) {
   return {Uniform<T>(s.mean), Uniform<T>(s.rstd), Uniform<T>(s.rest)};
 }
 
+// What is summed in place of xhat: (x - mean) * power
+template <typename C>
+struct Summand {
+  C mean, power;
+
+  template <typename T>
+  Pack<T> operator()(const Pack<T>& x, int64_t i) const {
+    return (x - mean[i]) * power[i];
+  }
+};
+
+template <typename T>
+Summand<Uniform<T>> uniform(const SliceSummand<acc_type<T>>& s) {
+  return {Uniform<T>(s.mean), Uniform<T>(s.power)};
+}
+
 // dx = (dz - ((x - mean) * slope + offset)) * scale
 template <typename C>
 struct InputGradient {
@@ -262,32 +278,32 @@ FASTNORM_LOOP void input_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   });
 }
 
-// Accumulators of a chunk: sum dz and sum dz * xhat.
+// Accumulators of a chunk: sum dz and sum dz * summand, from which SliceSummand has sum dz * xhat.
 template <typename T>
 struct GradientSums {
-  Pack<T> dz{0}, dz_xhat{0};
+  Pack<T> dz{0}, dz_summand{0};
 
   // Elements past the end have dy = 0 and add nothing. Prefetches what lies `ahead`, if not 0.
   template <typename Act, typename C>
   FASTNORM_LOOP void add_run(Act act, const RunGradient<T>& g, int64_t n, const Affine<C>& affine,
-                             const Standardize<C>& standardize, int64_t ahead = 0) {
+                             const Summand<C>& summand, int64_t ahead = 0) {
     using P = Pack<T>;
     constexpr int kUnroll = unroll_of<Act>(kSumPacks<T>);
     const RunGradient<T> from = g;
     const Affine<C> local = affine;
-    const Standardize<C> xhat = standardize;
-    sum_packs<T, kUnroll>(n, dz, dz_xhat, [&](int64_t i, auto count, P& s, P& sx) {
+    const Summand<C> times = summand;
+    sum_packs<T, kUnroll>(n, dz, dz_summand, [&](int64_t i, auto count, P& s, P& sx) {
       if (ahead) from.prefetch(i + ahead);
       const P x = P::load(from.x + i, count);
       const P d = from.dz(act, i, count, x, local);
       from.keep(act, i, d);
       s = s + d;
-      sx = fmadd(d, xhat(x, i), sx);
+      sx = fmadd(d, times(x, i), sx);
     });
   }
 
   double sum_dz() const { return lane_sum(dz); }
-  double sum_dz_xhat() const { return lane_sum(dz_xhat); }
+  double sum_dz_summand() const { return lane_sum(dz_summand); }
 };
 
 }  // namespace

@@ -757,7 +757,7 @@ class Backward {
       row[kMean * p.entries] = affine.mean;
       row[kScale * p.entries] = affine.scale;
       row[kShift * p.entries] = affine.shift;
-      row[kRstd * p.entries] = static_cast<acc_t>(s.rstd);
+      row[kPower * p.entries] = SliceSummand<acc_t>(s.mean, s.rstd).power;
     }
     __syncthreads();
   }
@@ -787,9 +787,9 @@ class Backward {
   template <bool kActivated, int kHeld, typename Adder, typename Done>
   __device__ void add_gradients_of(const Walk<kN>& walk, const Held<T, kN, kHeld>& held_x,
                                    const Held<T, kN, kHeld>& held_dy, Adder& sums, const Done& done) const {
-    acc_t mean[kC], rstd[kC];
+    acc_t mean[kC], power[kC];
     load_column<kC>(shared.table(), p, kMean, walk.entry(0), walk.channels, mean);
-    load_column<kC>(shared.table(), p, kRstd, walk.entry(0), walk.channels, rstd);
+    load_column<kC>(shared.table(), p, kPower, walk.entry(0), walk.channels, power);
     const auto add = [&](const Place& at, const Window& loaded_x, const Window& loaded_dy, const Beside& beside) {
       if (at.inside) {
         acc_t v[kN], dz[kN];
@@ -797,7 +797,7 @@ class Backward {
         loaded_dy.unpack(dz);
         if constexpr (kActivated) activation_gradient(walk, at, beside, v, dz);
         sums.template add<kN>(0, [&](int j) { return dz[j]; });
-        sums.template add<kN>(1, [&](int j) { return dz[j] * ((v[j] - mean[j % kC]) * rstd[j % kC]); });
+        sums.template add<kN>(1, [&](int j) { return dz[j] * ((v[j] - mean[j % kC]) * power[j % kC]); });
       }
       done(at.chunk);
     };
@@ -810,10 +810,9 @@ class Backward {
         [&](const Place& at, const Loaded& w) { add(at, w.x, w.dy, w.beside); }, end);
   }
 
-  // xhat = (x - mean) * rstd + rest
-  __device__ static Sums with_rest(Sums s, const Statistics& of_slice) {
-    s.dz_xhat += static_cast<double>(SliceStandardize<acc_t>(of_slice.mean, of_slice.rstd).rest) * s.dz;
-    return s;
+  // The sums of dz and dz * xhat from those that the loop above has made.
+  __device__ static Sums with_rest(const Sums& s, const Statistics& of_slice) {
+    return {s.dz, SliceSummand<acc_t>(of_slice.mean, of_slice.rstd).sum_g_xhat(s.dz, s.dz_xhat)};
   }
 
   // The sums of each channel of the slice over the block's elements: store(entry, sums) by one thread each.
@@ -923,7 +922,7 @@ class Backward {
 
  private:
   // Columns of the table.
-  enum { kMean, kScale, kShift, kRstd, kSlope, kOffset, kColumns };
+  enum { kMean, kScale, kShift, kPower, kSlope, kOffset, kColumns };
   static_assert(kColumns == kBackwardColumns);
 
   // f(whether there is an activation), apart: the activations' code would take registers of a loop that has none.
