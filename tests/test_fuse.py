@@ -34,6 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastnorm
 
 
+@pytest.fixture(autouse=True)
+def _the_same_weights_in_any_order() -> None:
+    """The gradient of a bias before a normalisation nearly cancels: torch's own is 2e-5 off with one draw of 60."""
+    torch.manual_seed(0)
+
+
 def activations(model: nn.Module) -> dict[str, str]:
     """The fused ones."""
     found = {name: getattr(module, "activation", None) for name, module in model.named_modules()}
@@ -104,7 +110,7 @@ class Graph(nn.Module):
         return self.function(self, x)
 
 
-X = torch.randn(3, 4, 5, 6)
+X = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
