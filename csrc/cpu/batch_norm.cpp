@@ -2,8 +2,8 @@
 //
 // planes   (contiguous, planes of 16 elements or more): a task owns a channel, or a bundle of small ones whose planes it
 //          takes by turns, for these are neighbours in each sample. It reads them once from memory for their moments and
-//          once more from the cache to normalise them. Too few channels for the threads: the same chunks, in two
-//          parallel sweeps.
+//          once more from the cache to normalise them, as rows of a sample's if planes are so short that their ends count.
+//          Too few channels for the threads: the same chunks, in two parallel sweeps.
 // columns  (channels_last, and contiguous with tiny planes): a matrix whose columns are channels. Blocks of rows give
 //          partial moments of every column, merged in a fixed order; the second sweep takes the tasks' parts from the
 //          last to the first.
@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
 
 #include "columns.h"
@@ -77,21 +78,89 @@ void update_running_statistics(const BatchNormForward& a, const double* biased_v
   update_average(a.running_var, a.stats_dtype, C, momentum, [&](int64_t c) { return biased_variance[c] * unbiased; });
 }
 
+// Coefficients that lie beside each other as the elements do: of all columns, or of a bundle's planes in a sample.
+template <typename T>
+struct RowAffine {
+  ColumnArray<T> mean, scale, shift;
+
+  explicit RowAffine(int64_t width) : mean(width), scale(width), shift(width) {}
+  Affine<PerColumn<T>> of_row() const { return {mean, scale, shift}; }
+  void set(int64_t first, int64_t n, const SliceAffine<acc_type<T>>& affine) const {
+    std::fill_n(&mean[first], n, affine.mean);
+    std::fill_n(&scale[first], n, affine.scale);
+    std::fill_n(&shift[first], n, affine.shift);
+  }
+};
+
+template <typename T>
+struct RowInputGradient {
+  ColumnArray<T> slope, offset;
+
+  explicit RowInputGradient(int64_t width) : slope(width), offset(width) {}
+  InputGradient<PerColumn<T>> of_row(bool constant_statistics) const { return {slope, offset, constant_statistics}; }
+  void set(int64_t first, int64_t n, const SliceGradient<acc_type<T>>& gradient) const {
+    std::fill_n(&slope[first], n, gradient.slope);
+    std::fill_n(&offset[first], n, gradient.offset);
+  }
+};
+
+int64_t mask_bytes_of_row(const uint8_t* mask, const Runs& rows) {
+  return mask ? MaskRows{1, rows.length}.bytes_per_row() : 0;
+}
+
+// The elements of rows, one after the other in memory or a bundle's in the samples. The mask is the first row's, if any.
+// Not inlined: both ways share what is compiled for each activation.
+template <typename T>
+__attribute__((noinline, noclone)) void normalize_rows(const BatchNormForward& a, const Runs& rows, uint8_t* mask,
+                                                       const Affine<PerColumn<T>>& affine, bool stream, int64_t ahead) {
+  const T *const x = static_cast<const T*>(a.x), *const residual = static_cast<const T*>(a.residual);
+  T* const y = static_cast<T*>(a.y);
+  const int64_t mask_bytes = mask_bytes_of_row(mask, rows);
+  visit<T>(a.activation, [&](auto act) {
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const int64_t i = rows.offset + row * rows.stride;
+      normalize_run(act, x + i, offset_by(residual, i), y + i, offset_by(mask, row * mask_bytes), rows.length, affine,
+                    stream, ahead);
+    }
+  });
+}
+
 // ---- planes
 
 // Neighbouring channels that a task owns together: small planes are gathered until a sample's share is a few pages
-// long, which the prefetchers and the TLB like.
+// long, which the prefetchers and the TLB like, and whole cache lines if that takes no more than kMost of them.
 struct Bundles {
-  static constexpr int64_t kMost = kMostSlices, kBytes = 8192;
+  static constexpr int64_t kMost = 32, kBytes = 8192;
   int64_t C, channels;
 
-  Bundles(const Shape& shape, int64_t element)
-      : C(shape.C), channels(std::clamp<int64_t>(kBytes / (shape.S * element), 1, kMost)) {}
+  // `inputs` tensors of `element` bytes an element are read together.
+  Bundles(const Shape& shape, int64_t element, int64_t inputs) : C(shape.C) {
+    const int64_t plane = shape.S * element, fit = kBytes / (plane * inputs);
+    const int64_t whole_lines = kLine / std::gcd(kLine, plane);
+    channels = std::clamp<int64_t>(fit, 1, kMostSlices);
+    if (whole_lines <= channels)
+      channels -= channels % whole_lines;
+    else if (whole_lines <= fit && C >= 4 * num_threads() * whole_lines)
+      channels = whole_lines;
+  }
 
   int64_t size() const { return (C + channels - 1) / channels; }
   int64_t begin(int64_t i) const { return i * channels; }
   int64_t end(int64_t i) const { return std::min(C, (i + 1) * channels); }
+
+ private:
+  static constexpr int64_t kLine = kStreamAlignment;
 };
+
+// Whether the elements of a bundle are taken as one run of each sample, its planes one after the other: where a plane is
+// only a few packs, or so short that it is streamed with its neighbours or not at all. Not with a mask, whose rows are
+// planes, nor for so few samples that coefficients for each element of a row do not pay.
+template <typename T>
+bool by_rows(const Shape& shape, const Bundles& bundles, const uint8_t* mask, bool stream, bool stream_rows) {
+  constexpr int64_t kFewPacks = 8, kLeastRows = 8;
+  return bundles.channels > 1 && mask == nullptr && shape.N >= kLeastRows &&
+         (shape.S < kFewPacks * Pack<T>::kSize || (stream_rows && !stream));
+}
 
 // Something of each channel of a bundle, from its first on.
 template <typename V>
@@ -170,7 +239,7 @@ struct PlanesForward {
       variance[c] = m.biased_variance();
       keep_statistics(a, c, m.mean, variance[c]);
     };
-    const Bundles bundles(a.shape, sizeof(T));
+    const Bundles bundles(a.shape, sizeof(T), /*inputs=*/1);
     if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Moments> partial(C * per_channel);
       parallel_for(C * per_channel, numel,
@@ -184,23 +253,36 @@ struct PlanesForward {
       return;
     }
     const ScratchArray<SliceAffine<acc_t>> affine(C);
+    const bool stream_rows = stream_output(numel, a.dtype);
+    const bool rows = by_rows<T>(a.shape, bundles, a.mask, stream, stream_rows);
+    const bool past_caches = rows ? stream_rows : stream;
     parallel_for(bundles.size(), numel, [&](int64_t bundle) {
       const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
       Moments m[Bundles::kMost], part[Bundles::kMost];
       for (int64_t k = 0; k < per_channel; ++k) {
-        chunk_moments(x + begin * S, chunks[k], static_cast<int>(end - begin), S, ahead, part);
+        for (int64_t c = begin; c < end; c += kMostSlices) {
+          const int64_t together = std::min<int64_t>(kMostSlices, end - c);
+          chunk_moments(x + c * S, chunks[k], static_cast<int>(together), S, ahead, part + (c - begin));
+        }
         for (int64_t c = begin; c < end; ++c) m[c - begin].merge(part[c - begin]);
       }
       for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
       if (a.y == nullptr) return;
       for (int64_t c = begin; c < end; ++c) affine[c] = channel_affine<acc_t>(a, parameters, c);
       const Coefficients own{affine.data() + begin, affine.data() + end, affine.data() + begin};
+      const RowAffine<T> row(rows ? bundles.channels * S : 0);
+      for (int64_t c = begin; rows && c < end; ++c) row.set((c - begin) * S, S, affine[c]);
       for (int64_t k = 0; k < per_channel; ++k) {
         Runs chunk = chunks[k];
         chunk.offset += begin * S;
-        normalize(chunk, end - begin, own, ahead);
+        if (rows) {
+          chunk.length = (end - begin) * S;
+          normalize_rows<T>(a, chunk, nullptr, row.of_row(), past_caches, ahead);
+        } else {
+          normalize(chunk, end - begin, own, ahead);
+        }
       }
-      if (stream) stream_fence();
+      if (past_caches) stream_fence();
     });
   }
 };
@@ -219,8 +301,10 @@ void keep_sums(const BatchNormBackward& a, int64_t c, const Sums& sums) {
 Sums given_sums(const BatchNormBackward& a, int64_t c) {
   return a.given_sums ? Sums{a.given_sums[c], a.given_sums[a.shape.C + c]} : Sums{};
 }
-double count_of(const BatchNormBackward& a) {
-  return a.given_sums ? a.count : static_cast<double>(a.shape.N * a.shape.S);
+template <typename acc_t>
+SliceGradient<acc_t> channel_gradient(const BatchNormBackward& a, const Sums& all, int64_t c) {
+  const double count = a.given_sums ? a.count : static_cast<double>(a.shape.N * a.shape.S);
+  return {count, a.mean[c], a.rstd[c], all.dz, all.dz_xhat};
 }
 
 // Which sweeps backward needs: with constant statistics dx does not depend on the sums.
@@ -232,6 +316,26 @@ bool wants_elements(const BatchNormBackward& a) { return a.dx || a.dresidual; }
 bool in_one_sweep(const BatchNormBackward& a) { return !a.training && wants_sums(a) && wants_elements(a); }
 // The elements after all sums.
 bool in_two_sweeps(const BatchNormBackward& a) { return wants_sums(a) && wants_elements(a) && !in_one_sweep(a); }
+
+// As normalize_rows().
+template <typename T>
+__attribute__((noinline, noclone)) void input_gradient_rows(const BatchNormBackward& a, const Runs& rows,
+                                                            const uint8_t* mask, const Affine<PerColumn<T>>& affine,
+                                                            const InputGradient<PerColumn<T>>& coefficient, bool stream,
+                                                            const Prefetches& ahead) {
+  const T *const x = static_cast<const T*>(a.x), *const dy = static_cast<const T*>(a.dy);
+  const T* const residual = static_cast<const T*>(a.residual);
+  T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
+  const int64_t mask_bytes = mask_bytes_of_row(mask, rows);
+  visit<T>(a.activation, [&](auto act) {
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const int64_t i = rows.offset + row * rows.stride;
+      const RunGradient<T> gradient{x + i, dy + i, offset_by(residual, i), offset_by(mask, row * mask_bytes)};
+      input_gradient_run(act, gradient, offset_by(dx, i), offset_by(dresidual, i), rows.length, affine, coefficient,
+                         stream, ahead);
+    }
+  });
+}
 
 template <typename T>
 struct PlanesBackward {
@@ -246,7 +350,8 @@ struct PlanesBackward {
   const int64_t C = a.shape.C, S = a.shape.S;
   const Chunks chunks{Runs{0, a.shape.N, C* S, S}};
   const MaskBits mask{const_cast<uint8_t*>(a.mask), mask_rows(a.shape)};
-  const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart, /*inputs=*/in_two_sweeps(a) ? 2 : 1);
+  const int64_t inputs = in_two_sweeps(a) ? 2 : 1;  // that count for what stays in the cache
+  const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart, inputs);
 
   // Where the dz of a bundle's channels stays from its first sweep to its second, if anywhere.
   struct Kept {
@@ -300,10 +405,8 @@ struct PlanesBackward {
                 const Prefetches& ahead) const {
     PerChannel<SliceAffine<acc_t>> affine(begin, end,
                                           [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
-    PerChannel<SliceGradient<acc_t>> slice(begin, end, [&](int64_t c) {
-      const Sums& all = total[c - begin];
-      return SliceGradient<acc_t>(count_of(a), a.mean[c], a.rstd[c], all.dz, all.dz_xhat);
-    });
+    PerChannel<SliceGradient<acc_t>> slice(begin, end,
+                                           [&](int64_t c) { return channel_gradient<acc_t>(a, total[c - begin], c); });
     visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       T *const to = dx, *const to_residual = dresidual;
       const int64_t length = chunk.length;
@@ -318,7 +421,7 @@ struct PlanesBackward {
 
   void run() const {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
-    const Bundles bundles(a.shape, 2 * sizeof(T));  // x and dy
+    const Bundles bundles(a.shape, sizeof(T), /*inputs=*/2);  // x and dy
     const bool one_sweep = in_one_sweep(a);
     // To the next sample's plane of the channel, as in forward.
     const int64_t sample = C * S;
@@ -352,6 +455,9 @@ struct PlanesBackward {
     // dz of each channel of a task, for its second sweep. A whole pack beyond the end of a run is overwritten by the next.
     const bool keeps = in_two_sweeps(a) && keeps_gradient<T>(a.activation, bundles.channels * a.shape.N * S);
     const int64_t kept_of_channel = keeps ? a.shape.N * S + Pack<T>::kSize : 0;
+    const bool stream_rows = stream_output(numel, a.dtype, inputs);
+    const bool rows = !one_sweep && !keeps && by_rows<T>(a.shape, bundles, a.mask, stream, stream_rows);
+    const bool past_caches = rows ? stream_rows : stream;
     // In its second sweep a task finds its planes in the cache, and memory would only be written. Where they came from
     // memory it asks for the next bundle's, unless two bundles drive each other out; and it goes from the last sample to
     // the first, for the last ones are the nearest.
@@ -361,6 +467,9 @@ struct PlanesBackward {
     const bool stays_near = read <= 256 << 10;  // in the second-level cache, until the first sweep comes to it
     parallel_for_ranges(bundles.size(), numel, [&](int64_t first, int64_t last) {
       const ScratchArray<acc_t> scratch(bundles.channels * kept_of_channel);
+      const int64_t width = rows ? bundles.channels * S : 0;
+      const RowAffine<T> row(width);
+      const RowInputGradient<T> row_gradient(width);
       for (int64_t bundle = first; bundle < last; ++bundle) {
         const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
         const Kept kept{keeps ? scratch.data() : nullptr, kept_of_channel};
@@ -372,16 +481,24 @@ struct PlanesBackward {
           for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
         }
         if (!wants_elements(a) || one_sweep) continue;
+        for (int64_t c = begin; rows && c < end; ++c) {
+          row.set((c - begin) * S, S, channel_affine<acc_t>(a, parameters, c));
+          row_gradient.set((c - begin) * S, S, channel_gradient<acc_t>(a, total[c - begin], c));
+        }
+        const Prefetches ahead = fetches_next ? Prefetches{(end - begin) * S, -sample} : next_sample;
         for (int64_t k = 0; k < per_channel; ++k) {
-          if (fetches_next) {
-            const Prefetches ahead{(end - begin) * S, -sample};
-            elements(begin, end, chunks[per_channel - 1 - k].reversed(), total, kept, ahead);
+          Runs chunk = fetches_next ? chunks[per_channel - 1 - k].reversed() : chunks[k];
+          if (rows) {
+            chunk.offset += begin * S;
+            chunk.length = (end - begin) * S;
+            input_gradient_rows<T>(a, chunk, nullptr, row.of_row(), row_gradient.of_row(!a.training), past_caches,
+                                   ahead);
           } else {
-            elements(begin, end, chunks[k], total, kept, next_sample);
+            elements(begin, end, chunk, total, kept, ahead);
           }
         }
       }
-      if (stream) stream_fence();
+      if (past_caches) stream_fence();
     });
   }
 };
@@ -414,16 +531,13 @@ struct Parts {
     const int64_t spans = (rows + kShiftRows - 1) / kShiftRows, size = (rows + spans - 1) / spans;
     for (int64_t row = 0; row < rows; row += size) f(begin + row, std::min(size, rows - row), view.width);
   }
-  template <typename F>
-  void for_rows(int64_t part, const F& f) const {
-    if (is_rest(part)) return f(view.rows, view.rest);
-    for (int64_t row = full.begin(part); row < full.end(part); ++row) f(row, view.width);
-  }
-  // Calls f(column) for every column of channel c, in order.
+  int64_t first_row(int64_t part) const { return is_rest(part) ? view.rows : full.begin(part); }
+  // All rows of a part.
+  Runs runs(int64_t part) const { return {first_row(part) * view.width, rows(part), view.width, width(part)}; }
+  // Calls f(first column, columns) for the columns of channel c, those that lie beside each other at once, in order.
   template <typename F>
   void for_columns(int64_t c, const F& f) const {
-    for (int64_t first = c * view.S; first < view.width; first += view.C * view.S)
-      for (int64_t j = first; j < first + view.S; ++j) f(j);
+    for (int64_t first = c * view.S; first < view.width; first += view.C * view.S) f(first, view.S);
   }
 };
 
@@ -433,8 +547,6 @@ struct ColumnsForward {
   const BatchNormForward& a;
   const Parameters parameters{a};
   const T* x = static_cast<const T*>(a.x);
-  const T* residual = static_cast<const T*>(a.residual);
-  T* y = static_cast<T*>(a.y);
   const Parts parts{long_rows(column_view(a.shape), a.mask)};
   const int64_t width = parts.view.width;
   const bool stream = stream_output(a.shape.numel(), a.dtype);
@@ -467,10 +579,11 @@ struct ColumnsForward {
     });
     parallel_for(a.shape.C, parts.size() * width, [&](int64_t c) {
       Moments m;
-      parts.for_columns(c, [&](int64_t j) {
-        for (int64_t part = 0; part < parts.size(); ++part)
-          if (j < parts.width(part))
-            m.merge({static_cast<double>(parts.rows(part)), mean[part * width + j], m2[part * width + j]});
+      parts.for_columns(c, [&](int64_t first, int64_t n) {
+        for (int64_t j = first; j < first + n; ++j)
+          for (int64_t part = 0; part < parts.size(); ++part)
+            if (j < parts.width(part))
+              m.merge({static_cast<double>(parts.rows(part)), mean[part * width + j], m2[part * width + j]});
       });
       variance[c] = m.biased_variance();
       keep_statistics(a, c, m.mean, variance[c]);
@@ -480,24 +593,15 @@ struct ColumnsForward {
   void run(double* variance) const {
     if (a.training) statistics(variance);
     if (a.y == nullptr) return;
-    const ColumnArray<T> mean(width), scale(width), shift(width);
+    const RowAffine<T> affine(width);
     for (int64_t c = 0; c < a.shape.C; ++c) {
       const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, parameters, c);
-      parts.for_columns(c, [&](int64_t j) {
-        mean[j] = channel.mean;
-        scale[j] = channel.scale;
-        shift[j] = channel.shift;
-      });
+      parts.for_columns(c, [&](int64_t j, int64_t n) { affine.set(j, n, channel); });
     }
-    const Affine<PerColumn<T>> affine{mean, scale, shift};
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
-      visit<T>(a.activation, [&](auto act) {
-        parts.for_rows(part, [&](int64_t row, int64_t columns) {
-          const int64_t i = row * width;
-          normalize_run(act, x + i, offset_by(residual, i), y + i, offset_by(a.mask, row * parts.mask_bytes()), columns,
-                        affine, stream);
-        });
-      });
+      const Runs rows = parts.runs(part);
+      normalize_rows<T>(a, rows, offset_by(a.mask, parts.first_row(part) * parts.mask_bytes()), affine.of_row(), stream,
+                        0);
       if (stream) stream_fence();
     });
   }
@@ -511,8 +615,6 @@ struct ColumnsBackward {
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
   const T* residual = static_cast<const T*>(a.residual);
-  T* dx = static_cast<T*>(a.dx);
-  T* dresidual = static_cast<T*>(a.dresidual);
   const bool one_sweep = in_one_sweep(a);
   const Parts parts{long_rows(column_view(a.shape), a.mask)};
   const int64_t width = parts.view.width;
@@ -523,13 +625,11 @@ struct ColumnsBackward {
     return {x + i, dy + i, offset_by(residual, i), offset_by(a.mask, row * parts.mask_bytes())};
   }
 
-  // The first `columns` elements of a row.
-  template <typename Act>
-  void elements(Act act, int64_t row, int64_t columns, const Affine<PerColumn<T>>& affine,
+  // The elements of rows from `row` on.
+  void elements(int64_t row, const Runs& rows, const Affine<PerColumn<T>>& affine,
                 const InputGradient<PerColumn<T>>& coefficient) const {
-    const int64_t i = row * width;
-    input_gradient_run(act, gradient(row), offset_by(dx, i), offset_by(dresidual, i), columns, affine, coefficient,
-                       stream);
+    const uint8_t* const mask = offset_by(a.mask, row * parts.mask_bytes());
+    input_gradient_rows<T>(a, rows, mask, affine, coefficient, stream, Prefetches{});
   }
 
   // Writes the elements, too, if in one sweep.
@@ -544,17 +644,19 @@ struct ColumnsBackward {
       visit<T>(a.activation, [&](auto act) {
         parts.for_blocks(part, [&](int64_t row, int64_t rows, int64_t columns) {
           add_column_gradients(act, gradient(row), strides, rows, columns, affine, summand, s, sx);
-          for (int64_t r = row; one_sweep && r < row + rows; ++r) elements(act, r, columns, affine, coefficient);
+          if (one_sweep) elements(row, {row * width, rows, width, columns}, affine, coefficient);
         });
       });
       if (stream) stream_fence();
     });
     parallel_for(a.shape.C, parts.size() * width, [&](int64_t c) {
       const SliceSummand<acc_t> channel(a.mean[c], a.rstd[c]);
-      parts.for_columns(c, [&](int64_t j) {
-        for (int64_t part = 0; part < parts.size(); ++part) {
-          const double sum_dz = dz[part * width + j];
-          total[c] += Sums{sum_dz, channel.sum_g_xhat(sum_dz, dz_summand[part * width + j])};
+      parts.for_columns(c, [&](int64_t first, int64_t n) {
+        for (int64_t j = first; j < first + n; ++j) {
+          for (int64_t part = 0; part < parts.size(); ++part) {
+            const double sum_dz = dz[part * width + j];
+            total[c] += Sums{sum_dz, channel.sum_g_xhat(sum_dz, dz_summand[part * width + j])};
+          }
         }
       });
       keep_sums(a, c, total[c]);
@@ -563,35 +665,30 @@ struct ColumnsBackward {
 
   void run() const {
     const int64_t C = a.shape.C;
-    const ColumnArray<T> mean(width), scale(width), shift(width), power(width), slope(width), offset(width);
+    const RowAffine<T> row(width);
+    const RowInputGradient<T> row_gradient(width);
+    const ColumnArray<T> power(width);
     for (int64_t c = 0; c < C; ++c) {
       const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, parameters, c);
       const SliceSummand<acc_t> summand(a.mean[c], a.rstd[c]);
-      parts.for_columns(c, [&](int64_t j) {
-        mean[j] = channel.mean;
-        scale[j] = channel.scale;
-        shift[j] = channel.shift;
-        power[j] = summand.power;
+      parts.for_columns(c, [&](int64_t j, int64_t n) {
+        row.set(j, n, channel);
+        std::fill_n(&power[j], n, summand.power);
       });
     }
-    const Affine<PerColumn<T>> affine{mean, scale, shift};
+    const Affine<PerColumn<T>> affine = row.of_row();
+    const InputGradient<PerColumn<T>> coefficient = row_gradient.of_row(!a.training);
     const ScratchArray<Sums> total(C);
     for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);
-    const InputGradient<PerColumn<T>> coefficient{slope, offset, !a.training};
-    if (wants_sums(a)) channel_sums(affine, Summand<PerColumn<T>>{mean, power}, coefficient, total.data());
+    if (wants_sums(a)) channel_sums(affine, Summand<PerColumn<T>>{row.mean, power}, coefficient, total.data());
     if (!wants_elements(a) || one_sweep) return;
 
     for (int64_t c = 0; c < C; ++c) {
-      const SliceGradient<acc_t> g(count_of(a), a.mean[c], a.rstd[c], total[c].dz, total[c].dz_xhat);
-      parts.for_columns(c, [&](int64_t j) {
-        slope[j] = g.slope;
-        offset[j] = g.offset;
-      });
+      const SliceGradient<acc_t> channel = channel_gradient<acc_t>(a, total[c], c);
+      parts.for_columns(c, [&](int64_t j, int64_t n) { row_gradient.set(j, n, channel); });
     }
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
-      visit<T>(a.activation, [&](auto act) {
-        parts.for_rows(part, [&](int64_t row, int64_t columns) { elements(act, row, columns, affine, coefficient); });
-      });
+      elements(parts.first_row(part), parts.runs(part), affine, coefficient);
       if (stream) stream_fence();
     });
   }
