@@ -219,6 +219,42 @@ def test_backward_of_several_chunks_against_float64(shape: tuple[int, ...], acti
         assert wrong.sum() <= 3  # where z is 0 but for a rounding, ReLU's derivative may be either
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    ("activation", "with_residual"),
+    ((None, False), (None, True), ("relu", False), ("gelu", False)),
+    ids=("none", "residual", "relu", "gelu"),
+)
+@pytest.mark.parametrize("shape", ((9, 300, 7, 7), (17, 256, 7, 7), (20, 64, 14, 14), (8, 40, 5, 5)), ids=str)
+def test_short_planes_against_float64(
+    shape: tuple[int, ...], activation: str | None, with_residual: bool, dtype: torch.dtype
+) -> None:
+    """Neighbouring planes as one run of each sample: whole cache lines or not, and a last bundle of fewer channels."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    weight, bias = (torch.randn(shape[1], generator=generator) for _ in range(2))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+
+    def close(got: Tensor, wanted: Tensor) -> None:
+        wrong = (got - wanted).abs() > tolerance * wanted.abs().max()
+        assert wrong.sum() <= 3  # where z is 0 but for a rounding, ReLU's derivative may be either
+
+    tensors = (x, weight, bias, residual) if with_residual else (x, weight, bias)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    exact = [t.double().requires_grad_() for t in tensors]
+    more = {"residual": leaves[3]} if with_residual else {}
+    y = fn.batch_norm(leaves[0], None, None, *leaves[1:3], training=True, activation=activation, **more)
+    wanted = reference.batch_norm(*exact, act=activation)
+    close(y, wanted)
+    for pair in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(wanted, exact, dy.double()), strict=True):
+        close(*pair)
+
+    mean, var = torch.randn(shape[1], generator=generator), torch.rand(shape[1], generator=generator) + 0.5
+    more = {"residual": residual} if with_residual else {}
+    y = fn.batch_norm(x, mean, var, weight, bias, training=False, activation=activation, **more)
+    close(y, reference.batch_norm(*(t.double() for t in tensors), statistics=(mean, var), act=activation))
+
+
 @pytest.mark.parametrize("momentum", (0.1, None))
 def test_an_overflowed_batch_leaves_the_statistics_alone(momentum: float | None) -> None:
     norm = fastnorm.BatchNorm2d(3, momentum=momentum, skip_nonfinite_stats=True)

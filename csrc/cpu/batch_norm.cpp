@@ -127,6 +127,8 @@ __attribute__((noinline, noclone)) void normalize_rows(const BatchNormForward& a
 
 // ---- planes
 
+constexpr int64_t kLeastRows = 8;  // of a bundle's samples, for which its coefficients are laid out as a row
+
 // Neighbouring channels that a task owns together: small planes are gathered until a sample's share is a few pages
 // long, which the prefetchers and the TLB like, and whole cache lines if that takes no more than kMost of them.
 struct Bundles {
@@ -148,19 +150,19 @@ struct Bundles {
   int64_t begin(int64_t i) const { return i * channels; }
   int64_t end(int64_t i) const { return std::min(C, (i + 1) * channels); }
 
+  // Whether its elements are taken as one run of each sample, its planes one after the other: where a plane is only a few
+  // packs and a part of one, or so short that it is streamed with its neighbours or not at all. Not with a mask, whose
+  // rows are planes, nor for so few samples that a coefficient for each element of the run does not pay.
+  template <typename T>
+  bool by_rows(const Shape& shape, const uint8_t* mask, bool stream, bool stream_rows) const {
+    constexpr int64_t kFewPacks = 8, kPack = Pack<T>::kSize;
+    return channels > 1 && mask == nullptr && shape.N >= kLeastRows &&
+           ((shape.S < kFewPacks * kPack && shape.S % kPack != 0) || (stream_rows && !stream));
+  }
+
  private:
   static constexpr int64_t kLine = kStreamAlignment;
 };
-
-// Whether the elements of a bundle are taken as one run of each sample, its planes one after the other: where a plane is
-// only a few packs, or so short that it is streamed with its neighbours or not at all. Not with a mask, whose rows are
-// planes, nor for so few samples that coefficients for each element of a row do not pay.
-template <typename T>
-bool by_rows(const Shape& shape, const Bundles& bundles, const uint8_t* mask, bool stream, bool stream_rows) {
-  constexpr int64_t kFewPacks = 8, kLeastRows = 8;
-  return bundles.channels > 1 && mask == nullptr && shape.N >= kLeastRows &&
-         (shape.S < kFewPacks * Pack<T>::kSize || (stream_rows && !stream));
-}
 
 // Something of each channel of a bundle, from its first on.
 template <typename V>
@@ -191,6 +193,9 @@ struct PlanesForward {
   // prefetchers begin anew.
   const int64_t ahead = C * S;
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart);
+  const bool stream_rows = stream_output(a.shape.numel(), a.dtype);
+  const Bundles bundles{a.shape, sizeof(T), /*inputs=*/1};
+  const bool by_rows = bundles.by_rows<T>(a.shape, a.mask, stream, stream_rows);
 
   // Some channels' coefficients, which the runs of a chunk have in turn.
   struct Coefficients {
@@ -220,10 +225,32 @@ struct PlanesForward {
     }
   }
 
-  // All elements in the order they lie in.
+  // The channels begin .. end of the samples first .. last, one run of each sample.
+  void normalize_bundle(int64_t begin, int64_t end, int64_t first, int64_t last,
+                        const ScratchArray<SliceAffine<acc_t>>& affine) const {
+    const RowAffine<T> row((end - begin) * S);
+    for (int64_t c = begin; c < end; ++c) row.set((c - begin) * S, S, affine[c]);
+    const Runs samples{first * C * S + begin * S, last - first, C * S, (end - begin) * S};
+    normalize_rows<T>(a, samples, nullptr, row.of_row(), stream_rows, ahead);
+    if (stream_rows) stream_fence();
+  }
+
+  // All elements, in the order they lie in or by bundles.
   void normalize_all() const {
     const ScratchArray<SliceAffine<acc_t>> affine(C);
     for (int64_t c = 0; c < C; ++c) affine[c] = channel_affine<acc_t>(a, parameters, c);
+    if (by_rows) {
+      // x comes from memory here, so a row is long; some samples a task, for as many tasks as keep the threads busy.
+      constexpr int64_t kRow = 8192;
+      const int64_t N = a.shape.N, channels = std::max<int64_t>(1, kRow / S / Bundles::kMost) * Bundles::kMost;
+      const int64_t blocks = (C + channels - 1) / channels;
+      const int64_t parts = std::clamp<int64_t>(4 * num_threads() / blocks + 1, 1, N / kLeastRows);
+      parallel_for(blocks * parts, a.shape.numel(), [&](int64_t i) {
+        const int64_t begin = i % blocks * channels, part = i / blocks;
+        normalize_bundle(begin, std::min(C, begin + channels), N * part / parts, N * (part + 1) / parts, affine);
+      });
+      return;
+    }
     const Chunks all(Runs{0, a.shape.N * C, S, S});
     parallel_for(all.size(), a.shape.numel(), [&](int64_t k) {
       const Runs chunk = all[k];
@@ -239,7 +266,6 @@ struct PlanesForward {
       variance[c] = m.biased_variance();
       keep_statistics(a, c, m.mean, variance[c]);
     };
-    const Bundles bundles(a.shape, sizeof(T), /*inputs=*/1);
     if (bundles.size() < 2 * num_threads()) {
       const ScratchArray<Moments> partial(C * per_channel);
       parallel_for(C * per_channel, numel,
@@ -253,9 +279,6 @@ struct PlanesForward {
       return;
     }
     const ScratchArray<SliceAffine<acc_t>> affine(C);
-    const bool stream_rows = stream_output(numel, a.dtype);
-    const bool rows = by_rows<T>(a.shape, bundles, a.mask, stream, stream_rows);
-    const bool past_caches = rows ? stream_rows : stream;
     parallel_for(bundles.size(), numel, [&](int64_t bundle) {
       const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
       Moments m[Bundles::kMost], part[Bundles::kMost];
@@ -269,20 +292,14 @@ struct PlanesForward {
       for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
       if (a.y == nullptr) return;
       for (int64_t c = begin; c < end; ++c) affine[c] = channel_affine<acc_t>(a, parameters, c);
+      if (by_rows) return normalize_bundle(begin, end, 0, a.shape.N, affine);
       const Coefficients own{affine.data() + begin, affine.data() + end, affine.data() + begin};
-      const RowAffine<T> row(rows ? bundles.channels * S : 0);
-      for (int64_t c = begin; rows && c < end; ++c) row.set((c - begin) * S, S, affine[c]);
       for (int64_t k = 0; k < per_channel; ++k) {
         Runs chunk = chunks[k];
         chunk.offset += begin * S;
-        if (rows) {
-          chunk.length = (end - begin) * S;
-          normalize_rows<T>(a, chunk, nullptr, row.of_row(), past_caches, ahead);
-        } else {
-          normalize(chunk, end - begin, own, ahead);
-        }
+        normalize(chunk, end - begin, own, ahead);
       }
-      if (past_caches) stream_fence();
+      if (stream) stream_fence();
     });
   }
 };
@@ -456,14 +473,13 @@ struct PlanesBackward {
     const bool keeps = in_two_sweeps(a) && keeps_gradient<T>(a.activation, bundles.channels * a.shape.N * S);
     const int64_t kept_of_channel = keeps ? a.shape.N * S + Pack<T>::kSize : 0;
     const bool stream_rows = stream_output(numel, a.dtype, inputs);
-    const bool rows = !one_sweep && !keeps && by_rows<T>(a.shape, bundles, a.mask, stream, stream_rows);
+    const bool rows = !one_sweep && !keeps && bundles.by_rows<T>(a.shape, a.mask, stream, stream_rows);
     const bool past_caches = rows ? stream_rows : stream;
     // In its second sweep a task finds its planes in the cache, and memory would only be written. Where they came from
     // memory it asks for the next bundle's, unless two bundles drive each other out; and it goes from the last sample to
     // the first, for the last ones are the nearest.
     const int64_t read = 2 * sizeof(T) * bundles.channels * a.shape.N * S;  // bytes of a bundle
-    const bool from_memory = 2 * numel * static_cast<int64_t>(sizeof(T)) >= stream_threshold() / 2;
-    const bool fetches_next = in_two_sweeps(a) && from_memory && read <= 1 << 20;
+    const bool fetches_next = in_two_sweeps(a) && come_from_memory(numel, a.dtype, /*inputs=*/2) && read <= 1 << 20;
     const bool stays_near = read <= 256 << 10;  // in the second-level cache, until the first sweep comes to it
     parallel_for_ranges(bundles.size(), numel, [&](int64_t first, int64_t last) {
       const ScratchArray<acc_t> scratch(bundles.channels * kept_of_channel);
@@ -481,21 +497,20 @@ struct PlanesBackward {
           for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
         }
         if (!wants_elements(a) || one_sweep) continue;
-        for (int64_t c = begin; rows && c < end; ++c) {
-          row.set((c - begin) * S, S, channel_affine<acc_t>(a, parameters, c));
-          row_gradient.set((c - begin) * S, S, channel_gradient<acc_t>(a, total[c - begin], c));
-        }
         const Prefetches ahead = fetches_next ? Prefetches{(end - begin) * S, -sample} : next_sample;
-        for (int64_t k = 0; k < per_channel; ++k) {
-          Runs chunk = fetches_next ? chunks[per_channel - 1 - k].reversed() : chunks[k];
-          if (rows) {
-            chunk.offset += begin * S;
-            chunk.length = (end - begin) * S;
-            input_gradient_rows<T>(a, chunk, nullptr, row.of_row(), row_gradient.of_row(!a.training), past_caches,
-                                   ahead);
-          } else {
-            elements(begin, end, chunk, total, kept, ahead);
+        if (rows) {
+          for (int64_t c = begin; c < end; ++c) {
+            row.set((c - begin) * S, S, channel_affine<acc_t>(a, parameters, c));
+            row_gradient.set((c - begin) * S, S, channel_gradient<acc_t>(a, total[c - begin], c));
           }
+          const Runs samples{begin * S, a.shape.N, sample, (end - begin) * S};
+          input_gradient_rows<T>(a, fetches_next ? samples.reversed() : samples, nullptr, row.of_row(),
+                                 row_gradient.of_row(!a.training), past_caches, ahead);
+          continue;
+        }
+        for (int64_t k = 0; k < per_channel; ++k) {
+          const Runs chunk = fetches_next ? chunks[per_channel - 1 - k].reversed() : chunks[k];
+          elements(begin, end, chunk, total, kept, ahead);
         }
       }
       if (past_caches) stream_fence();

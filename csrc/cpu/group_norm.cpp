@@ -204,7 +204,7 @@ struct PlanesForward : ForwardGroups {
   // The second sweep, in which memory would only be written, asks for the next bundle, if x comes from memory: from the
   // cache that takes longer. Of small slices the processor's own prefetchers bring enough for the arithmetic of 16-bit
   // elements; a slice that is large would not stay in the second-level cache.
-  const bool from_memory = a.shape.numel() * size_of(a.dtype) >= stream_threshold() / 2;
+  const bool from_memory = come_from_memory(a.shape.numel(), a.dtype);
   const bool fetches_next = from_memory && L * sizeof(T) >= (sizeof(T) >= 4 ? 512 : 8192) && L * sizeof(T) <= 262144;
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
 
@@ -481,7 +481,7 @@ struct PlanesBackward : BackwardGroups<T> {
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamed);
   // As in forward, but of the smallest slices, too, and from half as large a tensor on: x and dy are twice the bytes.
   const bool fetches_next = Base::in_two_sweeps && (L * sizeof(T) >= 4096 || sizeof(T) >= 4) &&
-                            L * sizeof(T) <= 131072 && 2 * a.shape.numel() * size_of(a.dtype) >= stream_threshold() / 2;
+                            L * sizeof(T) <= 131072 && come_from_memory(a.shape.numel(), a.dtype, /*inputs=*/2);
   const int64_t kept_bytes = Base::bytes_to_keep(L);
 
   void run() const {

@@ -126,6 +126,11 @@ inline bool stream_planes(const Shape& shape, Dtype dtype, int64_t least, int64_
          (plane % static_cast<int64_t>(kStreamAlignment) == 0 || plane >= least);
 }
 
+// Whether the inputs are too large to lie in the cache when a kernel comes to them.
+inline bool come_from_memory(int64_t numel, Dtype dtype, int64_t inputs = 1) {
+  return inputs * numel * size_of(dtype) >= stream_threshold() / 2;
+}
+
 // Whether dz of n elements, which a task sweeps twice, is better kept than computed again: where it takes an exponential,
 // and while x, dy and dz are not far away by then.
 template <typename T>
