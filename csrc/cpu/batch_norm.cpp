@@ -129,17 +129,32 @@ __attribute__((noinline, noclone)) void normalize_rows(const BatchNormForward& a
 
 constexpr int64_t kLeastRows = 8;  // of a bundle's samples, for which its coefficients are laid out as a row
 
+// Whether a plane is so few packs that the part of one at its end counts.
+template <typename T>
+bool few_packs(int64_t plane) {
+  return plane < 8 * Pack<T>::kSize && plane % Pack<T>::kSize != 0;
+}
+
+// Whether the elements of a task's channels are taken as one run of each sample, their planes one after the other: where
+// a plane is few packs and a part of one, or so short that it is streamed with its neighbours or not at all. Not with a
+// mask, whose rows are planes, nor for so few samples that a coefficient for each element of the run does not pay.
+template <typename T>
+bool by_rows(const Shape& shape, const uint8_t* mask, bool stream, bool stream_rows) {
+  return mask == nullptr && shape.N >= kLeastRows && (few_packs<T>(shape.S) || (stream_rows && !stream));
+}
+
 // Neighbouring channels that a task owns together: small planes are gathered until a sample's share is a few pages
-// long, which the prefetchers and the TLB like, and whole cache lines if that takes no more than kMost of them.
+// long, which the prefetchers and the TLB like. For rows it is whole cache lines if kMost channels or fewer make some.
 struct Bundles {
   static constexpr int64_t kMost = 32, kBytes = 8192;
   int64_t C, channels;
 
   // `inputs` tensors of `element` bytes an element are read together.
-  Bundles(const Shape& shape, int64_t element, int64_t inputs) : C(shape.C) {
+  Bundles(const Shape& shape, int64_t element, int64_t inputs, bool rows) : C(shape.C) {
     const int64_t plane = shape.S * element, fit = kBytes / (plane * inputs);
-    const int64_t whole_lines = kLine / std::gcd(kLine, plane);
     channels = std::clamp<int64_t>(fit, 1, kMostSlices);
+    if (!rows) return;
+    const int64_t whole_lines = kLine / std::gcd(kLine, plane);
     if (whole_lines <= channels)
       channels -= channels % whole_lines;
     else if (whole_lines <= fit && C >= 4 * num_threads() * whole_lines)
@@ -149,16 +164,6 @@ struct Bundles {
   int64_t size() const { return (C + channels - 1) / channels; }
   int64_t begin(int64_t i) const { return i * channels; }
   int64_t end(int64_t i) const { return std::min(C, (i + 1) * channels); }
-
-  // Whether its elements are taken as one run of each sample, its planes one after the other: where a plane is only a few
-  // packs and a part of one, or so short that it is streamed with its neighbours or not at all. Not with a mask, whose
-  // rows are planes, nor for so few samples that a coefficient for each element of the run does not pay.
-  template <typename T>
-  bool by_rows(const Shape& shape, const uint8_t* mask, bool stream, bool stream_rows) const {
-    constexpr int64_t kFewPacks = 8, kPack = Pack<T>::kSize;
-    return channels > 1 && mask == nullptr && shape.N >= kLeastRows &&
-           ((shape.S < kFewPacks * kPack && shape.S % kPack != 0) || (stream_rows && !stream));
-  }
 
  private:
   static constexpr int64_t kLine = kStreamAlignment;
@@ -194,8 +199,8 @@ struct PlanesForward {
   const int64_t ahead = C * S;
   const bool stream = stream_planes(a.shape, a.dtype, kLeastStreamedApart);
   const bool stream_rows = stream_output(a.shape.numel(), a.dtype);
-  const Bundles bundles{a.shape, sizeof(T), /*inputs=*/1};
-  const bool by_rows = bundles.by_rows<T>(a.shape, a.mask, stream, stream_rows);
+  const bool rows = by_rows<T>(a.shape, a.mask, stream, stream_rows);
+  const Bundles bundles{a.shape, sizeof(T), /*inputs=*/1, rows};
 
   // Some channels' coefficients, which the runs of a chunk have in turn.
   struct Coefficients {
@@ -239,8 +244,8 @@ struct PlanesForward {
   void normalize_all() const {
     const ScratchArray<SliceAffine<acc_t>> affine(C);
     for (int64_t c = 0; c < C; ++c) affine[c] = channel_affine<acc_t>(a, parameters, c);
-    if (by_rows) {
-      // x comes from memory here, so a row is long; some samples a task, for as many tasks as keep the threads busy.
+    if (Pack<T>::kConverts && rows && few_packs<T>(S)) {  // else one sweep in order is as fast
+      // x comes from memory, so a row is long; some samples a task, for as many tasks as keep the threads busy.
       constexpr int64_t kRow = 8192;
       const int64_t N = a.shape.N, channels = std::max<int64_t>(1, kRow / S / Bundles::kMost) * Bundles::kMost;
       const int64_t blocks = (C + channels - 1) / channels;
@@ -292,7 +297,7 @@ struct PlanesForward {
       for (int64_t c = begin; c < end; ++c) finish(c, m[c - begin]);
       if (a.y == nullptr) return;
       for (int64_t c = begin; c < end; ++c) affine[c] = channel_affine<acc_t>(a, parameters, c);
-      if (by_rows) return normalize_bundle(begin, end, 0, a.shape.N, affine);
+      if (rows) return normalize_bundle(begin, end, 0, a.shape.N, affine);
       const Coefficients own{affine.data() + begin, affine.data() + end, affine.data() + begin};
       for (int64_t k = 0; k < per_channel; ++k) {
         Runs chunk = chunks[k];
@@ -438,8 +443,11 @@ struct PlanesBackward {
 
   void run() const {
     const int64_t per_channel = chunks.size(), numel = a.shape.numel();
-    const Bundles bundles(a.shape, sizeof(T), /*inputs=*/2);  // x and dy
-    const bool one_sweep = in_one_sweep(a);
+    const bool one_sweep = in_one_sweep(a), stream_rows = stream_output(numel, a.dtype, inputs);
+    // Not where dz may be kept, which goes by planes.
+    const bool rows = !one_sweep && !is_smooth(a.activation) && by_rows<T>(a.shape, a.mask, stream, stream_rows);
+    const Bundles bundles(a.shape, sizeof(T), /*inputs=*/2, rows);  // x and dy
+    const bool past_caches = rows ? stream_rows : stream;
     // To the next sample's plane of the channel, as in forward.
     const int64_t sample = C * S;
     const Prefetches next_sample{sample, sample};
@@ -472,9 +480,6 @@ struct PlanesBackward {
     // dz of each channel of a task, for its second sweep. A whole pack beyond the end of a run is overwritten by the next.
     const bool keeps = in_two_sweeps(a) && keeps_gradient<T>(a.activation, bundles.channels * a.shape.N * S);
     const int64_t kept_of_channel = keeps ? a.shape.N * S + Pack<T>::kSize : 0;
-    const bool stream_rows = stream_output(numel, a.dtype, inputs);
-    const bool rows = !one_sweep && !keeps && bundles.by_rows<T>(a.shape, a.mask, stream, stream_rows);
-    const bool past_caches = rows ? stream_rows : stream;
     // In its second sweep a task finds its planes in the cache, and memory would only be written. Where they came from
     // memory it asks for the next bundle's, unless two bundles drive each other out; and it goes from the last sample to
     // the first, for the last ones are the nearest.
