@@ -112,7 +112,7 @@ int64_t mask_bytes_of_row(const uint8_t* mask, const Runs& rows) {
 // Not inlined: both ways share what is compiled for each activation.
 template <typename T>
 __attribute__((noinline, noclone)) void normalize_rows(const BatchNormForward& a, const Runs& rows, uint8_t* mask,
-                                                       const Affine<PerColumn<T>>& affine, bool stream, int64_t ahead) {
+                                                       const Affine<PerColumn<T>>& affine, bool stream) {
   const T *const x = static_cast<const T*>(a.x), *const residual = static_cast<const T*>(a.residual);
   T* const y = static_cast<T*>(a.y);
   const int64_t mask_bytes = mask_bytes_of_row(mask, rows);
@@ -120,7 +120,7 @@ __attribute__((noinline, noclone)) void normalize_rows(const BatchNormForward& a
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t i = rows.offset + row * rows.stride;
       normalize_run(act, x + i, offset_by(residual, i), y + i, offset_by(mask, row * mask_bytes), rows.length, affine,
-                    stream, ahead);
+                    stream);
     }
   });
 }
@@ -236,7 +236,7 @@ struct PlanesForward {
     const RowAffine<T> row((end - begin) * S);
     for (int64_t c = begin; c < end; ++c) row.set((c - begin) * S, S, affine[c]);
     const Runs samples{first * C * S + begin * S, last - first, C * S, (end - begin) * S};
-    normalize_rows<T>(a, samples, nullptr, row.of_row(), stream_rows, ahead);
+    normalize_rows<T>(a, samples, nullptr, row.of_row(), stream_rows);
     if (stream_rows) stream_fence();
   }
 
@@ -343,8 +343,8 @@ bool in_two_sweeps(const BatchNormBackward& a) { return wants_sums(a) && wants_e
 template <typename T>
 __attribute__((noinline, noclone)) void input_gradient_rows(const BatchNormBackward& a, const Runs& rows,
                                                             const uint8_t* mask, const Affine<PerColumn<T>>& affine,
-                                                            const InputGradient<PerColumn<T>>& coefficient, bool stream,
-                                                            const Prefetches& ahead) {
+                                                            const InputGradient<PerColumn<T>>& coefficient,
+                                                            bool stream) {
   const T *const x = static_cast<const T*>(a.x), *const dy = static_cast<const T*>(a.dy);
   const T* const residual = static_cast<const T*>(a.residual);
   T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
@@ -354,7 +354,7 @@ __attribute__((noinline, noclone)) void input_gradient_rows(const BatchNormBackw
       const int64_t i = rows.offset + row * rows.stride;
       const RunGradient<T> gradient{x + i, dy + i, offset_by(residual, i), offset_by(mask, row * mask_bytes)};
       input_gradient_run(act, gradient, offset_by(dx, i), offset_by(dresidual, i), rows.length, affine, coefficient,
-                         stream, ahead);
+                         stream);
     }
   });
 }
@@ -484,7 +484,8 @@ struct PlanesBackward {
     // memory it asks for the next bundle's, unless two bundles drive each other out; and it goes from the last sample to
     // the first, for the last ones are the nearest.
     const int64_t read = 2 * sizeof(T) * bundles.channels * a.shape.N * S;  // bytes of a bundle
-    const bool fetches_next = in_two_sweeps(a) && come_from_memory(numel, a.dtype, /*inputs=*/2) && read <= 1 << 20;
+    const bool fetches_next =
+        !rows && in_two_sweeps(a) && come_from_memory(numel, a.dtype, /*inputs=*/2) && read <= 1 << 20;
     const bool stays_near = read <= 256 << 10;  // in the second-level cache, until the first sweep comes to it
     parallel_for_ranges(bundles.size(), numel, [&](int64_t first, int64_t last) {
       const ScratchArray<acc_t> scratch(bundles.channels * kept_of_channel);
@@ -502,20 +503,22 @@ struct PlanesBackward {
           for (int64_t c = begin; c < end; ++c) keep_sums(a, c, total[c - begin]);
         }
         if (!wants_elements(a) || one_sweep) continue;
-        const Prefetches ahead = fetches_next ? Prefetches{(end - begin) * S, -sample} : next_sample;
         if (rows) {
           for (int64_t c = begin; c < end; ++c) {
             row.set((c - begin) * S, S, channel_affine<acc_t>(a, parameters, c));
             row_gradient.set((c - begin) * S, S, channel_gradient<acc_t>(a, total[c - begin], c));
           }
           const Runs samples{begin * S, a.shape.N, sample, (end - begin) * S};
-          input_gradient_rows<T>(a, fetches_next ? samples.reversed() : samples, nullptr, row.of_row(),
-                                 row_gradient.of_row(!a.training), past_caches, ahead);
+          input_gradient_rows<T>(a, samples, nullptr, row.of_row(), row_gradient.of_row(!a.training), past_caches);
           continue;
         }
         for (int64_t k = 0; k < per_channel; ++k) {
-          const Runs chunk = fetches_next ? chunks[per_channel - 1 - k].reversed() : chunks[k];
-          elements(begin, end, chunk, total, kept, ahead);
+          if (fetches_next) {
+            const Prefetches ahead{(end - begin) * S, -sample};
+            elements(begin, end, chunks[per_channel - 1 - k].reversed(), total, kept, ahead);
+          } else {
+            elements(begin, end, chunks[k], total, kept, next_sample);
+          }
         }
       }
       if (past_caches) stream_fence();
@@ -620,8 +623,8 @@ struct ColumnsForward {
     }
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
       const Runs rows = parts.runs(part);
-      normalize_rows<T>(a, rows, offset_by(a.mask, parts.first_row(part) * parts.mask_bytes()), affine.of_row(), stream,
-                        0);
+      normalize_rows<T>(a, rows, offset_by(a.mask, parts.first_row(part) * parts.mask_bytes()), affine.of_row(),
+                        stream);
       if (stream) stream_fence();
     });
   }
@@ -649,7 +652,7 @@ struct ColumnsBackward {
   void elements(int64_t row, const Runs& rows, const Affine<PerColumn<T>>& affine,
                 const InputGradient<PerColumn<T>>& coefficient) const {
     const uint8_t* const mask = offset_by(a.mask, row * parts.mask_bytes());
-    input_gradient_rows<T>(a, rows, mask, affine, coefficient, stream, Prefetches{});
+    input_gradient_rows<T>(a, rows, mask, affine, coefficient, stream);
   }
 
   // Writes the elements, too, if in one sweep.
