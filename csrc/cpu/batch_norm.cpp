@@ -78,25 +78,13 @@ void update_running_statistics(const BatchNormForward& a, const double* biased_v
   update_average(a.running_var, a.stats_dtype, C, momentum, [&](int64_t c) { return biased_variance[c] * unbiased; });
 }
 
-// Coefficients that lie beside each other as the elements do: of all columns, or of a bundle's planes in a sample.
+// The coefficients of dx that lie beside each other, as those of ColumnAffine: of all columns, or of a bundle's planes in
+// a sample.
 template <typename T>
-struct RowAffine {
-  ColumnArray<T> mean, scale, shift;
-
-  explicit RowAffine(int64_t width) : mean(width), scale(width), shift(width) {}
-  Affine<PerColumn<T>> of_row() const { return {mean, scale, shift}; }
-  void set(int64_t first, int64_t n, const SliceAffine<acc_type<T>>& affine) const {
-    std::fill_n(&mean[first], n, affine.mean);
-    std::fill_n(&scale[first], n, affine.scale);
-    std::fill_n(&shift[first], n, affine.shift);
-  }
-};
-
-template <typename T>
-struct RowInputGradient {
+struct ColumnInputGradient {
   ColumnArray<T> slope, offset;
 
-  explicit RowInputGradient(int64_t width) : slope(width), offset(width) {}
+  explicit ColumnInputGradient(int64_t width) : slope(width), offset(width) {}
   InputGradient<PerColumn<T>> of_row(bool constant_statistics) const { return {slope, offset, constant_statistics}; }
   void set(int64_t first, int64_t n, const SliceGradient<acc_type<T>>& gradient) const {
     std::fill_n(&slope[first], n, gradient.slope);
@@ -233,10 +221,10 @@ struct PlanesForward {
   // The channels begin .. end of the samples first .. last, one run of each sample.
   void normalize_bundle(int64_t begin, int64_t end, int64_t first, int64_t last,
                         const ScratchArray<SliceAffine<acc_t>>& affine) const {
-    const RowAffine<T> row((end - begin) * S);
+    const ColumnAffine<T> row((end - begin) * S);
     for (int64_t c = begin; c < end; ++c) row.set((c - begin) * S, S, affine[c]);
     const Runs samples{first * C * S + begin * S, last - first, C * S, (end - begin) * S};
-    normalize_rows<T>(a, samples, nullptr, row.of_row(), stream_rows);
+    normalize_rows<T>(a, samples, nullptr, row, stream_rows);
     if (stream_rows) stream_fence();
   }
 
@@ -490,8 +478,8 @@ struct PlanesBackward {
     parallel_for_ranges(bundles.size(), numel, [&](int64_t first, int64_t last) {
       const ScratchArray<acc_t> scratch(bundles.channels * kept_of_channel);
       const int64_t width = rows ? bundles.channels * S : 0;
-      const RowAffine<T> row(width);
-      const RowInputGradient<T> row_gradient(width);
+      const ColumnAffine<T> row(width);
+      const ColumnInputGradient<T> row_gradient(width);
       for (int64_t bundle = first; bundle < last; ++bundle) {
         const int64_t begin = bundles.begin(bundle), end = bundles.end(bundle);
         const Kept kept{keeps ? scratch.data() : nullptr, kept_of_channel};
@@ -509,7 +497,7 @@ struct PlanesBackward {
             row_gradient.set((c - begin) * S, S, channel_gradient<acc_t>(a, total[c - begin], c));
           }
           const Runs samples{begin * S, a.shape.N, sample, (end - begin) * S};
-          input_gradient_rows<T>(a, samples, nullptr, row.of_row(), row_gradient.of_row(!a.training), past_caches);
+          input_gradient_rows<T>(a, samples, nullptr, row, row_gradient.of_row(!a.training), past_caches);
           continue;
         }
         for (int64_t k = 0; k < per_channel; ++k) {
@@ -616,15 +604,14 @@ struct ColumnsForward {
   void run(double* variance) const {
     if (a.training) statistics(variance);
     if (a.y == nullptr) return;
-    const RowAffine<T> affine(width);
+    const ColumnAffine<T> affine(width);
     for (int64_t c = 0; c < a.shape.C; ++c) {
       const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, parameters, c);
       parts.for_columns(c, [&](int64_t j, int64_t n) { affine.set(j, n, channel); });
     }
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
       const Runs rows = parts.runs(part);
-      normalize_rows<T>(a, rows, offset_by(a.mask, parts.first_row(part) * parts.mask_bytes()), affine.of_row(),
-                        stream);
+      normalize_rows<T>(a, rows, offset_by(a.mask, parts.first_row(part) * parts.mask_bytes()), affine, stream);
       if (stream) stream_fence();
     });
   }
@@ -688,8 +675,8 @@ struct ColumnsBackward {
 
   void run() const {
     const int64_t C = a.shape.C;
-    const RowAffine<T> row(width);
-    const RowInputGradient<T> row_gradient(width);
+    const ColumnAffine<T> row(width);
+    const ColumnInputGradient<T> row_gradient(width);
     const ColumnArray<T> power(width);
     for (int64_t c = 0; c < C; ++c) {
       const SliceAffine<acc_t> channel = channel_affine<acc_t>(a, parameters, c);
@@ -699,7 +686,7 @@ struct ColumnsBackward {
         std::fill_n(&power[j], n, summand.power);
       });
     }
-    const Affine<PerColumn<T>> affine = row.of_row();
+    const Affine<PerColumn<T>> affine = row;
     const InputGradient<PerColumn<T>> coefficient = row_gradient.of_row(!a.training);
     const ScratchArray<Sums> total(C);
     for (int64_t c = 0; c < C; ++c) total[c] = given_sums(a, c);

@@ -45,6 +45,21 @@ class ColumnArray {
   ScratchArray<acc_type<T>> values_;
 };
 
+// The coefficients of SliceAffine, those of each column.
+template <typename T>
+struct ColumnAffine {
+  ColumnArray<T> mean, scale, shift;
+
+  explicit ColumnAffine(int64_t width) : mean(width), scale(width), shift(width) {}
+  // Of n columns from the first on.
+  void set(int64_t first, int64_t n, const SliceAffine<acc_type<T>>& affine) const {
+    std::fill_n(&mean[first], n, affine.mean);
+    std::fill_n(&scale[first], n, affine.scale);
+    std::fill_n(&shift[first], n, affine.shift);
+  }
+  operator Affine<PerColumn<T>>() const { return {mean, scale, shift}; }
+};
+
 // Packs of neighbouring columns whose sums go down the rows together, in registers.
 template <typename T>
 constexpr int kTilePacks = std::max(1, 4 / Pack<T>::kVecs);

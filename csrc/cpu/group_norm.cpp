@@ -110,28 +110,15 @@ struct Groups {
   }
 };
 
-// z's coefficients for the columns of a row.
-template <typename T>
-struct ColumnAffine {
-  ColumnArray<T> mean, scale, shift;
-
-  explicit ColumnAffine(int64_t width) : mean(width), scale(width), shift(width) {}
-  void set(int64_t j, const SliceAffine<acc_type<T>>& v) const {
-    mean[j] = v.mean;
-    scale[j] = v.scale;
-    shift[j] = v.shift;
+// Sets the coefficients of sample n, whose channels the columns are, once or several times.
+template <typename T, typename Args>
+void set_sample(const ColumnAffine<T>& affines, const Groups<Args>& groups, int64_t n, int64_t columns) {
+  for (int64_t g = 0, c = 0; g < groups.G; ++g) {
+    const auto affine = groups.template affine_of<T>(n * groups.G + g, c);
+    for (int64_t d = 0; d < groups.D; ++d, ++c) affines.set(c, 1, affine(d));
   }
-  // Of sample n, whose channels the columns are, once or several times.
-  template <typename Args>
-  void set_sample(const Groups<Args>& groups, int64_t n, int64_t columns) const {
-    for (int64_t g = 0, c = 0; g < groups.G; ++g) {
-      const auto affine = groups.template affine_of<T>(n * groups.G + g, c);
-      for (int64_t d = 0; d < groups.D; ++d, ++c) set(c, affine(d));
-    }
-    for (const auto* array : {&mean, &scale, &shift}) array->repeat(groups.C, columns);
-  }
-  operator Affine<PerColumn<T>>() const { return {mean, scale, shift}; }
-};
+  for (const auto* array : {&affines.mean, &affines.scale, &affines.shift}) array->repeat(groups.C, columns);
+}
 
 // ---- what the columns of a row belong to
 
@@ -286,7 +273,7 @@ struct FlatForward : ForwardGroups {
     const ColumnAffine<T> columns(width);
     for (int64_t c = begin * D; c < end * D; ++c) {
       const auto channel = affine<T>(n * G + c / D, c);
-      for (int64_t s = 0; s < S; ++s) columns.set((c - begin * D) * S + s, channel);
+      columns.set((c - begin * D) * S, S, channel);
     }
     const int64_t i = (n * G + begin) * L;
     const Affine<PerColumn<T>> coefficients = columns;
@@ -350,7 +337,7 @@ struct ColumnsForward : ForwardGroups {
   void normalize(int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnAffine<T> affines(columns);
-    affines.set_sample(*this, n, columns);
+    set_sample(affines, *this, n, columns);
     const Affine<PerColumn<T>> coefficients = affines;
     visit<T>(a.activation, [&](auto act) {
       for (int64_t row = begin; row < begin + parts.rows(part); ++row) {
@@ -609,7 +596,7 @@ struct FlatBackward : BackwardGroups<T> {
         const auto channel = this->template affine<T>(slice, c);
         const SliceStandardize<acc_type<T>> standardize(a.mean[slice], a.rstd[slice]);
         for (int64_t j = (c - begin * D) * S; j < (c - begin * D + 1) * S; ++j) {
-          columns.affine.set(j, channel);
+          columns.affine.set(j, 1, channel);
           columns.set(j, standardize);
         }
       }
@@ -701,7 +688,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   void sums(const Bundle& of, int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnAffine<T> affines(columns);
-    affines.set_sample(*this, n, columns);
+    set_sample(affines, *this, n, columns);
     const ColumnArray<T> power(columns);
     for (int64_t g = 0; g < G; ++g) std::fill(&power[g * D], &power[(g + 1) * D], Base::summand(n * G + g).power);
     power.repeat(C, columns);
@@ -727,7 +714,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   void elements(const Bundle& of, int64_t n, int64_t part) const {
     const int64_t columns = parts.width(part), begin = parts.begin(part);
     const ColumnCoefficients<T> coefficients(columns);
-    coefficients.affine.set_sample(*this, n, columns);
+    set_sample(coefficients.affine, *this, n, columns);
     for (int64_t g = 0; g < G; ++g) {
       const auto gradient = Base::input_gradient(n * G + g, dx ? slice_sums[n * G + g] : Sums{});
       for (int64_t c = g * D; c < (g + 1) * D; ++c) coefficients.set(c, gradient);
