@@ -273,7 +273,7 @@ struct FlatForward : ForwardGroups {
     const ColumnAffine<T> columns(width);
     for (int64_t c = begin * D; c < end * D; ++c) {
       const auto channel = affine<T>(n * G + c / D, c);
-      columns.set((c - begin * D) * S, S, channel);
+      for (int64_t s = 0; s < S; ++s) columns.set((c - begin * D) * S + s, 1, channel);  // S is tiny
     }
     const int64_t i = (n * G + begin) * L;
     const Affine<PerColumn<T>> coefficients = columns;
