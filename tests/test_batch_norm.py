@@ -222,10 +222,12 @@ def test_backward_of_several_chunks_against_float64(shape: tuple[int, ...], acti
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(
     ("activation", "with_residual"),
-    ((None, False), (None, True), ("relu", False), ("gelu", False)),
-    ids=("none", "residual", "relu", "gelu"),
+    ((None, False), (None, True), ("relu", False), ("relu", True), ("gelu", False)),
+    ids=("none", "residual", "relu", "residual-relu", "gelu"),
 )
-@pytest.mark.parametrize("shape", ((9, 300, 7, 7), (17, 256, 7, 7), (20, 64, 14, 14), (8, 40, 5, 5)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((9, 300, 7, 7), (17, 256, 7, 7), (20, 64, 14, 14), (12, 100, 9, 9), (8, 40, 5, 5)), ids=str
+)
 def test_short_planes_against_float64(
     shape: tuple[int, ...], activation: str | None, with_residual: bool, dtype: torch.dtype
 ) -> None:

@@ -19,6 +19,7 @@
 #include <optional>
 
 #include "columns.h"
+#include "plane_bits.h"
 #include "shifted.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
@@ -92,23 +93,52 @@ struct ColumnInputGradient {
   }
 };
 
-int64_t mask_bytes_of_row(const uint8_t* mask, const Runs& rows) {
-  return mask ? MaskRows{1, rows.length}.bytes_per_row() : 0;
-}
+// The mask of rows whose bits are `to_next` bytes apart. Those of each `plane` elements begin with a byte, and a row of
+// several planes, which a run has together, has them in a buffer.
+class RowMasks {
+ public:
+  struct Place {
+    uint8_t* bits = nullptr;  // the first row's
+    int64_t to_next = 0, plane = 0;
+  };
 
-// The elements of rows, one after the other in memory or a bundle's in the samples. The mask is the first row's, if any.
-// Not inlined: both ways share what is compiled for each activation.
+  // `length` elements a row, of whole planes if there are several.
+  RowMasks(const Place& place, int64_t length)
+      : place_(place),
+        planes_(place.bits && place.plane < length ? length / place.plane : 1),
+        buffer_(planes_ > 1 ? length / 8 + 1 + static_cast<int64_t>(sizeof(uint64_t)) : 0) {}
+
+  // Where a run of row `i` has its bits; null stays null.
+  uint8_t* of_run(int64_t i) const { return planes_ > 1 ? buffer_.data() : of_row(i); }
+  void load(int64_t i) const {
+    if (planes_ > 1) join_bits(of_row(i), planes_, place_.plane, buffer_.data());
+  }
+  void store(int64_t i) const {
+    if (planes_ > 1) split_bits(buffer_.data(), planes_, place_.plane, of_row(i));
+  }
+
+ private:
+  uint8_t* of_row(int64_t i) const { return offset_by(place_.bits, i * place_.to_next); }
+
+  Place place_;
+  int64_t planes_;
+  ScratchArray<uint8_t> buffer_;
+};
+
+// The elements of rows, one after the other in memory or a bundle's in the samples. Not inlined: both ways share what is
+// compiled for each activation.
 template <typename T>
-__attribute__((noinline, noclone)) void normalize_rows(const BatchNormForward& a, const Runs& rows, uint8_t* mask,
+__attribute__((noinline, noclone)) void normalize_rows(const BatchNormForward& a, const Runs& rows,
+                                                       const RowMasks::Place& mask_place,
                                                        const Affine<PerColumn<T>>& affine, bool stream) {
   const T *const x = static_cast<const T*>(a.x), *const residual = static_cast<const T*>(a.residual);
   T* const y = static_cast<T*>(a.y);
-  const int64_t mask_bytes = mask_bytes_of_row(mask, rows);
+  const RowMasks mask(mask_place, rows.length);
   visit<T>(a.activation, [&](auto act) {
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t i = rows.offset + row * rows.stride;
-      normalize_run(act, x + i, offset_by(residual, i), y + i, offset_by(mask, row * mask_bytes), rows.length, affine,
-                    stream);
+      normalize_run(act, x + i, offset_by(residual, i), y + i, mask.of_run(row), rows.length, affine, stream);
+      mask.store(row);
     }
   });
 }
@@ -124,11 +154,17 @@ bool few_packs(int64_t plane) {
 }
 
 // Whether the elements of a task's channels are taken as one run of each sample, their planes one after the other: where
-// a plane is few packs and a part of one, or so short that it is streamed with its neighbours or not at all. Not with a
-// mask, whose rows are planes, nor for so few samples that a coefficient for each element of the run does not pay.
+// a plane is few packs and a part of one, or so short that it is streamed with its neighbours or not at all. The latter
+// not with a mask, where planes, which ask for the next bundle's, take less time. Not for so few samples that a
+// coefficient for each element of the run does not pay.
 template <typename T>
 bool by_rows(const Shape& shape, const uint8_t* mask, bool stream, bool stream_rows) {
-  return mask == nullptr && shape.N >= kLeastRows && (few_packs<T>(shape.S) || (stream_rows && !stream));
+  return shape.N >= kLeastRows && (few_packs<T>(shape.S) || (mask == nullptr && stream_rows && !stream));
+}
+
+// Of rows of planes, whose first element is the mask's element `offset`.
+RowMasks::Place place_of_rows(const MaskBits& mask, const Shape& shape, int64_t offset) {
+  return {mask(offset), shape.C * mask.bytes_per_row(), shape.S};
 }
 
 // Neighbouring channels that a task owns together: small planes are gathered until a sample's share is a few pages
@@ -224,7 +260,7 @@ struct PlanesForward {
     const ColumnAffine<T> row((end - begin) * S);
     for (int64_t c = begin; c < end; ++c) row.set((c - begin) * S, S, affine[c]);
     const Runs samples{first * C * S + begin * S, last - first, C * S, (end - begin) * S};
-    normalize_rows<T>(a, samples, nullptr, row, stream_rows);
+    normalize_rows<T>(a, samples, place_of_rows(mask, a.shape, samples.offset), row, stream_rows);
     if (stream_rows) stream_fence();
   }
 
@@ -330,17 +366,19 @@ bool in_two_sweeps(const BatchNormBackward& a) { return wants_sums(a) && wants_e
 // As normalize_rows().
 template <typename T>
 __attribute__((noinline, noclone)) void input_gradient_rows(const BatchNormBackward& a, const Runs& rows,
-                                                            const uint8_t* mask, const Affine<PerColumn<T>>& affine,
+                                                            const RowMasks::Place& mask_place,
+                                                            const Affine<PerColumn<T>>& affine,
                                                             const InputGradient<PerColumn<T>>& coefficient,
                                                             bool stream) {
   const T *const x = static_cast<const T*>(a.x), *const dy = static_cast<const T*>(a.dy);
   const T* const residual = static_cast<const T*>(a.residual);
   T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
-  const int64_t mask_bytes = mask_bytes_of_row(mask, rows);
+  const RowMasks mask(mask_place, rows.length);
   visit<T>(a.activation, [&](auto act) {
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t i = rows.offset + row * rows.stride;
-      const RunGradient<T> gradient{x + i, dy + i, offset_by(residual, i), offset_by(mask, row * mask_bytes)};
+      mask.load(row);
+      const RunGradient<T> gradient{x + i, dy + i, offset_by(residual, i), mask.of_run(row)};
       input_gradient_run(act, gradient, offset_by(dx, i), offset_by(dresidual, i), rows.length, affine, coefficient,
                          stream);
     }
@@ -497,7 +535,8 @@ struct PlanesBackward {
             row_gradient.set((c - begin) * S, S, channel_gradient<acc_t>(a, total[c - begin], c));
           }
           const Runs samples{begin * S, a.shape.N, sample, (end - begin) * S};
-          input_gradient_rows<T>(a, samples, nullptr, row, row_gradient.of_row(!a.training), past_caches);
+          input_gradient_rows<T>(a, samples, place_of_rows(mask, a.shape, samples.offset), row,
+                                 row_gradient.of_row(!a.training), past_caches);
           continue;
         }
         for (int64_t k = 0; k < per_channel; ++k) {
@@ -543,6 +582,10 @@ struct Parts {
     for (int64_t row = 0; row < rows; row += size) f(begin + row, std::min(size, rows - row), view.width);
   }
   int64_t first_row(int64_t part) const { return is_rest(part) ? view.rows : full.begin(part); }
+  // Of rows of `length` elements from `row` on.
+  RowMasks::Place masks(uint8_t* mask, int64_t row, int64_t length) const {
+    return {offset_by(mask, row * mask_bytes()), mask_bytes(), length};
+  }
   // All rows of a part.
   Runs runs(int64_t part) const { return {first_row(part) * view.width, rows(part), view.width, width(part)}; }
   // Calls f(first column, columns) for the columns of channel c, those that lie beside each other at once, in order.
@@ -611,7 +654,7 @@ struct ColumnsForward {
     }
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
       const Runs rows = parts.runs(part);
-      normalize_rows<T>(a, rows, offset_by(a.mask, parts.first_row(part) * parts.mask_bytes()), affine, stream);
+      normalize_rows<T>(a, rows, parts.masks(a.mask, parts.first_row(part), rows.length), affine, stream);
       if (stream) stream_fence();
     });
   }
@@ -638,7 +681,7 @@ struct ColumnsBackward {
   // The elements of rows from `row` on.
   void elements(int64_t row, const Runs& rows, const Affine<PerColumn<T>>& affine,
                 const InputGradient<PerColumn<T>>& coefficient) const {
-    const uint8_t* const mask = offset_by(a.mask, row * parts.mask_bytes());
+    const RowMasks::Place mask = parts.masks(const_cast<uint8_t*>(a.mask), row, rows.length);
     input_gradient_rows<T>(a, rows, mask, affine, coefficient, stream);
   }
 

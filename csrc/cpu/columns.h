@@ -51,7 +51,12 @@ struct ColumnAffine {
   ColumnArray<T> mean, scale, shift;
 
   explicit ColumnAffine(int64_t width) : mean(width), scale(width), shift(width) {}
-  // Of n columns from the first on.
+  void set(int64_t j, const SliceAffine<acc_type<T>>& affine) const {
+    mean[j] = affine.mean;
+    scale[j] = affine.scale;
+    shift[j] = affine.shift;
+  }
+  // Of n columns from the first on; a fill of few takes longer than as many of the above.
   void set(int64_t first, int64_t n, const SliceAffine<acc_type<T>>& affine) const {
     std::fill_n(&mean[first], n, affine.mean);
     std::fill_n(&scale[first], n, affine.scale);

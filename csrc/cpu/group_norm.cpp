@@ -115,7 +115,7 @@ template <typename T, typename Args>
 void set_sample(const ColumnAffine<T>& affines, const Groups<Args>& groups, int64_t n, int64_t columns) {
   for (int64_t g = 0, c = 0; g < groups.G; ++g) {
     const auto affine = groups.template affine_of<T>(n * groups.G + g, c);
-    for (int64_t d = 0; d < groups.D; ++d, ++c) affines.set(c, 1, affine(d));
+    for (int64_t d = 0; d < groups.D; ++d, ++c) affines.set(c, affine(d));
   }
   for (const auto* array : {&affines.mean, &affines.scale, &affines.shift}) array->repeat(groups.C, columns);
 }
@@ -273,7 +273,7 @@ struct FlatForward : ForwardGroups {
     const ColumnAffine<T> columns(width);
     for (int64_t c = begin * D; c < end * D; ++c) {
       const auto channel = affine<T>(n * G + c / D, c);
-      for (int64_t s = 0; s < S; ++s) columns.set((c - begin * D) * S + s, 1, channel);  // S is tiny
+      for (int64_t s = 0; s < S; ++s) columns.set((c - begin * D) * S + s, channel);  // S is tiny
     }
     const int64_t i = (n * G + begin) * L;
     const Affine<PerColumn<T>> coefficients = columns;
@@ -596,7 +596,7 @@ struct FlatBackward : BackwardGroups<T> {
         const auto channel = this->template affine<T>(slice, c);
         const SliceStandardize<acc_type<T>> standardize(a.mean[slice], a.rstd[slice]);
         for (int64_t j = (c - begin * D) * S; j < (c - begin * D + 1) * S; ++j) {
-          columns.affine.set(j, 1, channel);
+          columns.affine.set(j, channel);
           columns.set(j, standardize);
         }
       }
