@@ -24,7 +24,7 @@ void for_pieces(int64_t planes, int64_t plane, const F& f) {
       f(p * plane + i, p * bytes + i / 8, std::min(kBitsAtOnce, plane - i));
 }
 
-// Neither is inlined, once an activation: a call is little beside a row's bits.
+// Neither is inlined, which would be once an activation; a call is little beside the bits of a row.
 
 // The bits of `planes` planes of `plane` elements, from a run of them to the mask. The run can be read a word past its end.
 __attribute__((noinline)) void split_bits(const uint8_t* run, int64_t planes, int64_t plane, uint8_t* mask) {
