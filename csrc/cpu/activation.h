@@ -156,19 +156,19 @@ Pack<T> activate_backward(Known<kAct>, const Pack<T>& dy, const Pack<T>& z) {
 }
 
 // The same from the bit !(z <= 0), for the piecewise linear ones.
-template <Activation kAct, typename T>
-Pack<T> activate_backward(Known<kAct>, const Pack<T>& dy, uint32_t positive) {
+template <Activation kAct, typename T, typename Count>
+Pack<T> activate_backward(Known<kAct>, const Pack<T>& dy, uint32_t positive, Count count) {
   const Pack<T> slope(static_cast<acc_type<T>>(kAct == Activation::kRelu ? 0.0 : kLeakySlope));
-  return choose(positive, dy, kAct == Activation::kRelu ? slope : dy * slope);
+  return choose(positive, dy, kAct == Activation::kRelu ? slope : dy * slope, count);
 }
 
 template <typename T>
 Pack<T> activate(Chosen act, const Pack<T>& z) {
   return visit_known(act.activation, [&](auto known) { return activate(known, z); });
 }
-template <typename T, typename ZOrBits>
-Pack<T> activate_backward(Chosen act, const Pack<T>& dy, const ZOrBits& z) {
-  return visit_known(act.activation, [&](auto known) { return activate_backward(known, dy, z); });
+template <typename T, typename... ZOrBits>
+Pack<T> activate_backward(Chosen act, const Pack<T>& dy, const ZOrBits&... z) {
+  return visit_known(act.activation, [&](auto known) { return activate_backward(known, dy, z...); });
 }
 
 // How often to unroll a loop around activate_backward: an exponential leaves no latency to hide.

@@ -39,7 +39,8 @@ struct DropoutKernel {
   // Where bits are drawn for every element, memory has more time.
   const bool far = bytes >= stream_threshold() / (a.by_channel ? 4 : 2);
 
-  // Scalar math: y[i] = x[i] * (bit i ? scale : 0) + (bit i ? shift_kept : shift_dropped)
+  // Scalar math: y[i] = x[i] * (bit i ? scale : 0) + (bit i ? shift_kept : shift_dropped). Bits can be read three bytes
+  // past the last.
   void apply(int64_t at, int64_t n, const uint8_t* bits) const {
     far ? apply_bits<true>(at, n, bits) : apply_bits<false>(at, n, bits);
   }
@@ -47,20 +48,21 @@ struct DropoutKernel {
   template <bool kFar>
   FASTNORM_LOOP void apply_bits(int64_t at, int64_t n, const uint8_t* bits) const {
     const P kept = scale, dropped(acc_t(0)), to_kept = shift_kept, to_dropped = shift_dropped;
-    map_run<kFar>(at, n, [&](const P& value, int64_t i, auto count) {
-      const uint32_t here = load_bits<T>(bits + i / 8, count);
-      const P factor = choose(here, kept, dropped);
+    map_run<kFar, AnyOrder>(at, n, [&](const P& value, int64_t i, auto count) {
+      const uint32_t here = load_bits_and_more(bits + i / 8);
+      const P factor = choose(here, kept, dropped, count);
       if constexpr (!kShifted) return value * factor;
-      return fmadd(value, factor, choose(here, to_kept, to_dropped));
+      return fmadd(value, factor, choose(here, to_kept, to_dropped, count));
     });
   }
 
-  template <bool kFar, typename F>
+  // Calls f(pack, its first element, Whole | Partial), which gives what is stored.
+  template <bool kFar, typename Whole, typename F>
   void map_run(int64_t at, int64_t n, const F& f) const {
     const T* from = x + at;
     T* to = y + at;
     const bool past_caches = stream && to != from && fills_lines(to, n);
-    for_packs<T>(n, [&](int64_t i, auto count, int) {
+    for_packs<T, 1, Whole>(n, [&](int64_t i, auto count, int) {
       if constexpr (kFar) {
         prefetch(from + i + kAhead<T>);
         if (!past_caches) prefetch_to_write(to + i + kAhead<T>);
@@ -74,7 +76,7 @@ struct DropoutKernel {
     parallel_for((numel + kTaskElements - 1) / kTaskElements, numel, [&](int64_t task) {
       const int64_t end = std::min(numel, (task + 1) * kTaskElements);
       for (int64_t i = task * kTaskElements; i < end; i += 64 * kDraws) {
-        uint64_t bits[kDraws];
+        uint64_t bits[kDraws + 1];
         const int64_t n = std::min<int64_t>(64 * kDraws, end - i);
         uint64_t block = static_cast<uint64_t>(i / kElementsPerPhilox) - kGroupBlocks;
         keep.of_groups((n + 63) / 64, bits, [&] { return block += kGroupBlocks; });
@@ -94,7 +96,7 @@ struct DropoutKernel {
     const int64_t task_rows = S <= kMostRows ? S : whole_draws, chunks = (S + task_rows - 1) / task_rows;
     parallel_for(N * chunks, a.shape.numel(), [&](int64_t task) {
       const int64_t n = task / chunks, s0 = task % chunks * task_rows, rows = std::min(task_rows, S - s0);
-      const ScratchArray<uint64_t> bits(rows * words);
+      const ScratchArray<uint64_t> bits(rows * words + 1);
       for (int64_t word = 0; word < words; ++word) bits_of_channels(n, s0, rows, word, &bits[word], words);
       for (int64_t r = 0; r < rows; ++r)
         apply((n * S + s0 + r) * C, C, reinterpret_cast<const uint8_t*>(&bits[r * words]));
@@ -175,7 +177,7 @@ struct DropoutKernel {
     for (uint64_t bits = draw_group(); i < end; i = next, next += plane) {
       const bool keeps = bits >> (channel % 64) & 1;
       const P factor = keeps ? kept : dropped, shift = keeps ? to_kept : to_dropped;
-      map_run<kFar>(i, std::min(next, end) - i, [&](const P& value, int64_t, auto) {
+      map_run<kFar, AnyOrder>(i, std::min(next, end) - i, [&](const P& value, int64_t, auto) {
         if constexpr (!kShifted) return value * factor;
         return fmadd(value, factor, shift);
       });
@@ -214,7 +216,7 @@ struct DropoutKernel {
   FASTNORM_LOOP void scale_rows(int64_t begin, int64_t end, int64_t width, const acc_t* factor,
                                 const acc_t* shift) const {
     for (int64_t row = begin; row < end; row += width) {
-      map_run<kFar>(row, std::min(width, end - row), [&](const P& value, int64_t i, auto) {
+      map_run<kFar, Full>(row, std::min(width, end - row), [&](const P& value, int64_t i, auto) {
         if constexpr (!kShifted) return value * P::load_acc(factor + i);
         return fmadd(value, P::load_acc(factor + i), P::load_acc(shift + i));
       });

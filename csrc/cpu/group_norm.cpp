@@ -366,7 +366,7 @@ FASTNORM_LOOP void group_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   const C slope = slopes, offset = offsets;
   const PastCaches past_caches(from, dx, dresidual, n, stream, ahead);
   from.with_dz(act, [&](const auto& dz_at) {
-    for_packs_after<T>(past_caches.head, n, [&](int64_t i, auto count, int) {
+    for_packs_after<T, GradientOrderFor<T, C, Act>>(past_caches.head, n, [&](int64_t i, auto count, int) {
       if (ahead) {
         from.prefetch(i + ahead);
         if (dx && !past_caches.dx) prefetch_to_write(dx + i + kAhead<T> / 2);

@@ -143,7 +143,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
 
   clear(s2);
   if (!subtract_mean) {
-    for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+    for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const P v = P::load(x + r * N + i, count);
@@ -160,7 +160,7 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
   }
 
   clear(s1);
-  for_packs<T, kUnroll>(first, [&](int64_t i, auto count, int u) {
+  for_packs<T, kUnroll, AnyOrder>(first, [&](int64_t i, auto count, int u) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) s1[u * kRows + r] = s1[u * kRows + r] + P::load(x + r * N + i, count);
   });
@@ -170,10 +170,10 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
   P shift[kRows];
   for (int r = 0; r < kRows; ++r) shift[r] = P(m[r]);
   clear(s1);
-  for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+  for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (std::is_same_v<decltype(count), Full>) prefetch(x + r * N + i + ahead);
+      if constexpr (std::is_same_v<decltype(count), AnyOrder>) prefetch(x + r * N + i + ahead);
       const P d = (P::load(x + r * N + i, count) - shift[r]).keep(count);
       s1[u * kRows + r] = s1[u * kRows + r] + d;
       s2[u * kRows + r] = fmadd(d, d, s2[u * kRows + r]);

@@ -31,6 +31,13 @@ struct PerColumn {
   Pack<T> operator[](int64_t i) const { return Pack<T>::load_acc(values + i); }
 };
 
+// The order in which a loop with such coefficients has whole packs.
+template <typename T, typename C>
+using OrderFor = std::conditional_t<std::is_same_v<C, Uniform<T>>, AnyOrder, Full>;
+// And one in which dz may be kept, whose elements lie in order.
+template <typename T, typename C, typename Act>
+using GradientOrderFor = std::conditional_t<kMayBeSmooth<Act>, Full, OrderFor<T, C>>;
+
 // z = (x - mean) * scale + shift
 template <typename C>
 struct Affine {
@@ -64,7 +71,7 @@ FASTNORM_LOOP void normalize_run(Act act, const T* x, const T* residual, T* y, u
   const Affine<C> local = affine;  // in registers: a store to y might be one to what is only referred to
   const int64_t head = stream ? head_of_run(y, n, mask, ahead) : 0;
   stream = stream && head >= 0;
-  for_packs_after<T>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
+  for_packs_after<T, OrderFor<T, C>>(stream ? head : 0, n, [&](int64_t i, auto count, int) {
     P z = local(P::load(x + i, count), i);
     if (ahead) {
       if constexpr (kPrefetchX) prefetch(x + i + ahead);
@@ -72,7 +79,7 @@ FASTNORM_LOOP void normalize_run(Act act, const T* x, const T* residual, T* y, u
       if (!stream) prefetch_to_write(y + i + ahead);
     }
     if (residual) z = z + P::load(residual + i, count);
-    if (mask) store_bits<T>(mask + i / 8, positive_bits(z), count);
+    if (mask) store_bits<T>(mask + i / 8, positive_bits(z, count), count);
     put(activate(act, z), y + i, count, stream);
   });
 }
@@ -154,7 +161,7 @@ struct RunGradient {
       return dy_i;
     } else {
       if constexpr (kMayBePiecewiseLinear<Act>)
-        if (mask) return activate_backward(act, dy_i, load_bits<T>(mask + i / 8, count));
+        if (mask) return activate_backward(act, dy_i, load_bits<T>(mask + i / 8, count), count);
       Pack<T> z = affine(x_i, i);
       if (residual) z = z + Pack<T>::load(residual + i, count);
       return activate_backward(act, dy_i, z);
@@ -262,7 +269,7 @@ FASTNORM_LOOP void input_gradient_run(Act act, const RunGradient<T>& g, T* dx, T
   const InputGradient<C> by = coefficient;
   const PastCaches past_caches(from, dx, dresidual, n, stream, ahead);
   from.with_dz(act, [&](const auto& dz_at) {
-    for_packs_after<T>(past_caches.head, n, [&](int64_t i, auto count, int) {
+    for_packs_after<T, GradientOrderFor<T, C, Act>>(past_caches.head, n, [&](int64_t i, auto count, int) {
       if (ahead) {
         from.prefetch(i + inputs_ahead);
         if (dx && !past_caches.dx) prefetch_to_write(dx + i + ahead);
@@ -297,7 +304,7 @@ struct GradientSums {
     const RunGradient<T> from = g;
     const Affine<C> local = affine;
     const Summand<C> times = summand;
-    sum_packs<T, kUnroll>(n, dz, dz_summand, [&](int64_t i, auto count, P& s, P& sx) {
+    sum_packs<T, kUnroll, GradientOrderFor<T, C, Act>>(n, dz, dz_summand, [&](int64_t i, auto count, P& s, P& sx) {
       if (ahead) from.prefetch(i + ahead);
       const P x = P::load(from.x + i, count);
       const P d = from.dz(act, i, count, x, local);

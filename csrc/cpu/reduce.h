@@ -48,7 +48,7 @@ FASTNORM_LOOP double chunk_dot(const T* x, const T* y, const Runs& chunk) {
   for (auto& s : sum) s = P(0);
   for (int64_t run = 0; run < chunk.count; ++run) {
     const int64_t start = chunk.offset + run * chunk.stride;
-    for_packs<T, kUnroll>(chunk.length, [&](int64_t i, auto count, int u) {
+    for_packs<T, kUnroll, AnyOrder>(chunk.length, [&](int64_t i, auto count, int u) {
       sum[u] = fmadd(P::load(x + start + i, count), P::load(y + start + i, count), sum[u]);
     });
   }

@@ -45,12 +45,12 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
 
   P s1[kUnroll], s2[kUnroll];
   for (int u = 0; u < kUnroll; ++u) s1[u] = s2[u] = P(0);
-  for_packs<T, kUnroll>(first, [&](int64_t i, auto count, int u) { s1[u] = s1[u] + P::load(x + i, count); });
+  for_packs<T, kUnroll, AnyOrder>(first, [&](int64_t i, auto count, int u) { s1[u] = s1[u] + P::load(x + i, count); });
   const acc_t m = static_cast<acc_t>(tree_sum(s1) * reciprocal_of_first);
 
   const P shift(m);
   for (int u = 0; u < kUnroll; ++u) s1[u] = P(0);
-  for_packs<T, kUnroll>(n, [&](int64_t i, auto count, int u) {
+  for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) {
     const P d = (P::load(x + i, count) - shift).keep(count);
     s1[u] = s1[u] + d;
     s2[u] = fmadd(d, d, s2[u]);
@@ -89,8 +89,8 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
   for_runs(first, [&](int s, const T* row) {
     P sum[kUnroll];
     std::copy(sums[s], sums[s] + kUnroll, sum);
-    for_packs<T, kUnroll>(first.length,
-                          [&](int64_t i, auto count, int u) { sum[u] = sum[u] + P::load(row + i, count); });
+    for_packs<T, kUnroll, AnyOrder>(first.length,
+                                    [&](int64_t i, auto count, int u) { sum[u] = sum[u] + P::load(row + i, count); });
     std::copy(sum, sum + kUnroll, sums[s]);
   });
   acc_t m[kMostSlices];
@@ -103,7 +103,7 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
     P s1[kUnroll], s2[kUnroll];
     std::copy(sums[s], sums[s] + kUnroll, s1);
     std::copy(squares[s], squares[s] + kUnroll, s2);
-    for_packs<T, kUnroll>(chunk.length, [&](int64_t i, auto count, int u) {
+    for_packs<T, kUnroll, AnyOrder>(chunk.length, [&](int64_t i, auto count, int u) {
       if (ahead) prefetch(row + i + ahead);
       const P d = (P::load(row + i, count) - shift).keep(count);
       s1[u] = s1[u] + d;

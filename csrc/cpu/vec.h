@@ -26,11 +26,13 @@ namespace {
 template <typename T>
 using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// How many elements of a pack are there: all, known to the compiler, or the first few.
+// How many elements of a pack are there: all, known to the compiler, or the first few. AnyOrder: all, of which a loop
+// treats none differently, but by mask bits; on each instruction set they have the order that it likes best.
 struct Full {};
 struct Partial {
   int count;
 };
+struct AnyOrder {};
 
 constexpr size_t kStreamAlignment = 64;
 
@@ -68,9 +70,15 @@ struct Pack {
   static Pack load(const T* p, Partial n) {
     return load_each([&](int k) { return load_lanes(p + k * Storage::size(), n.count - k * Storage::size()); });
   }
+  static Pack load(const T* p, AnyOrder order) {
+    return load_each([&](int k) { return Storage::loadu(p + k * Storage::size()); }, order);
+  }
 
   void store(T* p, Full = {}) const {
     store_each([&](int k, const Storage& s) { s.store(p + k * Storage::size()); });
+  }
+  void store(T* p, AnyOrder order) const {
+    store_each([&](int k, const Storage& s) { s.store(p + k * Storage::size()); }, order);
   }
   void store(T* p, Partial n) const {
     store_each([&](int k, const Storage& s) {
@@ -78,8 +86,9 @@ struct Pack {
     });
   }
   // Past the caches; p is aligned to kStreamAlignment.
-  void stream(T* p) const {
-    store_each([&](int k, const Storage& s) { stream_vector(p + k * Storage::size(), s); });
+  template <typename Order = Full>
+  void stream(T* p, Order order = {}) const {
+    store_each([&](int k, const Storage& s) { stream_vector(p + k * Storage::size(), s); }, order);
   }
 
   // From and to arrays of the arithmetic's type that are at least a pack long.
@@ -94,6 +103,7 @@ struct Pack {
 
   // The same with the elements from the count on set to zero: for tails of sums of anything but products with x.
   Pack keep(Full) const { return *this; }
+  Pack keep(AnyOrder) const { return *this; }
   Pack keep(Partial n) const {
     Pack r;
     for_each_index<kVecs>([&](int k) FASTNORM_INLINE { r.v[k] = keep_lanes(n.count - k * Vec::size(), v[k]); });
@@ -101,13 +111,17 @@ struct Pack {
   }
 
  private:
-  template <typename F>
-  static Pack load_each(const F& storage) {
+  template <typename F, typename Order = Full>
+  static Pack load_each(const F& storage, Order = {}) {
     Pack r;
     for_each_index<kStorages>([&](int k) FASTNORM_INLINE {
       if constexpr (kConverts) {
         static_assert(Storage::size() == 2 * Vec::size());
-        std::tie(r.v[2 * k], r.v[2 * k + 1]) = widen<T>(storage(k));
+        if constexpr (std::is_same_v<Order, AnyOrder>) {
+          std::tie(r.v[2 * k], r.v[2 * k + 1]) = widen_any_order<T>(storage(k));
+        } else {
+          std::tie(r.v[2 * k], r.v[2 * k + 1]) = widen<T>(storage(k));
+        }
       } else {
         r.v[k] = storage(k);
       }
@@ -115,11 +129,15 @@ struct Pack {
     return r;
   }
 
-  template <typename F>
-  void store_each(const F& put) const {
+  template <typename F, typename Order = Full>
+  void store_each(const F& put, Order = {}) const {
     for_each_index<kStorages>([&](int k) FASTNORM_INLINE {
       if constexpr (kConverts) {
-        put(k, narrow<T>(v[2 * k], v[2 * k + 1]));
+        if constexpr (std::is_same_v<Order, AnyOrder>) {
+          put(k, narrow_any_order<T>(v[2 * k], v[2 * k + 1]));
+        } else {
+          put(k, narrow<T>(v[2 * k], v[2 * k + 1]));
+        }
       } else {
         put(k, v[k]);
       }
@@ -150,8 +168,8 @@ constexpr int64_t kAhead = 8192 / sizeof(T);
 
 template <typename T, typename Count>
 void put(const Pack<T>& pack, T* p, Count count, bool stream) {
-  if constexpr (std::is_same_v<Count, Full>) {
-    if (stream) return pack.stream(p);
+  if constexpr (!std::is_same_v<Count, Partial>) {
+    if (stream) return pack.stream(p, count);
   }
   pack.store(p, count);
 }
@@ -181,9 +199,13 @@ Pack<T> fmadd(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c) {
 }
 
 // Bit i of the result: whether !(z[i] <= 0), so true for NaN.
-template <typename T>
-uint32_t positive_bits(const Pack<T>& z) {
+template <typename T, typename Count = Full>
+uint32_t positive_bits(const Pack<T>& z, Count = {}) {
   using Vec = typename Pack<T>::Vec;
+  if constexpr (std::is_same_v<Count, AnyOrder> && Pack<T>::kConverts) {
+    static_assert(Pack<T>::kVecs == 2);
+    return zero_mask_any_order<T>(z.v[0] <= Vec(0), z.v[1] <= Vec(0));
+  }
   uint32_t bits = 0;
   for_each_index<Pack<T>::kVecs>([&](int k) FASTNORM_INLINE {
     bits |= static_cast<uint32_t>((z.v[k] <= Vec(0)).zero_mask()) << (k * Vec::size());
@@ -191,11 +213,18 @@ uint32_t positive_bits(const Pack<T>& z) {
   return bits;
 }
 
-template <typename T>
-Pack<T> choose(uint32_t bits, const Pack<T>& a, const Pack<T>& b) {
+// Bits beyond a pack's are not looked at.
+template <typename T, typename Count = Full>
+Pack<T> choose(uint32_t bits, const Pack<T>& a, const Pack<T>& b, Count = {}) {
   Pack<T> r;
-  for_each_index<Pack<T>::kVecs>(
-      [&](int k) FASTNORM_INLINE { r.v[k] = choose(bits >> (k * Pack<T>::Vec::size()), a.v[k], b.v[k]); });
+  for_each_index<Pack<T>::kVecs>([&](int k) FASTNORM_INLINE {
+    const int first = k * Pack<T>::Vec::size();
+    if constexpr (std::is_same_v<Count, AnyOrder>) {
+      r.v[k] = choose_any_order<T>(bits, first, a.v[k], b.v[k]);
+    } else {
+      r.v[k] = choose(bits, first, a.v[k], b.v[k]);
+    }
+  });
   return r;
 }
 
@@ -207,6 +236,10 @@ uint32_t load_bits(const uint8_t* p, Full = {}) {
   return bits;
 }
 template <typename T>
+uint32_t load_bits(const uint8_t* p, AnyOrder) {
+  return load_bits<T>(p);
+}
+template <typename T>
 uint32_t load_bits(const uint8_t* p, Partial n) {
   uint32_t bits = p[0];  // byte by byte: memcpy of as many as the compiler does not know is a call
   if constexpr (Pack<T>::kSize > 8) bits |= n.count > 8 ? uint32_t{p[1]} << 8 : 0;
@@ -214,9 +247,19 @@ uint32_t load_bits(const uint8_t* p, Partial n) {
   if constexpr (Pack<T>::kSize > 24) bits |= n.count > 24 ? uint32_t{p[3]} << 24 : 0;
   return bits;
 }
+// The bits of any pack and what follows, where four bytes can be read: one instruction brings these to all lanes.
+inline uint32_t load_bits_and_more(const uint8_t* p) {
+  uint32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
 template <typename T>
 void store_bits(uint8_t* p, uint32_t bits, Full = {}) {
   std::memcpy(p, &bits, Pack<T>::kSize / 8);
+}
+template <typename T>
+void store_bits(uint8_t* p, uint32_t bits, AnyOrder) {
+  store_bits<T>(p, bits);
 }
 template <typename T>
 void store_bits(uint8_t* p, uint32_t bits, Partial n) {
@@ -249,25 +292,26 @@ int64_t elements_before_pack(const T* p) {
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % (Pack<T>::kSize * sizeof(T)) / sizeof(T));
 }
 
-// Calls f(i, Full, u) for each whole pack of n elements, kUnroll of them together with u = 0 .. kUnroll - 1
-// (independent accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what is left.
-template <typename T, int kUnroll = 1, typename F>
+// Calls f(i, Whole, u), Whole being Full or AnyOrder, for each whole pack of n elements, kUnroll of them together with
+// u = 0 .. kUnroll - 1 (independent accumulators hide the latency of an addition, 4 cycles), and f(i, Partial, 0) for what
+// is left.
+template <typename T, int kUnroll = 1, typename Whole = Full, typename F>
 void for_packs(int64_t n, const F& f) {
   constexpr int kSize = Pack<T>::kSize;
   int64_t i = 0;
   if constexpr (kUnroll > 1) {
     for (; i + kUnroll * kSize <= n; i += kUnroll * kSize) {
 #pragma GCC unroll 8
-      for (int u = 0; u < kUnroll; ++u) f(i + u * kSize, Full{}, u);
+      for (int u = 0; u < kUnroll; ++u) f(i + u * kSize, Whole{}, u);
     }
   }
-  for (; i + kSize <= n; i += kSize) f(i, Full{}, 0);
+  for (; i + kSize <= n; i += kSize) f(i, Whole{}, 0);
   if (i < n) f(i, Partial{static_cast<int>(n - i)}, 0);
 }
 
-// Adds to two sums what add(i, Full | Partial, its sum, its other sum) adds for each pack of n elements. kUnroll pairs of
+// Adds to two sums what add(i, Whole | Partial, its sum, its other sum) adds for each pack of n elements. kUnroll pairs of
 // sums where there are as many whole packs; a shorter run has no use for them, and one pair stays in registers.
-template <typename T, int kUnroll, typename F>
+template <typename T, int kUnroll, typename Whole = Full, typename F>
 void sum_packs(int64_t n, Pack<T>& sum, Pack<T>& other_sum, const F& add) {
   constexpr int64_t kSize = Pack<T>::kSize;
   Pack<T> a = sum, b = other_sum;
@@ -277,9 +321,9 @@ void sum_packs(int64_t n, Pack<T>& sum, Pack<T>& other_sum, const F& add) {
       Pack<T> more_a[kUnroll - 1], more_b[kUnroll - 1];
       for (int u = 0; u < kUnroll - 1; ++u) more_a[u] = more_b[u] = Pack<T>(0);
       for (; begin + kUnroll * kSize <= n; begin += kUnroll * kSize) {
-        add(begin, Full{}, a, b);
+        add(begin, Whole{}, a, b);
 #pragma GCC unroll 8
-        for (int u = 0; u < kUnroll - 1; ++u) add(begin + (u + 1) * kSize, Full{}, more_a[u], more_b[u]);
+        for (int u = 0; u < kUnroll - 1; ++u) add(begin + (u + 1) * kSize, Whole{}, more_a[u], more_b[u]);
       }
       for (int u = 0; u < kUnroll - 1; ++u) {
         a = a + more_a[u];
@@ -287,7 +331,7 @@ void sum_packs(int64_t n, Pack<T>& sum, Pack<T>& other_sum, const F& add) {
       }
     }
   }
-  for_packs<T>(n - begin, [&](int64_t i, auto count, int) { add(begin + i, count, a, b); });
+  for_packs<T, 1, Whole>(n - begin, [&](int64_t i, auto count, int) { add(begin + i, count, a, b); });
   sum = a;
   other_sum = b;
 }
@@ -295,14 +339,14 @@ void sum_packs(int64_t n, Pack<T>& sum, Pack<T>& other_sum, const F& add) {
 // As for_packs, for a run whose whole packs begin after `head` elements, less than a pack. Ends that are not whole packs
 // share one copy of f's code. What lies first comes first: streamed stores that come before an ordinary one to the line
 // in front of them take up to twice as long.
-template <typename T, typename F>
+template <typename T, typename Whole = Full, typename F>
 void for_packs_after(int64_t head, int64_t n, const F& f) {
   constexpr int64_t kSize = Pack<T>::kSize;
   int64_t begin = 0, end = std::min(head, n);
   for (;;) {
     if (begin < end) f(begin, Partial{static_cast<int>(end - begin)}, 0);
     if (end == n) return;
-    for (begin = head; begin + kSize <= n; begin += kSize) f(begin, Full{}, 0);
+    for (begin = head; begin + kSize <= n; begin += kSize) f(begin, Whole{}, 0);
     end = n;
   }
 }

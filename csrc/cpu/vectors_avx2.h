@@ -20,17 +20,20 @@ inline __m256i swap_quarters(__m256i x) { return _mm256_permute4x64_epi64(x, 0xD
 
 // To the nearest, ties to even, of both vectors at once: their upper halves side by side as half words, and their lower
 // ones. NaN stays NaN, for a number larger than any cannot become larger.
-inline __m256i narrow(__m256i low, __m256i high) {
+inline __m256i narrow_even_odd(__m256i even, __m256i odd) {
   constexpr int kOdd = 0xAA;  // half words
-  const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, kOdd);
-  const __m256i lower = _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), kOdd);
+  const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, kOdd);
+  const __m256i lower = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), kOdd);
   const __m256i beyond_half = _mm256_xor_si256(lower, _mm256_set1_epi16(-0x8000));  // lower - 0x8000, signed
   const __m256i minus_odd = _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_and_si256(upper, _mm256_set1_epi16(1)));
   const __m256i minus_one_up = _mm256_cmpgt_epi16(beyond_half, minus_odd);
-  const __m256i rounded = _mm256_max_epu16(_mm256_subs_epi16(upper, minus_one_up), upper);
+  return _mm256_max_epu16(_mm256_subs_epi16(upper, minus_one_up), upper);
+}
+
+inline __m256i narrow(__m256i low, __m256i high) {
   const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13,
                                          2, 3, 6, 7, 10, 11, 14, 15);
-  return swap_quarters(_mm256_shuffle_epi8(rounded, order));
+  return swap_quarters(_mm256_shuffle_epi8(narrow_even_odd(low, high), order));
 }
 
 }  // namespace bfloat16
@@ -51,6 +54,25 @@ vec::Vectorized<T> narrow(const vec::Vectorized<float>& low, const vec::Vectoriz
     return bfloat16::narrow(_mm256_castps_si256(low), _mm256_castps_si256(high));
   } else {
     return vec::convert_from_float<T>(low, high);
+  }
+}
+
+// The elements of even places, and those of odd ones: no permutation either way.
+template <typename T>
+std::tuple<vec::Vectorized<float>, vec::Vectorized<float>> widen_any_order(const vec::Vectorized<T>& x) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const __m256i upper_halves = _mm256_set1_epi32(-0x10000);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_and_si256(x, upper_halves))};
+  } else {
+    return widen<T>(x);
+  }
+}
+template <typename T>
+vec::Vectorized<T> narrow_any_order(const vec::Vectorized<float>& even, const vec::Vectorized<float>& odd) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return bfloat16::narrow_even_odd(_mm256_castps_si256(even), _mm256_castps_si256(odd));
+  } else {
+    return narrow<T>(even, odd);
   }
 }
 
@@ -91,15 +113,44 @@ inline vec::Vectorized<double> keep_lanes(int n, const vec::Vectorized<double>& 
   return _mm256_and_pd(_mm256_castsi256_pd(lane_mask_64(n)), v);
 }
 
-inline vec::Vectorized<float> choose(uint32_t bits, vec::Vectorized<float> a, vec::Vectorized<float> b) {
-  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+// Of the first lane the bit `first`, of each next one that `step` further on.
+inline vec::Vectorized<float> choose_steps(uint32_t bits, int first, int step, vec::Vectorized<float> a,
+                                           vec::Vectorized<float> b) {
+  const auto bit = [&](int lane) { return 1 << (first + lane * step); };
+  const __m256i lane = _mm256_setr_epi32(bit(0), bit(1), bit(2), bit(3), bit(4), bit(5), bit(6), bit(7));
   const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
   return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(set));
 }
-inline vec::Vectorized<double> choose(uint32_t bits, vec::Vectorized<double> a, vec::Vectorized<double> b) {
-  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+inline vec::Vectorized<float> choose(uint32_t bits, int first, vec::Vectorized<float> a, vec::Vectorized<float> b) {
+  return choose_steps(bits, first, 1, a, b);
+}
+inline vec::Vectorized<double> choose(uint32_t bits, int first, vec::Vectorized<double> a, vec::Vectorized<double> b) {
+  const __m256i lane = _mm256_setr_epi64x(1 << first, 2 << first, 4 << first, 8 << first);
   const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<int>(bits)), lane), lane);
   return _mm256_blendv_pd(b, a, _mm256_castsi256_pd(set));
+}
+
+// Of what widen_any_order<T> gives, first or second.
+template <typename T, typename Vec>
+Vec choose_any_order(uint32_t bits, int first, const Vec& a, const Vec& b) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return choose_steps(bits, first / Vec::size(), 2, a, b);
+  } else {
+    return choose(bits, first, a, b);
+  }
+}
+
+// Bit i: whether element i is zero in the vectors that widen_any_order<T> gives, whose lanes are zero or all ones.
+template <typename T, typename Vec>
+uint32_t zero_mask_any_order(const Vec& first, const Vec& second) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    constexpr int kOdd = 0xAA;  // half words
+    const __m256i words = _mm256_blend_epi16(_mm256_castps_si256(first), _mm256_castps_si256(second), kOdd);
+    const uint32_t ones = _mm256_movemask_epi8(_mm256_packs_epi16(words, words));  // each half's eight bits twice
+    return ~((ones & 0xFF) | (ones >> 8 & 0xFF00)) & 0xFFFF;
+  } else {
+    return static_cast<uint32_t>(first.zero_mask()) | static_cast<uint32_t>(second.zero_mask()) << Vec::size();
+  }
 }
 
 inline double lane_sum(__m256d v) {

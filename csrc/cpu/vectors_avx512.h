@@ -84,11 +84,11 @@ inline vec::Vectorized<double> keep_lanes(int n, const vec::Vectorized<double>& 
   return _mm512_maskz_mov_pd(lane_mask(n), v);
 }
 
-inline vec::Vectorized<float> choose(uint32_t bits, vec::Vectorized<float> a, vec::Vectorized<float> b) {
-  return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a);
+inline vec::Vectorized<float> choose(uint32_t bits, int first, vec::Vectorized<float> a, vec::Vectorized<float> b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(bits >> first), b, a);
 }
-inline vec::Vectorized<double> choose(uint32_t bits, vec::Vectorized<double> a, vec::Vectorized<double> b) {
-  return _mm512_mask_blend_pd(static_cast<__mmask8>(bits), b, a);
+inline vec::Vectorized<double> choose(uint32_t bits, int first, vec::Vectorized<double> a, vec::Vectorized<double> b) {
+  return _mm512_mask_blend_pd(static_cast<__mmask8>(bits >> first), b, a);
 }
 
 inline double lane_sum(vec::Vectorized<double> v) { return _mm512_reduce_add_pd(v); }

@@ -39,11 +39,11 @@ vec::Vectorized<T> keep_lanes(int n, const vec::Vectorized<T>& v) {
 }
 
 template <typename T>
-vec::Vectorized<T> choose(uint32_t bits, const vec::Vectorized<T>& a, const vec::Vectorized<T>& b) {
+vec::Vectorized<T> choose(uint32_t bits, int first, const vec::Vectorized<T>& a, const vec::Vectorized<T>& b) {
   T x[vec::Vectorized<T>::size()], y[vec::Vectorized<T>::size()];
   a.store(x);
   b.store(y);
-  for (int i = 0; i < vec::Vectorized<T>::size(); ++i) x[i] = bits >> i & 1 ? x[i] : y[i];
+  for (int i = 0; i < vec::Vectorized<T>::size(); ++i) x[i] = bits >> (first + i) & 1 ? x[i] : y[i];
   return vec::Vectorized<T>::loadu(x);
 }
 

@@ -246,12 +246,13 @@ inline vec::Vectorized<double> keep_lanes(int n, const vec::Vectorized<double>& 
 inline __m128i lanes_set(uint32_t bits, __m128i lane) {
   return _mm_cmpeq_epi32(_mm_and_si128(_mm_set1_epi32(static_cast<int>(bits)), lane), lane);
 }
-inline vec::Vectorized<float> choose(uint32_t bits, const vec::Vectorized<float>& a, const vec::Vectorized<float>& b) {
-  return vec::Vectorized<float>::blendv(b, a, _mm_castsi128_ps(lanes_set(bits, _mm_setr_epi32(1, 2, 4, 8))));
+inline vec::Vectorized<float> choose(uint32_t bits, int first, const vec::Vectorized<float>& a,
+                                     const vec::Vectorized<float>& b) {
+  return vec::Vectorized<float>::blendv(b, a, _mm_castsi128_ps(lanes_set(bits >> first, _mm_setr_epi32(1, 2, 4, 8))));
 }
-inline vec::Vectorized<double> choose(uint32_t bits, const vec::Vectorized<double>& a,
+inline vec::Vectorized<double> choose(uint32_t bits, int first, const vec::Vectorized<double>& a,
                                       const vec::Vectorized<double>& b) {
-  return vec::Vectorized<double>::blendv(b, a, _mm_castsi128_pd(lanes_set(bits, _mm_setr_epi32(1, 1, 2, 2))));
+  return vec::Vectorized<double>::blendv(b, a, _mm_castsi128_pd(lanes_set(bits >> first, _mm_setr_epi32(1, 1, 2, 2))));
 }
 
 inline double lane_sum(const vec::Vectorized<double>& v) { return _mm_cvtsd_f64(_mm_add_sd(v, _mm_unpackhi_pd(v, v))); }
