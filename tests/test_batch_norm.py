@@ -226,12 +226,17 @@ def test_backward_of_several_chunks_against_float64(shape: tuple[int, ...], acti
     ids=("none", "residual", "relu", "residual-relu", "gelu"),
 )
 @pytest.mark.parametrize(
-    "shape", ((9, 300, 7, 7), (17, 256, 7, 7), (20, 64, 14, 14), (12, 100, 9, 9), (8, 40, 5, 5)), ids=str
+    "shape",
+    ((9, 300, 7, 7), (17, 256, 7, 7), (20, 64, 14, 14), (12, 100, 9, 9), (8, 40, 5, 5), (9, 24, 23, 23)),
+    ids=str,
 )
 def test_short_planes_against_float64(
     shape: tuple[int, ...], activation: str | None, with_residual: bool, dtype: torch.dtype
 ) -> None:
-    """Neighbouring planes as one run of each sample: whole cache lines or not, and a last bundle of fewer channels."""
+    """Neighbouring planes as one run of each sample: whole cache lines or not, and a last bundle of fewer channels.
+
+    Planes of 23x23 go one by one, past the caches from a cache line on, which lies elsewhere in each.
+    """
     generator = torch.Generator().manual_seed(0)
     x, residual, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     weight, bias = (torch.randn(shape[1], generator=generator) for _ in range(2))
