@@ -63,31 +63,30 @@ struct Pack {
     for_each_index<kVecs>([&](int k) FASTNORM_INLINE { v[k] = Vec(value); });
   }
 
-  static Pack load(const T* p, Full = {}) {
-    return load_each([&](int k) { return Storage::loadu(p + k * Storage::size()); });
+  // Whole: Full or AnyOrder.
+  template <typename Whole = Full>
+  static Pack load(const T* p, Whole order = {}) {
+    return load_each([&](int k) { return Storage::loadu(p + k * Storage::size()); }, order);
   }
   // The elements that are not there read as zero.
   static Pack load(const T* p, Partial n) {
-    return load_each([&](int k) { return load_lanes(p + k * Storage::size(), n.count - k * Storage::size()); });
-  }
-  static Pack load(const T* p, AnyOrder order) {
-    return load_each([&](int k) { return Storage::loadu(p + k * Storage::size()); }, order);
+    return load_each([&](int k) { return load_lanes(p + k * Storage::size(), n.count - k * Storage::size()); }, Full{});
   }
 
-  void store(T* p, Full = {}) const {
-    store_each([&](int k, const Storage& s) { s.store(p + k * Storage::size()); });
-  }
-  void store(T* p, AnyOrder order) const {
+  template <typename Whole = Full>
+  void store(T* p, Whole order = {}) const {
     store_each([&](int k, const Storage& s) { s.store(p + k * Storage::size()); }, order);
   }
   void store(T* p, Partial n) const {
-    store_each([&](int k, const Storage& s) {
-      store_lanes(p + k * Storage::size(), n.count - k * static_cast<int>(Storage::size()), s);
-    });
+    store_each(
+        [&](int k, const Storage& s) {
+          store_lanes(p + k * Storage::size(), n.count - k * static_cast<int>(Storage::size()), s);
+        },
+        Full{});
   }
   // Past the caches; p is aligned to kStreamAlignment.
-  template <typename Order = Full>
-  void stream(T* p, Order order = {}) const {
+  template <typename Whole = Full>
+  void stream(T* p, Whole order = {}) const {
     store_each([&](int k, const Storage& s) { stream_vector(p + k * Storage::size(), s); }, order);
   }
 
@@ -102,8 +101,10 @@ struct Pack {
   }
 
   // The same with the elements from the count on set to zero: for tails of sums of anything but products with x.
-  Pack keep(Full) const { return *this; }
-  Pack keep(AnyOrder) const { return *this; }
+  template <typename Whole>
+  Pack keep(Whole) const {
+    return *this;
+  }
   Pack keep(Partial n) const {
     Pack r;
     for_each_index<kVecs>([&](int k) FASTNORM_INLINE { r.v[k] = keep_lanes(n.count - k * Vec::size(), v[k]); });
@@ -111,8 +112,8 @@ struct Pack {
   }
 
  private:
-  template <typename F, typename Order = Full>
-  static Pack load_each(const F& storage, Order = {}) {
+  template <typename F, typename Order>
+  static Pack load_each(const F& storage, Order) {
     Pack r;
     for_each_index<kStorages>([&](int k) FASTNORM_INLINE {
       if constexpr (kConverts) {
@@ -129,8 +130,8 @@ struct Pack {
     return r;
   }
 
-  template <typename F, typename Order = Full>
-  void store_each(const F& put, Order = {}) const {
+  template <typename F, typename Order>
+  void store_each(const F& put, Order) const {
     for_each_index<kStorages>([&](int k) FASTNORM_INLINE {
       if constexpr (kConverts) {
         if constexpr (std::is_same_v<Order, AnyOrder>) {
@@ -229,15 +230,11 @@ Pack<T> choose(uint32_t bits, const Pack<T>& a, const Pack<T>& b, Count = {}) {
 }
 
 // A pack's mask bits in memory: kSize / 8 bytes, fewer at the end of a row.
-template <typename T>
-uint32_t load_bits(const uint8_t* p, Full = {}) {
+template <typename T, typename Whole = Full>
+uint32_t load_bits(const uint8_t* p, Whole = {}) {
   uint32_t bits = 0;
   std::memcpy(&bits, p, Pack<T>::kSize / 8);
   return bits;
-}
-template <typename T>
-uint32_t load_bits(const uint8_t* p, AnyOrder) {
-  return load_bits<T>(p);
 }
 template <typename T>
 uint32_t load_bits(const uint8_t* p, Partial n) {
@@ -253,13 +250,9 @@ inline uint32_t load_bits_and_more(const uint8_t* p) {
   std::memcpy(&bits, p, sizeof bits);
   return bits;
 }
-template <typename T>
-void store_bits(uint8_t* p, uint32_t bits, Full = {}) {
+template <typename T, typename Whole = Full>
+void store_bits(uint8_t* p, uint32_t bits, Whole = {}) {
   std::memcpy(p, &bits, Pack<T>::kSize / 8);
-}
-template <typename T>
-void store_bits(uint8_t* p, uint32_t bits, AnyOrder) {
-  store_bits<T>(p, bits);
 }
 template <typename T>
 void store_bits(uint8_t* p, uint32_t bits, Partial n) {
