@@ -38,8 +38,8 @@ $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" ninja pybind11 numpy \
-		"pytest>=8" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" ruff==0.17.5 clang-format==18.1.8 mypy==2.4.1 \
-		"build>=1.2"
+		"pytest>=8" "pytest-xdist>=3.5" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" \
+		ruff==0.17.5 clang-format==18.1.8 mypy==2.4.1 "build>=1.2"
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastnorm.pth"
 	touch $@
 
@@ -54,8 +54,11 @@ build: build/.built
 ladder: build
 	$(BIN)/python examples/cifar_ladder.py $(if $(ARGS),$(ARGS),--rungs 0,1,2,3 --minutes 5)
 
+# A process a core. Each has two threads, and one that waits must not keep a core from another process. ARGS="-n 0" is for
+# a debugger: one process.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
@@ -103,7 +106,7 @@ $(CUDA_VENV)/.ready: Makefile
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(CUDA_TORCH)
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77,<82" ninja pybind11 numpy \
-		"pytest>=8" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66"
+		"pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66"
 	touch $@
 
 # The objects of kernels are made anew: it is their compiler's words that are checked. Left out are the tests that repeat
@@ -120,7 +123,8 @@ cuda-check:
 		$(CUDA_BIN)/python setup.py build_ext --inplace > log.txt 2>&1 || { cat log.txt; exit 1; }; }
 	$(CUDA_BIN)/python tests/cuda_check.py $(CUDA_TREE)/log.txt
 	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m fastnorm
-	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m pytest -q tests $(CUDA_UNTESTED:%=--ignore tests/test_%.py) $(ARGS)
+	cd $(CUDA_TREE) && OMP_WAIT_POLICY=passive \
+		$(CUDA_BIN)/python -m pytest -q $(PARALLEL) tests $(CUDA_UNTESTED:%=--ignore tests/test_%.py) $(ARGS)
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "gpu-check: needs OUT=DIR, where the tables go"; exit 1; }
