@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.h)
-CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu)
+CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/*.cpp tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu)
 PYTHON_FILES := setup.py fastnorm tests benchmarks examples
 
 # The CUDA build has an environment and a tree of its own: its torch is another, and so is its extension of the same name.

@@ -56,13 +56,12 @@ struct Lanes {
 
   static uint64_t keep(const Lanes (&r)[2], uint32_t threshold) {
     const __m256i t = _mm256_set1_epi16(static_cast<int16_t>(threshold));
-    const auto at_least = [&](__m256i x) {
-      x = _mm256_shuffle_epi32(x, _MM_SHUFFLE(2, 3, 0, 1));
-      return _mm256_cmpeq_epi16(_mm256_max_epu16(x, t), x);
-    };
-    const __m256i even = at_least(_mm256_unpacklo_epi64(r[0].v, r[1].v)),
-                  odd = at_least(_mm256_unpackhi_epi64(r[0].v, r[1].v));
-    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(even, odd)));
+    const auto at_least = [&](__m256i x) { return _mm256_cmpeq_epi16(_mm256_max_epu16(x, t), x); };
+    // In each half of a vector four bytes for each lane of r[0], then of r[1]; words of two bytes are exchanged.
+    const __m256i order = _mm256_setr_epi8(2, 3, 0, 1, 10, 11, 8, 9, 6, 7, 4, 5, 14, 15, 12, 13, 2, 3, 0, 1, 10, 11, 8,
+                                           9, 6, 7, 4, 5, 14, 15, 12, 13);
+    const __m256i bytes = _mm256_packs_epi16(at_least(r[0].v), at_least(r[1].v));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_shuffle_epi8(bytes, order)));
   }
 };
 #elif defined(__x86_64__)
@@ -134,19 +133,19 @@ struct Lanes {
 
 // Scalar math: bit i of a result is set iff half word i % 8 of dropout_bits(seed, offset, block + i / 8) >= threshold.
 //
-// Rounds depend on each other, so groups are drawn several at once. The first round multiplies `offset`, which is the
-// same for all, and the last leaves its products' words where they are: low half first.
+// Rounds depend on each other, so groups are drawn several at once. Of what the first two rounds multiply, `offset` and
+// what comes of a block's upper half are the same for all that are drawn together; the last round leaves its products'
+// words where they are: low half first.
 class KeepBits {
  public:
-  KeepBits(uint64_t seed, uint64_t offset, uint32_t threshold) : threshold_(threshold) {
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-      const bool last = round == kPhiloxRounds - 1;
-      key_[round][0] = Lanes::all(last ? static_cast<uint64_t>(k0) << 32 : k0);
-      key_[round][1] = Lanes::all(last ? static_cast<uint64_t>(k1) << 32 : k1);
+  KeepBits(uint64_t seed, uint64_t offset, uint32_t threshold) : seed_(seed), offset_(offset), threshold_(threshold) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const int shift = round == kPhiloxRounds - 1 ? 32 : 0;
+      for (int i = 0; i < 2; ++i) key_[round][i] = Lanes::all(static_cast<uint64_t>(key(round, i)) << shift);
     }
-    offset_high_ = Lanes::all(offset >> 32);
-    offset_product_ = Lanes::all(offset).times(Lanes::all(kPhiloxM1));
+    third_word_ = Lanes::all(static_cast<uint32_t>(offset >> 32) ^ key(0, 1));
+    first_word_ = Lanes::all(static_cast<uint32_t>(offset_product()) ^ key(1, 0));
+    low_blocks_ = blocks_above(0);
   }
 
   // The 64 elements from 8 * block on.
@@ -156,7 +155,7 @@ class KeepBits {
     return bits;
   }
 
-  // `count` such groups; next_block() gives the first block of one after the other.
+  // `count` such groups; next_block() gives the first block of one after the other, each above the one before it.
   template <typename F>
   FASTNORM_LOOP void of_groups(int64_t count, uint64_t* bits, const F& next_block) const {
     constexpr int kGroups = Lanes::kAtOnce;
@@ -172,8 +171,32 @@ class KeepBits {
  private:
   static constexpr int kParts = kGroupBlocks / Lanes::kSize;  // of a group
 
+  // Of the second round, for blocks with one upper half: the product of the first word, and what its high half and the
+  // key make of the third.
+  struct SameUpperHalf {
+    Lanes product, third_word;
+  };
+
+  uint32_t key(uint32_t round, int i) const {
+    return static_cast<uint32_t>(seed_ >> (32 * i)) + round * (i ? kPhiloxW1 : kPhiloxW0);
+  }
+  uint64_t offset_product() const { return uint64_t{kPhiloxM1} * static_cast<uint32_t>(offset_); }
+  SameUpperHalf blocks_above(uint32_t upper_half) const {
+    const uint32_t first_word = static_cast<uint32_t>(offset_product() >> 32) ^ upper_half ^ key(0, 0);
+    const uint64_t product = uint64_t{kPhiloxM0} * first_word;
+    return {Lanes::all(product), Lanes::all(static_cast<uint32_t>(product >> 32) ^ key(1, 1))};
+  }
+
   template <int kGroups>
   void draw(const uint64_t* blocks, uint64_t* bits) const {
+    uint64_t apart = 0;
+    for (int i = 0; i < kGroups; ++i) apart |= (blocks[i] + kGroupBlocks - 1) ^ blocks[0];
+    if (apart >> 32) {
+      for (int i = 0; i < kGroups; ++i) bits[i] = draw_one_by_one(blocks[i]);
+      return;
+    }
+    const uint32_t upper_half = static_cast<uint32_t>(blocks[0] >> 32);
+    const SameUpperHalf same = upper_half == 0 ? low_blocks_ : blocks_above(upper_half);
     constexpr int kAll = kGroups * kParts, kCount = std::min(kAll, Lanes::kAtOnce);
     static_assert(kAll % kCount == 0);
     uint8_t* bytes = reinterpret_cast<uint8_t*>(bits);
@@ -183,25 +206,38 @@ class KeepBits {
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i)
         counters[i] = Lanes::consecutive(blocks[(first + i) / kParts] + (first + i) % kParts * Lanes::kSize);
-      draw_lanes<kCount>(counters, bytes + first * Lanes::kSize);
+      draw_lanes<kCount>(counters, same, bytes + first * Lanes::kSize);
     }
+  }
+
+  // Where the upper half changes, once in 2^35 elements.
+  __attribute__((noinline, cold)) uint64_t draw_one_by_one(uint64_t block) const {
+    uint64_t bits = 0;
+    for (int e = 0; e < 64; ++e) {
+      const Philox4x32 drawn = dropout_bits(seed_, offset_, block + e / kElementsPerPhilox);
+      const uint32_t number = drawn.word[e % kElementsPerPhilox / 2] >> (e % 2 * 16) & 0xFFFF;
+      bits |= static_cast<uint64_t>(number >= threshold_) << e;
+    }
+    return bits;
   }
 
   // A byte for each lane of the counters.
   template <int kCount>
-  void draw_lanes(const Lanes (&counter)[kCount], uint8_t* bytes) const {
+  void draw_lanes(const Lanes (&counter)[kCount], const SameUpperHalf& same, uint8_t* bytes) const {
+    static_assert(kPhiloxRounds > 2);
     const Lanes m0 = Lanes::all(kPhiloxM0), m1 = Lanes::all(kPhiloxM1);
     Lanes c[kCount][4];
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
-      const Lanes product = counter[i].times(m0);
-      c[i][0] = Lanes::exclusive_or(offset_product_.high_to_low(), counter[i].high_to_low(), key_[0][0]);
-      c[i][1] = offset_product_;
-      c[i][2] = Lanes::exclusive_or(product.high_to_low(), offset_high_, key_[0][1]);
-      c[i][3] = product;
+      const Lanes p0 = counter[i].times(m0);
+      const Lanes p1 = Lanes::exclusive_or(p0.high_to_low(), third_word_).times(m1);
+      c[i][0] = Lanes::exclusive_or(p1.high_to_low(), first_word_);
+      c[i][1] = p1;
+      c[i][2] = Lanes::exclusive_or(p0, same.third_word);
+      c[i][3] = same.product;
     }
 #pragma GCC unroll 1  // so that the state stays in registers and the keys in memory, and not the other way
-    for (int round = 1; round < kPhiloxRounds - 1; ++round) {
+    for (int round = 2; round < kPhiloxRounds - 1; ++round) {
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
         const Lanes p0 = c[i][0].times(m0), p1 = c[i][2].times(m1);
@@ -221,9 +257,13 @@ class KeepBits {
     }
   }
 
-  Lanes key_[kPhiloxRounds][2];  // the last one's in the high halves
-  Lanes offset_high_, offset_product_;
+  uint64_t seed_, offset_;
   uint32_t threshold_;
+  Lanes key_[kPhiloxRounds][2];  // the last one's in the high halves
+  // What the offset and the key make of a word: of the first round's third, but for a counter's product, and of the
+  // second round's first, but for the product of that third.
+  Lanes third_word_, first_word_;
+  SameUpperHalf low_blocks_;
 };
 
 }  // namespace
