@@ -1,6 +1,6 @@
 # Everything a fresh machine needs is made here: Python >= 3.10, a C++ compiler and make are enough.
 #   make ladder   the CIFAR-10 trick ladder (examples/cifar_ladder.py): four rungs in 5 minutes, ARGS=--resume the others
-#   make test     all tests
+#   make test     all tests but the slow ones
 #   make lint     ruff, clang-format and mypy
 #   make bench    benchmarks against torch.nn
 #   make fuzz     drawn calls of every op against float64: make fuzz ARGS="100000 --seed 1"

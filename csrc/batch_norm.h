@@ -36,7 +36,7 @@ struct BatchNormForward {
   Dtype dtype, param_dtype, stats_dtype;
   Activation activation;
   bool training;              // statistics of this batch, or the running ones
-  bool skip_nonfinite_stats;  // a batch with an inf or NaN leaves the running statistics alone
+  bool skip_nonfinite_stats;  // one whose statistics are inf or NaN in stats_dtype leaves the running ones alone
   double eps;
   double
       momentum;  // weight of the new value in the running statistics; NaN: cumulative average, 1 / num_batches_tracked

@@ -23,7 +23,7 @@ TORCH_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def check_activation(op: str, activation: str | None) -> None:
     """Raises ValueError for a name that is none of the activations."""
-    if activation is not None and activation not in TORCH_ACTIVATIONS:
+    if activation is not None and (not isinstance(activation, str) or activation not in TORCH_ACTIVATIONS):
         names = ", ".join(map(repr, TORCH_ACTIVATIONS))
         raise ValueError(f"{op}: activation must be None or one of {names}, got {activation!r}")
 

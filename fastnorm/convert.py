@@ -232,6 +232,8 @@ def _layers(model: nn.Module, skip: Skip) -> Iterator[tuple[str, nn.Module, str 
 
 def skipped_modules(op: str, model: nn.Module, skip: Skip) -> set[nn.Module]:
     """What ``skip`` tells, with everything inside. A shared module needs to be named only once."""
+    if isinstance(skip, type):
+        raise TypeError(f"{op}: skip must be names or a function of name and module, got the class {skip.__name__}")
     if callable(skip):
         roots = [module for name, module in model.named_modules() if skip(name, module)]
     else:

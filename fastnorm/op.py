@@ -77,13 +77,36 @@ def carry(
                 reason = str(uncovered).partition(": ")[2]
             except (AttributeError, TypeError) as error:
                 check_tensor(name, args[0])
-                _, incompatible, rest = str(error).partition("(): incompatible function arguments")
-                if not incompatible:
+                if "(): incompatible function arguments" not in str(error):
                     raise
-                raise TypeError(f"{name}{incompatible}{rest}") from None  # by the name of the op, not of its kernel
+                raise TypeError(_unfitting(name, args)) from None
         return call_torch(name, reason, torch_op, *args)
 
     return op
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "Tensor": (Tensor,), "Generator": (torch.Generator,),
+    "bool": (bool,), "int": (int,), "float": (float, int), "str": (str,),
+}  # fmt: skip
+
+
+def _unfitting(name: str, args: tuple[Any, ...]) -> str:
+    """What a kernel, which names none, has against its arguments: in the words of the op's schema."""
+    values = [one for arg in args for one in (arg if isinstance(arg, tuple) else (arg,))]
+    schema = torch._C._jit_get_schemas_for_operator(f"fastnorm::{'layer_norm' if name == 'rms_norm' else name}")[0]
+    for argument, value in zip(schema.arguments, values, strict=False):
+        what, kind = argument.name, str(argument.type)
+        if what == "state":  # that the op is given where a generator draws it
+            what, kind = "generator", "Optional[Generator]"
+        optional = kind.startswith("Optional[")
+        kind = kind.removeprefix("Optional[").removesuffix("]") if optional else kind
+        is_number_by_name = isinstance(value, bool) and kind in ("int", "float")
+        if (isinstance(value, _KINDS.get(kind, object)) and not is_number_by_name) or (optional and value is None):
+            continue
+        wanted = f"{'an' if kind == 'int' else 'a'} {kind}{' or None' if optional else ''}"
+        return f"{name}: {what} must be {wanted}, got {type(value).__name__}"
+    return f"{name}: incompatible function arguments: {', '.join(type(value).__name__ for value in values)}"
 
 
 def check_tensor(op: str, input: Any) -> None:

@@ -119,8 +119,12 @@ class SyncBatchNorm(_BatchNorm):
         torch.Size([8, 16, 4, 4])
     """
 
-    _input_dims = (2, 3, 4, 5)
+    _input_dims = (2, 3, 4, 5)  # and more
     _input_shape = "(N, C, *)"
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            super()._check_input_dim(input)
 
     def __init__(
         self,

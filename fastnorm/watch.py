@@ -69,7 +69,11 @@ class Watch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        sys.setprofile(self._before)
+        # What a profiler in C has told of itself is itself, and no function: cProfile's, before Python 3.12.
+        before: Any = self._before
+        sys.setprofile(before if callable(before) else None)
+        if not callable(before) and hasattr(before, "enable"):
+            before.enable()
 
     def _event(self, frame: FrameType, event: str, function: Any) -> None:
         code = frame.f_code

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import INPUTS, SLACK, Row, accuracy_cases, rows
 from cases import Case
+
+import fastnorm.functional as fn
 
 HARD = ("mean / std 1e+05", "scale 1e-30", "scale 1e+20", "large constant", "denormals", "one outlier of 1e30", "a NaN")
 BY_NAME = {case.name: case for case in accuracy_cases()}
@@ -37,3 +40,45 @@ def test_an_error_is_seen() -> None:
     forgetful = replace(case, fastnorm=lambda x, *rest: case.fastnorm(x.nan_to_num(), *rest))
     lost = next(row for row in hard(forgetful, "a NaN") if row.result == "y")
     assert lost.ours == math.inf and lost.worse and lost.torchs <= SLACK
+
+
+@pytest.mark.parametrize("at", (0, 700), ids=("among the first", "among the others"))
+@pytest.mark.parametrize("outlier", (1e4, 1e6, 1e15))
+@pytest.mark.parametrize("op", ("batch", "group", "instance", "layer"))
+def test_an_outlier_among_many(op: str, outlier: float, at: int) -> None:
+    """In float32 what is added to its square is rounded, and of numbers alike always the same way.
+
+    The error of y there, from that of the variance: one unit of float32, where it was 10.
+    """
+    norms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "batch": lambda x: fn.batch_norm(x, None, None, training=True),
+        "group": lambda x: fn.group_norm(x, 1),
+        "instance": lambda x: fn.instance_norm(x),
+        "layer": lambda x: fn.layer_norm(x, x.shape[2:]),
+    }
+    x = torch.randn(16, 3, 30, 31, generator=torch.Generator().manual_seed(0))
+    x[0, 0].view(-1)[at] = outlier
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = x.to(dtype)
+        y = norms[op](given)[0, 0].view(-1)[at].double()
+        wanted = norms[op](given.double())[0, 0].view(-1)[at]
+        errors.append(abs(y / wanted - 1).item() / torch.finfo(dtype).eps)
+    assert max(errors) <= 1, errors
+
+
+@pytest.mark.parametrize("act", (None, "relu", "silu", "gelu"))
+@pytest.mark.parametrize("count", (25, 32))
+@pytest.mark.parametrize("op", ("batch", "group", "layer"))
+def test_numbers_near_the_largest(op: str, count: int, act: str | None) -> None:
+    """Of equal ones dx is 0, whatever the elements past the end of a last pack, which are none, come to."""
+    x = torch.full((8, 4, count), 3e36, requires_grad=True)
+    weight = torch.ones(count if op == "layer" else 4, requires_grad=True)
+    if op == "batch":
+        y = fn.batch_norm(x, None, None, weight, None, True, activation=act)
+    elif op == "group":
+        y = fn.group_norm(x, 2, weight, activation=act)
+    else:
+        y = fn.layer_norm(x, (count,), weight, activation=act)
+    for gradient in torch.autograd.grad(y.sum(), (x, weight)):
+        assert gradient.eq(0).all()

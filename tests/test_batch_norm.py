@@ -280,6 +280,29 @@ def test_an_overflowed_batch_leaves_the_statistics_alone(momentum: float | None)
     assert not careless.running_var.isfinite().all()
 
 
+@pytest.mark.parametrize("momentum", (0.1, None))
+@pytest.mark.parametrize(
+    "dtype, stats_dtype, std",
+    ((torch.float32, torch.float32, 1e20), (torch.bfloat16, torch.float32, 1e20), (torch.float16, torch.float16, 1e3)),
+    ids=str,
+)
+def test_statistics_that_their_type_does_not_hold_are_not_finite(
+    dtype: torch.dtype, stats_dtype: torch.dtype, std: float, momentum: float | None
+) -> None:
+    """A variance that is finite in float64, in which it is computed."""
+    norm = fastnorm.BatchNorm2d(3, momentum=momentum, affine=False, skip_nonfinite_stats=True).to(stats_dtype)
+    x = torch.randn(8, 3, 5, 5)
+    norm(x.to(dtype))
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    large = x.clone()
+    large[:, 1] *= std
+    norm(large.to(dtype))
+    for key, value in before.items():
+        assert torch.equal(norm.state_dict()[key], value)
+    norm(x.to(dtype))
+    assert norm.num_batches_tracked == 2
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_low_precision_input_with_float32_parameters(dtype: torch.dtype) -> None:
     norm, theirs = fastnorm.BatchNorm2d(5), nn.BatchNorm2d(5)

@@ -196,11 +196,17 @@ def _running_statistics(momentum: float | None, dtype: torch.dtype, last: bool =
 
 
 def _skipped_statistics() -> list[Tensor]:
+    """Of an infinite element, and of variances that the type of the running one does not hold."""
     mean, var, count = torch.full((3,), 0.5), torch.full((3,), 2.0), torch.tensor(3)
-    x = _values(4, 3, 5)
-    x[1, 2, 3] = math.inf
-    fn.batch_norm(x, mean, var, None, None, True, skip_nonfinite_stats=True, num_batches_tracked=count)
-    return [mean, var, count]
+    for last in (math.inf, 1e25):
+        x = _values(4, 3, 5)
+        x[1, 2, 3] = last
+        fn.batch_norm(x, mean, var, None, None, True, skip_nonfinite_stats=True, num_batches_tracked=count)
+    halves = [torch.full((3,), 0.5).half(), torch.full((3,), 2.0).half(), torch.tensor(3)]
+    x = (1000 * _values(4, 3, 5)).half()
+    fn.batch_norm(x, *halves[:2], None, None, True, skip_nonfinite_stats=True, num_batches_tracked=halves[2])
+    assert halves[2] == count == 3 and var.eq(2).all() and halves[1].eq(2).all()
+    return [mean, var, count, *halves]
 
 
 def _infinite_gradient() -> list[Tensor]:

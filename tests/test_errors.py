@@ -225,7 +225,37 @@ WRONG = {
     "rms_norm: weight not a tensor": (
         lambda: fn.rms_norm(X(), (5,), "w"),
         TypeError,
-        r"^rms_norm\(\): incompatible function arguments",
+        "^rms_norm: weight must be a Tensor or None, got str$",
+    ),
+    "batch_norm: residual no tensor": (
+        lambda: fastnorm.BatchNorm2d(3)(torch.randn(2, 3, 4, 4), residual=1),
+        TypeError,
+        "^batch_norm: residual must be a Tensor or None, got int$",
+    ),
+    "layer_norm: eps no number": (
+        lambda: fastnorm.LayerNorm(3, eps="a")(torch.randn(2, 3)),
+        TypeError,
+        "^layer_norm: eps must be a float, got str$",
+    ),
+    "group_norm: groups no integer": (
+        lambda: fn.group_norm(torch.randn(2, 3, 4), 1.5),
+        TypeError,
+        "^group_norm: num_groups must be an int, got float$",
+    ),
+    "activation no name": (
+        lambda: fastnorm.BatchNorm2d(3, activation=["relu"]),
+        ValueError,
+        "activation must be None or one of",
+    ),
+    "InstanceNorm: unbatched residual": (
+        lambda: fastnorm.InstanceNorm2d(3)(torch.randn(3, 8, 8), residual=torch.randn(4, 3, 8, 8)),
+        RuntimeError,
+        r"residual must have input's shape \[3, 8, 8\], got \[4, 3, 8, 8\]",
+    ),
+    "convert: skip a class": (
+        lambda: fastnorm.convert(nn.Sequential(nn.BatchNorm2d(3)), skip=nn.BatchNorm2d),
+        TypeError,
+        "convert: skip must be names or a function of name and module, got the class BatchNorm2d",
     ),
     "rms_norm: module activation": (lambda: fastnorm.RMSNorm(5, activation="elu"), ValueError, "RMSNorm: activ"),
     "dropout: p above 1": (lambda: fn.dropout(X(), 1.5), ValueError, r"dropout: p must be in \[0, 1\], got 1.5"),

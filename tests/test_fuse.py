@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import cProfile
 import dataclasses
 import functools
 import io
 import itertools
 import pickle
+import pstats
 import random
 import re
+import sys
 import traceback
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -1268,3 +1271,26 @@ def test_revert_keeps_what_is_fused() -> None:
 def test_readme() -> None:
     exec(networks.readme_code("fuse"), names := {})
     assert list(activations(names["model"]).values()) == ["gelu", "relu"]
+
+
+def test_a_profiler_goes_on() -> None:
+    """cProfile's, which sys.getprofile names before Python 3.12, is no function."""
+
+    def later() -> None:
+        torch.ones(3).sum()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    with cProfile.Profile() as profile:
+        fastnorm.fuse(model)
+        later()
+    assert isinstance(model[1], fastnorm.BatchNorm2d) and model[1].activation == "relu"
+    assert any(name == "later" for _, _, name in pstats.Stats(profile).stats)
+
+    seen = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, _: seen.append(frame.f_code.co_name))
+    fastnorm.fuse(model)
+    later()
+    sys.setprofile(before)
+    assert model[1].activation == "relu" and "later" in seen

@@ -610,6 +610,44 @@ def test_a_killed_run_is_taken_up_with_its_own_settings_alone(
 
 
 @pytest.mark.usefixtures("small_presets")
+def test_resume_refuses_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many of the same name, but one label is another."""
+    folder, out = write_binary(tmp_path / "data", count=20), tmp_path / "out"
+    common = [out, "--data", str(folder), "--dataset", "cifar10", "--rungs"]
+    assert run_cli(*common, "0") == 0
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        path = folder / name
+        before = path.read_bytes()
+        path.write_bytes(bytes([(before[0] + 1) % 10]) + before[1:])
+        assert run_cli(*common, "0,1", "--resume") == 2
+        assert re.search(r"is of a run with images \w{16}, this one has \w{16}", capsys.readouterr().err)
+        path.write_bytes(before)
+    assert run_cli(*common, "0,1", "--resume") == 0
+
+
+@pytest.mark.usefixtures("small_presets")
+def test_results_of_an_earlier_run_are_kept_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(tmp_path, "--rungs", "0") == 0
+    assert "earlier run" not in capsys.readouterr().out
+    first = (tmp_path / "results.json").read_bytes()
+    assert run_cli(tmp_path, "--rungs", "0,1", "--resume") == 0  # adds to them
+    assert not (tmp_path / "results.previous.json").exists()
+    (tmp_path / "results.json").write_bytes(first)
+    assert run_cli(tmp_path, "--rungs", "1") == 0
+    assert "holds results of an earlier run: now results.previous.json" in capsys.readouterr().out
+    assert (tmp_path / "results.previous.json").read_bytes() == first
+    assert [rung["name"] for rung in results_in(tmp_path)["rungs"]] == ["noise"]
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(EXAMPLES / "cifar_ladder.py"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
+
+
+@pytest.mark.usefixtures("small_presets")
 @pytest.mark.parametrize("module, name", [(cli, "load"), (report, "write_json"), (report, "write_report")])
 def test_ctrl_c_between_the_rungs(
     tmp_path: Path,
@@ -855,6 +893,34 @@ def test_time_to_the_goal() -> None:
     )
     assert [rung["seconds_to_94"] for rung in results["rungs"]] == [4.5, None]
     assert "94 % of val after 4.5 s of training steps: speed." in report.footnotes(results)
+
+
+def test_a_bar_names_its_rung_where_that_is_not_the_one_before_it() -> None:
+    start = {"dataset": "synthetic", "preset": "quick", "train_images": 8000, "val_images": 50, "epochs": 25}
+    names = ("baseline", "noise", "decay", "instancenorm", "capacity")
+    figure = pictures.ladder_chart(report.content(start, [finished(name, 0.5) for name in names]))
+    assert figure is not None
+    last = [label.get_text().splitlines()[-1] for label in figure.axes[0].get_xticklabels()]
+    on = [line if line.startswith("(on ") else None for line in last]
+    assert on == [None, None, "(on crop)", None, "(on 6 decay)"]
+
+
+@pytest.mark.parametrize("val_images, wanted", [(10_000, "validation (the first 2000 images)"), (50, "validation")])
+def test_curves_say_what_they_are_of(val_images: int, wanted: str) -> None:
+    start = {"dataset": "synthetic", "preset": "quick", "train_images": 8000, "val_images": val_images, "epochs": 25}
+    figure = pictures.learning_curves(report.content(start, [finished("baseline", 0.5)]))
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == wanted
+
+
+def test_a_rate_that_is_too_large_is_seen() -> None:
+    sweep = {"lr": [0.1, 1.0, 10.0], "loss": [1.0, 50.0, None], "initial_loss": 2.3, "chosen": 0.1, "steps": 5}
+    start = {"dataset": "synthetic", "preset": "quick", "train_images": 8000, "val_images": 50, "epochs": 25}
+    results = report.content(start, [], checks={"rung": "baseline", "lr_sweep": sweep})
+    figure = pictures.sweep_chart(results)
+    assert figure is not None
+    drawn = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert drawn["measured"] == [0.1] and drawn["larger, or not finite"] == [1.0, 10.0]
 
 
 @pytest.mark.parametrize("draw", [pictures.ladder_chart, pictures.learning_curves])

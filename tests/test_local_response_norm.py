@@ -267,7 +267,11 @@ WRONG = {
         "local_response_norm: size must be at least 1, got 0",
     ),
     "size below 0": (lambda: fn.local_response_norm(X, -2, region="intra"), RuntimeError, "got -2"),
-    "size that is no integer": (lambda: fn.local_response_norm(X, 2.5), TypeError, "incompatible function arguments"),
+    "size that is no integer": (
+        lambda: fn.local_response_norm(X, 2.5),
+        TypeError,
+        "local_response_norm: size must be an int, got float",
+    ),
     "region": (
         lambda: fn.local_response_norm(X, 3, region="within"),
         ValueError,

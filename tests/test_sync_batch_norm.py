@@ -225,3 +225,16 @@ def test_in_one_process() -> None:
 def test_readme() -> None:
     exec(networks.readme_code("SyncBatchNorm"), names := {})
     assert type(names["model"][1]) is fastnorm.SyncBatchNorm
+
+
+def test_any_number_of_dimensions() -> None:
+    x = torch.randn(2, 3, 1, 2, 1, 2)
+    for norm in (
+        nn.SyncBatchNorm(3).eval(),
+        fastnorm.SyncBatchNorm(3).eval(),
+        fastnorm.convert(nn.SyncBatchNorm(3)).eval(),
+    ):
+        torch.testing.assert_close(norm(x), x / (1 + 1e-5) ** 0.5)
+    torch.testing.assert_close(fastnorm.SyncBatchNorm(3)(x), fastnorm.BatchNorm2d(3)(x.flatten(3)).view_as(x))
+    with pytest.raises(ValueError, match=r"input must have shape \(N, C, \*\), got 1 dimensions"):
+        fastnorm.SyncBatchNorm(3)(x[0, :, 0, 0, 0, 0])

@@ -64,9 +64,11 @@ void take_running_statistics(const BatchNormForward& a) {
 // running = (1 - momentum) * running + momentum * new, the variance unbiased
 void update_running_statistics(const BatchNormForward& a, const double* biased_variance) {
   const int64_t C = a.shape.C;
+  const double count = static_cast<double>(a.shape.N * a.shape.S), unbiased = count / (count - 1);
   if (a.skip_nonfinite_stats) {
     for (int64_t c = 0; c < C; ++c)
-      if (!std::isfinite(a.mean[c]) || !std::isfinite(biased_variance[c])) return;
+      if (!is_finite_as(a.stats_dtype, a.mean[c]) || !is_finite_as(a.stats_dtype, biased_variance[c] * unbiased))
+        return;
   }
   double momentum = a.momentum;
   if (a.num_batches_tracked) {
@@ -74,7 +76,6 @@ void update_running_statistics(const BatchNormForward& a, const double* biased_v
     if (std::isnan(momentum)) momentum = 1.0 / static_cast<double>(*a.num_batches_tracked);
   }
   if (a.running_mean == nullptr) return;
-  const double count = static_cast<double>(a.shape.N * a.shape.S), unbiased = count / (count - 1);
   update_average(a.running_mean, a.stats_dtype, C, momentum, [&](int64_t c) { return a.mean[c]; });
   update_average(a.running_var, a.stats_dtype, C, momentum, [&](int64_t c) { return biased_variance[c] * unbiased; });
 }

@@ -183,6 +183,8 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
     const double deviations = total(s1, r), squares = total(s2, r);
     if (!std::is_same_v<acc_t, double> && out_of_range(m[r], deviations, squares)) {
       moments[r] = chunk_moments_float64(x + r * N, Runs{0, 1, 0, n});
+    } else if (has_outlier<T>(n, largest_lane(s2, r, kRows), squares)) {
+      moments[r] = chunk_moments_in_pieces(x + r * N, Runs{0, 1, 0, n}, m[r] + deviations / count_all);
     } else {
       moments[r] = shifted_moments(count_all, m[r], deviations, squares);
     }
@@ -344,8 +346,9 @@ struct RowsBackward {
     P g_sum(0), g_xhat_sum(0);
     sum_packs<T, kUnroll>(n, g_sum, g_xhat_sum, [&](int64_t i, auto count, P& s, P& sx) {
       const P x_i = P::load(from.x + i, count);
-      const P dz = from.dz(act, i, count, x_i, z);
+      P dz = from.dz(act, i, count, x_i, z);
       from.keep(act, i, dz);
+      if constexpr (!kIsNone<Act>) dz = dz.keep(count);  // of elements past the end it need not be finite
       const P g = dz * z.parameters.weight[i];
       s = s + g;
       sx = fmadd(g, z.standardize(x_i, i).keep(count), sx);

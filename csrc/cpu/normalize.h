@@ -295,7 +295,8 @@ template <typename T>
 struct GradientSums {
   Pack<T> dz{0}, dz_summand{0};
 
-  // Elements past the end have dy = 0 and add nothing. Prefetches what lies `ahead`, if not 0.
+  // Elements past the end add nothing: what they come to from x = 0 need not be finite. Prefetches what lies `ahead`, if
+  // not 0.
   template <typename Act, typename C>
   FASTNORM_LOOP void add_run(Act act, const RunGradient<T>& g, int64_t n, const Affine<C>& affine,
                              const Summand<C>& summand, int64_t ahead = 0) {
@@ -307,10 +308,11 @@ struct GradientSums {
     sum_packs<T, kUnroll, GradientOrderFor<T, C, Act>>(n, dz, dz_summand, [&](int64_t i, auto count, P& s, P& sx) {
       if (ahead) from.prefetch(i + ahead);
       const P x = P::load(from.x + i, count);
-      const P d = from.dz(act, i, count, x, local);
+      P d = from.dz(act, i, count, x, local);
       from.keep(act, i, d);
+      if constexpr (!kIsNone<Act>) d = d.keep(count);
       s = s + d;
-      sx = fmadd(d, times(x, i), sx);
+      sx = fmadd(d, times(x, i).keep(count), sx);
     });
   }
 

@@ -26,6 +26,48 @@ double tree_sum(Pack<T> (&sums)[kCount]) {
   return tree_sum(sums[0]);
 }
 
+// The largest of the sums in the lanes of sums[first], sums[first + step], ...
+template <typename T, int kCount>
+acc_type<T> largest_lane(const Pack<T> (&sums)[kCount], int first = 0, int step = 1) {
+  using Vec = typename Pack<T>::Vec;
+  Vec largest = sums[first].v[0];
+  for (int u = first; u < kCount; u += step)
+    for (int k = 0; k < Pack<T>::kVecs; ++k) largest = vec::clamp_min(sums[u].v[k], largest);
+  return vec::vec_reduce_all<acc_type<T>>([](Vec& a, Vec& b) { return vec::clamp_min(a, b); }, largest);
+}
+
+// Whether few elements have most of the squares of n. What is added to their lanes after them is rounded to their last
+// bit, and where it is much alike always the same way: a hundred additions lose seven bits.
+template <typename T>
+bool has_outlier(int64_t n, double largest_lane, double squares) {
+  constexpr int64_t kManyToALane = 512;
+  return !std::is_same_v<acc_type<T>, double> && n >= kManyToALane && largest_lane > squares / 4;
+}
+
+// The moments of a chunk whose mean is about m, for which no lane sums more than a few elements.
+template <typename T>
+FASTNORM_LOOP Moments chunk_moments_in_pieces(const T* x, const Runs& chunk, double m) {
+  using P = Pack<T>;
+  constexpr int64_t kPiece = 4 * P::kSize;
+  const acc_type<T> near = static_cast<acc_type<T>>(m);
+  const P shift(near);
+  double deviations = 0, squares = 0;
+  for (int64_t run = 0; run < chunk.count; ++run) {
+    const T* const from = x + chunk.offset + run * chunk.stride;
+    for (int64_t first = 0; first < chunk.length; first += kPiece) {
+      P s1(0), s2(0);
+      for_packs<T, 1, AnyOrder>(std::min(kPiece, chunk.length - first), [&](int64_t i, auto count, int) {
+        const P d = (P::load(from + first + i, count) - shift).keep(count);
+        s1 = s1 + d;
+        s2 = fmadd(d, d, s2);
+      });
+      deviations += lane_sum(s1);
+      squares += lane_sum(s2);
+    }
+  }
+  return shifted_moments(static_cast<double>(chunk.numel()), near, deviations, squares);
+}
+
 // Of n contiguous elements, how many of the first give the shift.
 template <typename T>
 int64_t shift_elements(int64_t n) {
@@ -55,10 +97,12 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
     s1[u] = s1[u] + d;
     s2[u] = fmadd(d, d, s2[u]);
   });
-  const double deviations = tree_sum(s1), squares = tree_sum(s2);
+  const acc_t largest = largest_lane(s2);  // before its sums are added up in place
+  const double deviations = tree_sum(s1), squares = tree_sum(s2), d = deviations * reciprocal;
   if constexpr (!std::is_same_v<acc_t, double>)
     if (out_of_range(m, deviations, squares)) return chunk_moments_float64(x, Runs{0, 1, 0, n});
-  const double d = deviations * reciprocal, m2 = squares - deviations * d;
+  if (has_outlier<T>(n, largest, squares)) return chunk_moments_in_pieces(x, Runs{0, 1, 0, n}, m + d);
+  const double m2 = squares - deviations * d;
   return {static_cast<double>(n), m + d, m2 < 0 ? 0 : m2};
 }
 
@@ -115,9 +159,13 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
   const double n = static_cast<double>(chunk.numel());
   for (int s = 0; s < slices; ++s) {
     const double deviations = lane_sum(sums[s]), sum_of_squares = lane_sum(squares[s]);
-    result[s] = !std::is_same_v<acc_t, double> && out_of_range(m[s], deviations, sum_of_squares)
-                    ? chunk_moments_float64(x + s * apart, chunk)
-                    : shifted_moments(n, m[s], deviations, sum_of_squares);
+    if (!std::is_same_v<acc_t, double> && out_of_range(m[s], deviations, sum_of_squares)) {
+      result[s] = chunk_moments_float64(x + s * apart, chunk);
+    } else if (has_outlier<T>(chunk.numel(), largest_lane(squares[s]), sum_of_squares)) {
+      result[s] = chunk_moments_in_pieces(x + s * apart, chunk, m[s] + deviations / n);
+    } else {
+      result[s] = shifted_moments(n, m[s], deviations, sum_of_squares);
+    }
   }
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <tuple>
@@ -373,6 +374,12 @@ void visit(Dtype dtype, const F& f) {
 #else
   visit_any(dtype, f);
 #endif
+}
+
+inline bool is_finite_as(Dtype dtype, double value) {
+  bool finite = false;
+  visit_any(dtype, [&](auto type) { finite = std::isfinite(static_cast<double>(static_cast<decltype(type)>(value))); });
+  return finite;
 }
 
 // Element i of a parameter or statistic; `missing` where there is none.

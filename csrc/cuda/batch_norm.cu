@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads) update_running_statistics(const __gr
   __syncthreads();
   if (a.skip_nonfinite_stats) {
     for (int64_t c = first; c < C; c += kThreads)
-      if (!isfinite(a.mean[c]) || !isfinite(variance[c])) atomicOr(nonfinite, 1u);
+      if (!is_finite_as(update.dtype, a.mean[c]) || !is_finite_as(update.dtype, variance[c] * update.unbiased))
+        atomicOr(nonfinite, 1u);
   }
   const int64_t batches = update.batches ? *update.batches + 1 : 0;
   __syncthreads();

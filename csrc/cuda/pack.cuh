@@ -95,6 +95,16 @@ __device__ inline void write(void* p, Dtype dtype, int64_t i, acc_t v) {
   }
 }
 
+__device__ inline bool is_finite_as(Dtype dtype, double v) {
+  switch (dtype) {
+    case Dtype::kFloat64: return isfinite(v);
+    case Dtype::kFloat32: return isfinite(static_cast<float>(v));
+    case Dtype::kBFloat16: return isfinite(to_acc(from_acc<__nv_bfloat16>(static_cast<float>(v))));
+    case Dtype::kFloat16: return isfinite(to_acc(from_acc<__half>(static_cast<float>(v))));
+  }
+  return false;
+}
+
 // p + i where p may be null.
 template <typename T>
 FASTNORM_HOST_DEVICE T* offset_by(T* p, int64_t i) {

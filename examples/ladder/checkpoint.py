@@ -61,9 +61,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a broken pickle can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: truncated, or not a checkpoint: {reason}") from error
+    except Exception as error:  # a broken pickle can raise nearly anything, and in words that help nobody
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not a checkpoint: holds a {type(state).__name__}")
     return state

@@ -166,6 +166,7 @@ class _Run:
             "dtype": "bfloat16 autocast" if on_gpu else "float32",
             "train_images": len(data.train_labels),
             "val_images": len(data.val_labels),
+            "images": data.checksum(),
             "epochs": self.start.epochs,
             "batch_size": self.start.batch_size,
             "versions": _versions(self.args.backend),
@@ -192,6 +193,11 @@ class _Run:
         with self.processes.together():
             if self.processes.is_first:
                 if not args.resume:
+                    kept = report.keep_previous(out)
+                    if kept is not None:
+                        print(
+                            f"{out} holds results of an earlier run: now {kept.name}; pictures and tables are replaced"
+                        )
                     checkpoint.discard(checkpoints, [rung.name for rung in RUNGS])
                 # Before the first checkpoint, so that --resume knows whose it is.
                 report.write_json(out, self._content(run, done, failed, None, checks))
@@ -418,14 +424,21 @@ def _parser() -> argparse.ArgumentParser:
         help="names, numbers or groups, comma-separated, or all (default: ladder, that is 0 to 9)",
     )
     length = training.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=_at_least(1), metavar="N", help="instead of the preset's")
+    length.add_argument(
+        "--epochs",
+        type=_at_least(1),
+        metavar="N",
+        help="instead of the preset's; a rung of several stages takes one for each at least",
+    )
     length.add_argument(
         "--minutes",
         type=_minutes,
         metavar="M",
         help="as many epochs as all rungs together have time for, at most the preset's; one of each is timed first",
     )
-    training.add_argument("--batch-size", type=_at_least(1), metavar="N", help="instead of 256")
+    training.add_argument(
+        "--batch-size", type=_at_least(1), metavar="N", help="instead of the rung's, which is 256 for all but speed"
+    )
     training.add_argument(
         "--seed",
         type=_at_least(0),
@@ -456,7 +469,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--out", type=Path, default=Path("runs/ladder"), metavar="DIR", help="for the results (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("runs/ladder"),
+        metavar="DIR",
+        help="for the results (default: %(default)s); without --resume an earlier run's are replaced, but for its "
+        "results.json, which becomes results.previous.json",
     )
     output.add_argument(
         "--report",

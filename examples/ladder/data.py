@@ -73,6 +73,13 @@ class Dataset:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
+    def checksum(self) -> str:
+        """Of all images and labels: runs with the same one saw the same data."""
+        digest = hashlib.sha256()
+        for tensor in (self.train_images, self.train_labels, self.val_images, self.val_labels):
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def subset(self, train_images: int, seed: int) -> Dataset:
         """The same validation set and at most `train_images` training images, drawn once by seed."""
         generator = torch.Generator().manual_seed(seed)

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from .rungs import PRESETS
+
 Content = Mapping[str, Any]
 
 # Okabe and Ito's colours, told apart by the colour-blind.
@@ -112,7 +114,7 @@ def ladder_chart(results: Content) -> Figure | None:
         short = one["val_accuracy"] < ROOM
         y, colour = (max(one["val_accuracy"], one["train_accuracy"]) + 0.03, NOTES) if short else (0.03, "white")
         axes.text(i, y, text, ha="center", va="bottom", color=colour, fontsize=10, fontweight="bold")
-    axes.set_xticks(positions, [f"{one['label']}\n{_wrapped(one['adds'])}" for one in rungs], fontsize=8)
+    axes.set_xticks(positions, [_under_bar(results, i, rungs) for i in positions], fontsize=8)
     axes.set_xlim(-0.6, len(rungs) - 0.4)
     axes.set_ylim(0.0, 1.0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -120,9 +122,21 @@ def ladder_chart(results: Content) -> Figure | None:
     _plain(axes, "y")
     figure.legend(loc="outside lower center", ncols=2 if width > 8.5 else 1, frameon=False, fontsize=9)
     axes.set_title(
-        f"The ladder: each rung keeps the tricks of those that it stands on\n{_subtitle(results)}", fontsize=11
+        "The ladder: each rung changes one thing of the rung that it stands on, to its left or as named\n"
+        f"{_subtitle(results)}",
+        fontsize=11,
     )
     return figure
+
+
+def _under_bar(results: Content, i: int, rungs: Sequence[Mapping[str, Any]]) -> str:
+    """A rung's label, what it adds, and the rung that it stands on where that is not the one to its left."""
+    one = rungs[i]
+    lines = [one["label"], _wrapped(one["adds"])]
+    if one["on"] and (i == 0 or rungs[i - 1]["name"] != one["on"]):
+        label = next((other["label"] for other in results["rungs"] if other["name"] == one["on"]), one["on"])
+        lines.append(f"(on {label})")
+    return "\n".join(lines)
 
 
 def _wrapped(text: str, width: int = 15) -> str:
@@ -238,6 +252,8 @@ def learning_curves(results: Content) -> Figure | None:
     # A first epoch that went wild must not flatten all the others.
     highest = min(losses[-1], 1.5 * losses[int(0.98 * (len(losses) - 1))])
     longest = max(len(h["train_loss"]) for h in histories)
+    shown = PRESETS[results["preset"]].recipe.curve_images
+    validation = "validation" if shown >= results["val_images"] else f"validation (the first {shown} images)"
     for i in range(blocks * columns):
         upper, lower = panels[2 * (i // columns)][i % columns], panels[2 * (i // columns) + 1][i % columns]
         if i >= len(rungs):
@@ -246,7 +262,7 @@ def learning_curves(results: Content) -> Figure | None:
             continue
         upper.set_title(rungs[i]["label"], fontsize=11)
         for axes, figure_of in ((upper, "accuracy"), (lower, "loss")):
-            _pair(axes, histories[i][f"train_{figure_of}"], histories[i][f"val_{figure_of}"])
+            _pair(axes, histories[i][f"train_{figure_of}"], histories[i][f"val_{figure_of}"], validation)
             axes.set_xlim(0.0, longest + 1.0)
         upper.set_ylim(max(0.0, math.floor(10 * lowest) / 10), 1.0)
         upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -267,11 +283,11 @@ def learning_curves(results: Content) -> Figure | None:
     return figure
 
 
-def _pair(axes: Axes, training: Sequence[float], validation: Sequence[float]) -> None:
+def _pair(axes: Axes, training: Sequence[float], validation: Sequence[float], label_of_validation: str) -> None:
     epochs = range(1, len(training) + 1)
     kinds = (
         (training, TRAINING, "--", "training (running, as augmented, dropout on)"),
-        (validation, VALIDATION, "-", "validation"),
+        (validation, VALIDATION, "-", label_of_validation),
     )
     for values, colour, line, label in kinds:
         axes.plot(epochs, values, ".", color=colour, markersize=4, alpha=0.5)
@@ -292,12 +308,18 @@ def sweep_chart(results: Content) -> Figure | None:
     sweep = checks["lr_sweep"]
     figure = Figure(figsize=(NARROWEST, 4.2), layout="constrained")
     axes = figure.subplots()
-    finite = [(lr, loss) for lr, loss in zip(sweep["lr"], sweep["loss"], strict=True) if loss is not None]
-    axes.plot([lr for lr, _ in finite], [loss for _, loss in finite], "o-", color=VALIDATION, label="measured")
+    highest = 1.6 * sweep["initial_loss"]
+    losses = [math.inf if loss is None else loss for loss in sweep["loss"]]
+    measured = [(lr, loss) for lr, loss in zip(sweep["lr"], losses, strict=True) if loss < highest]
+    axes.plot([lr for lr, _ in measured], [loss for _, loss in measured], "o-", color=VALIDATION, label="measured")
+    beyond = [lr for lr, loss in zip(sweep["lr"], losses, strict=True) if loss >= highest]
+    if beyond:
+        label = "larger, or not finite"
+        axes.plot(beyond, [highest] * len(beyond), "^", color=EARLIER, markersize=9, clip_on=False, label=label)
     axes.axhline(sweep["initial_loss"], color=NOTES, linestyle=":", label="before training")
     axes.axvline(sweep["chosen"], color=TRAINING, linestyle="--", label=f"the recipe's, {sweep['chosen']:g}")
     axes.set_xscale("log")
-    axes.set_ylim(0.0, 1.6 * sweep["initial_loss"])
+    axes.set_ylim(0.0, highest)
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"training loss after {sweep['steps']} steps (nats)")
     axes.set_title(f"Learning-rate sweep, rung {checks['rung']}\n{_subtitle(results)}", fontsize=11)

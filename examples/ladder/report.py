@@ -27,6 +27,7 @@ COLUMNS = ("number", "name", "adds", "on", "train_accuracy", "val_accuracy", "ch
 # What a report is made from.
 _OF_RUN = (*page.SETTINGS, *page.MACHINE, "versions", "interrupted", "failed", "checks")
 _OF_RUNG = (*COLUMNS, "label", "groups", "notes", "history", "seconds_to_94")
+_NUMBERS = ("train_accuracy", "val_accuracy", "epochs", "seconds", "step_ms")
 
 
 class ReportError(Exception):
@@ -127,7 +128,8 @@ def footnotes(results: Content) -> str:
     """How to read the table."""
     evaluated = min(TRAIN_EVAL_IMAGES, results["train_images"])
     lines = [
-        f"In eval mode, train on {evaluated} training images as they are, val on {results['val_images']} images.",
+        f"In eval mode, train on {evaluated} of a rung's training images as they are (on all where it has fewer), val "
+        f"on {results['val_images']} images (on those of its classes where it learns fewer).",
         "Change in points of val against the rung that it stands on; notes and earlier: the course notes' figures.",
     ]
     if results["dataset"] != "cifar10":
@@ -164,6 +166,19 @@ def write_json(out: Path, results: Content) -> Path:
     return path
 
 
+def keep_previous(out: Path) -> Path | None:
+    """Renames results.json, if it is there and names a finished rung or cannot be read, and says to what."""
+    path, kept = out / "results.json", out / "results.previous.json"
+    try:
+        if not read_json(out)["rungs"]:
+            return None
+    except ReportError:
+        if not path.exists():
+            return None
+    path.replace(kept)
+    return kept
+
+
 def read_json(out: Path) -> dict[str, Any]:
     """The content of `out`/results.json.
 
@@ -182,6 +197,9 @@ def read_json(out: Path) -> dict[str, Any]:
     _require(path, "the run", results, _OF_RUN)
     for i, one in enumerate(results["rungs"]):
         _require(path, f"rungs[{i}]", one, _OF_RUNG)
+        for name in _NUMBERS:
+            if isinstance(one[name], bool) or not isinstance(one[name], int | float):
+                raise ReportError(f"{path}: not a results.json: rungs[{i}] has {name} {one[name]!r}, wanted a number")
     return results
 
 

@@ -167,9 +167,9 @@ RUNGS: tuple[Rung, ...] = (
         TRAINING,
     ),
     Rung("", "imbalanced", "long-tailed images, 1 to 20", "decay", {"imbalance": 0.05}, IMBALANCE),
-    Rung("", "class_weights", "weights against it", "imbalanced", {"class_weights": True}, IMBALANCE),
-    Rung("", "oversampling", "over-sampling against it", "imbalanced", {"resample": "over"}, IMBALANCE),
-    Rung("", "undersampling", "under-sampling against it", "imbalanced", {"resample": "under"}, IMBALANCE),
+    Rung("", "class_weights", "class weights against imbalance", "imbalanced", {"class_weights": True}, IMBALANCE),
+    Rung("", "oversampling", "over-sampling against imbalance", "imbalanced", {"resample": "over"}, IMBALANCE),
+    Rung("", "undersampling", "under-sampling against imbalance", "imbalanced", {"resample": "under"}, IMBALANCE),
     Rung(
         "",
         "novel",
