@@ -54,7 +54,7 @@ def test_an_outlier_among_many(op: str, outlier: float, at: int) -> None:
         "batch": lambda x: fn.batch_norm(x, None, None, training=True),
         "group": lambda x: fn.group_norm(x, 1),
         "instance": lambda x: fn.instance_norm(x),
-        "layer": lambda x: fn.layer_norm(x, x.shape[2:]),
+        "layer": lambda x: fn.layer_norm(x, x.shape[1:]),
     }
     x = torch.randn(16, 3, 30, 31, generator=torch.Generator().manual_seed(0))
     x[0, 0].view(-1)[at] = outlier
