@@ -241,6 +241,20 @@ def limit_line(rows: Sequence[Row], cache_mib: float) -> list[str]:
     ]
 
 
+def compile_line(rows: Sequence[Row]) -> list[str]:
+    """How torch.compile compares with torch itself, and fastnorm with the faster of the two."""
+    both = [row for row in rows if "compile" in row.speed_up]
+    if not both:
+        return []
+    slower = sum(row.speed_up["compile"] > row.speed_up["torch"] for row in both)
+    over_faster = [min(row.speed_up["torch"], row.speed_up["compile"]) for row in both]
+    return [
+        f"Of the {len(both)} rows with torch.compile it is slower than torch itself in {slower}. Over the faster of the two",
+        f"the geometric mean is {number(geometric_mean(over_faster))}, the lowest {number(min(over_faster))}.",
+        "",
+    ]
+
+
 def limited_by(row: Row) -> str:
     """What is known to keep a row from a copy's speed, by what it is and by what was measured with it."""
     reduces = any(name in row.op for name in ("BatchNorm", "BatchRenorm", "GroupNorm", "InstanceNorm"))
@@ -301,7 +315,7 @@ def markdown(rows: Sequence[Row], about: str, cache: float, pictures: Sequence[s
 
     lines = [TITLE, "", about, "", HOW, ""]
     lines += [line for name in pictures for line in (f"![{Path(name).stem.replace('_', ' ')}]({name})", "")]
-    lines += ["## Summary", "", *summary(rows, cache), "", *limit_line(rows, cache)]
+    lines += ["## Summary", "", *summary(rows, cache), "", *limit_line(rows, cache), *compile_line(rows)]
     lines += [f"## Slower than torch: {len(slower)} of {len(rows)} rows", "", *part(lost, slower), ""]
     compiled = sum("compile" in row.speed_up for row in rows)
     lines += [f"## Slower than torch.compile: {len(behind)} of {compiled} rows", "", *part(lost_compile, behind), ""]

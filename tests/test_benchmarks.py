@@ -185,6 +185,16 @@ def test_rows_below_the_memorys_limit_are_listed(results: Path) -> None:
     assert not half.is_memory_bound(32) and replace(half, tensor_bytes=(16 << 20) + 1).is_memory_bound(32)
 
 
+def test_torch_compile_beside_torch(results: Path) -> None:
+    info = json.loads(results.read_text())["benchmarks"][0]["extra_info"]
+    alone = report.Row.of(info)
+    slower, faster = (replace(alone, speed_up={"torch": 2.0, "compile": ratio}) for ratio in (5.0, 0.5))
+    text = " ".join(report.compile_line([alone, slower, faster]))
+    assert "Of the 2 rows" in text and "slower than torch itself in 1." in text
+    assert "mean is 1.00, the lowest 0.50." in text
+    assert report.compile_line([replace(alone, speed_up={"torch": 2.0})]) == []
+
+
 def test_what_limits_a_row(results: Path) -> None:
     info = json.loads(results.read_text())["benchmarks"][0]["extra_info"]
     quiet = {name: {"median": 1.0, "quartiles": [0.95, 1.05]} for name in ("fastnorm", "torch", "copy")}
