@@ -90,8 +90,6 @@ inline bool by_columns(const Shape& shape) { return shape.layout == Layout::kCha
 struct ColumnView {
   int64_t rows, width, rest;
   int64_t C, S;
-
-  int64_t channel(int64_t column) const { return column / S % C; }
 };
 
 inline ColumnView column_view(const Shape& shape) {

@@ -10,10 +10,6 @@ namespace fastnorm {
 
 static constexpr const char* kOp = "group_norm";
 
-static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
-  return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
-}
-
 // The mask's rows where the input is.
 static MaskRows mask_rows(const Tensor& input, const Shape& shape) {
   return input.is_cuda() ? cuda_mask_rows(shape) : group_mask_rows(shape);

@@ -48,10 +48,6 @@ static Rows check_shapes(bool subtract_mean, const Tensor& input, at::IntArrayRe
   return rows;
 }
 
-static Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
-  return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
-}
-
 // The tensor that backward gets: mean, rstd and rest as rows of [3, M], or rstd alone.
 static int64_t kept_numbers(bool subtract_mean) { return subtract_mean ? 3 : 1; }
 static at::ScalarType statistics_type(const Tensor& input) {

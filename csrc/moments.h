@@ -29,7 +29,6 @@ struct Moments {
   }
 
   FASTNORM_HOST_DEVICE double biased_variance() const { return m2 / count; }
-  FASTNORM_HOST_DEVICE double unbiased_variance() const { return m2 / (count - 1); }
 };
 
 }  // namespace

@@ -65,6 +65,7 @@ Tensor alpha_dropout(Tensor input, double p, const Tensor& state, int64_t channe
 
 // -> dx = a * mask * grad_output
 Tensor alpha_dropout_backward(Tensor grad_output, double p, const Tensor& state, int64_t channel_dims);
+
 // layer_norm, or rms_norm without `subtract_mean`. -> y, and with `keep`, else undefined, what backward needs:
 // statistics (float32, float64 for float64: [3, M], rms_norm [1, M]; layer_norm.h) and the mask.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const OptionalTensor& weight,
@@ -81,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_outpu
                                                                const std::vector<int64_t>& normalized_shape,
                                                                std::optional<std::string_view> activation,
                                                                bool subtract_mean, std::array<bool, 4> wanted);
+
 // -> y. `region` "inter" or "intra", `convention` "torch" or "paper".
 Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alpha, double beta, double k,
                                    std::string_view region, std::string_view convention);
@@ -88,6 +90,7 @@ Tensor local_response_norm_forward(const Tensor& input, int64_t size, double alp
 // -> dx.
 Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
                                     double beta, double k, std::string_view region, std::string_view convention);
+
 // -> weight / sigma, u and v (in the arithmetic's type) and sigma for backward. With iterations > 0, u and v are
 // updated.
 std::tuple<Tensor, Tensor, Tensor, Tensor> spectral_norm_forward(const Tensor& weight, const Tensor& u, const Tensor& v,

@@ -70,4 +70,9 @@ inline void* mutable_data_or_null(const OptionalTensor& t) {
 }
 inline bool is_given(const OptionalTensor& t) { return t && t->defined(); }
 
+// The type of a norm's parameters, input's where there are none.
+inline Dtype param_dtype(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return dtype_of(is_given(weight) ? *weight : is_given(bias) ? *bias : input);
+}
+
 }  // namespace fastnorm

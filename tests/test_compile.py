@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import subprocess
 import sys
 import warnings
@@ -664,6 +665,32 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
     names = {event.key for event in profile.key_averages()}
     assert "aten::convolution" in names
     assert not any(name.startswith("fastnorm::") for name in names)
+
+
+def test_profiles_and_anomaly_mode_name_the_ops() -> None:
+    x = tensor(4, 6, 5, 5).requires_grad_()
+    ops: dict[str, Callable[[], torch.Tensor]] = {
+        "batch_norm": lambda: fn.batch_norm(x, None, None, training=True),
+        "layer_norm": lambda: fn.layer_norm(x, (5,)),
+        "rms_norm": lambda: fn.rms_norm(x, (5,)),
+        "group_norm": lambda: fn.group_norm(x, 2),
+        "instance_norm": lambda: fn.instance_norm(x),
+        "dropout": lambda: fn.dropout(x),
+        "alpha_dropout": lambda: fn.alpha_dropout(x),
+        "weight_norm": lambda: fastnorm.parametrizations.weight_norm(nn.Linear(3, 2)).weight,
+    }
+    nodes = {"rms_norm": "LayerNorm", "alpha_dropout": "Dropout"}
+    for name, op in ops.items():
+        node = f"Fastnorm{nodes.get(name) or ''.join(word.capitalize() for word in name.split('_'))}Backward"
+        with torch.profiler.profile() as profile:
+            y = op()
+            assert y.grad_fn is not None and y.grad_fn.name() == node
+            y.sum().backward()
+        names = {event.key for event in profile.key_averages()}
+        assert f"fastnorm.{name}" in names and node in names
+    infinite = torch.full((2, 5), math.inf, requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(RuntimeError, match="'FastnormLayerNormBackward'"):
+        fn.layer_norm(infinite, (5,)).sum().backward()
 
 
 def test_eager_calls_take_the_short_ways_through_autograd(monkeypatch: pytest.MonkeyPatch) -> None:

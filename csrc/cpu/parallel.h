@@ -34,8 +34,8 @@ class Scratch {
 
 namespace {
 
-// Calls task(i) for 0 <= i < tasks, consecutive ones on one thread. What a task does may depend on i and the shape,
-// never on the thread or their number: that is what makes results the same for any number of threads.
+// Calls task(i) for 0 <= i < tasks, consecutive ones on one thread. What a task computes may depend on i and the shape,
+// never on the thread or their number, though how much a task has may: so results are the same for any number of threads.
 template <typename F>
 void parallel_for(int64_t tasks, int64_t elements, const F& task) {
   parallel_ranges(
