@@ -676,11 +676,14 @@ def test_profiles_and_anomaly_mode_name_the_ops() -> None:
         "group_norm": lambda: fn.group_norm(x, 2),
         "instance_norm": lambda: fn.instance_norm(x),
         "dropout": lambda: fn.dropout(x),
-        "alpha_dropout": lambda: fn.alpha_dropout(x),
+        "alpha_dropout": lambda: fn.alpha_dropout(x, training=True),
         "weight_norm": lambda: fastnorm.parametrizations.weight_norm(nn.Linear(3, 2)).weight,
     }
     nodes = {"rms_norm": "LayerNorm", "alpha_dropout": "Dropout"}
     for name, op in ops.items():
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            op()
+        assert f"fastnorm.{name}" in {event.key for event in profile.key_averages()}
         node = f"Fastnorm{nodes.get(name) or ''.join(word.capitalize() for word in name.split('_'))}Backward"
         with torch.profiler.profile() as profile:
             y = op()
