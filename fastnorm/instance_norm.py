@@ -182,13 +182,13 @@ class _InstanceNorm(RankedNormModule, nn.modules.instancenorm._InstanceNorm):
                 raise ValueError(message)
             warnings.warn(f"{message}; num_features is not used, for affine=False", stacklevel=2)
         if without_batch:
-            if residual is not None and residual.shape != input.shape:
+            if isinstance(residual, Tensor) and residual.shape != input.shape:
                 raise RuntimeError(
                     f"{type(self).__name__}: residual must have input's shape {list(input.shape)}, got "
                     f"{list(residual.shape)}"
                 )
             input = input.unsqueeze(0)
-            residual = None if residual is None else residual.unsqueeze(0)
+            residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
         by_input = self.training or not self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
         if overrides:

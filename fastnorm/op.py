@@ -94,8 +94,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
 def _unfitting(name: str, args: tuple[Any, ...]) -> str:
     """What a kernel, which names none, has against its arguments: in the words of the op's schema."""
     values = [one for arg in args for one in (arg if isinstance(arg, tuple) else (arg,))]
-    schema = torch._C._jit_get_schemas_for_operator(f"fastnorm::{'layer_norm' if name == 'rms_norm' else name}")[0]
-    for argument, value in zip(schema.arguments, values, strict=False):
+    of_another = {"rms_norm": "layer_norm", "batch_renorm": "batch_norm"}
+    schemas = torch._C._jit_get_schemas_for_operator(f"fastnorm::{of_another.get(name, name)}")
+    for argument, value in zip(schemas[0].arguments if schemas else (), values, strict=False):
         what, kind = argument.name, str(argument.type)
         if what == "state":  # that the op is given where a generator draws it
             what, kind = "generator", "Optional[Generator]"

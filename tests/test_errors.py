@@ -232,6 +232,25 @@ WRONG = {
         TypeError,
         "^batch_norm: residual must be a Tensor or None, got int$",
     ),
+    "batch_renorm: residual no tensor": (
+        lambda: fastnorm.BatchRenorm2d(3)(torch.randn(2, 3, 4, 4), residual=1),
+        TypeError,
+        "^batch_renorm: residual must be a Tensor or None, got int$",
+    ),
+    "instance_norm: unbatched, residual no tensor": (
+        lambda: fastnorm.InstanceNorm2d(3)(torch.randn(3, 8, 8), residual=1),
+        TypeError,
+        "^instance_norm: residual must be a Tensor or None, got int$",
+    ),
+    "weight_norm: dim no integer": (
+        lambda: (
+            fn.weight_norm(torch.randn(2, 3), torch.randn(2, 1), 0.5)
+            if hasattr(fn, "weight_norm")
+            else fastnorm.parametrizations.weight_norm(nn.Linear(3, 2), dim=0.5)
+        ),
+        TypeError,
+        "dim",
+    ),
     "layer_norm: eps no number": (
         lambda: fastnorm.LayerNorm(3, eps="a")(torch.randn(2, 3)),
         TypeError,
