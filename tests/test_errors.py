@@ -242,15 +242,6 @@ WRONG = {
         TypeError,
         "^instance_norm: residual must be a Tensor or None, got int$",
     ),
-    "weight_norm: dim no integer": (
-        lambda: (
-            fn.weight_norm(torch.randn(2, 3), torch.randn(2, 1), 0.5)
-            if hasattr(fn, "weight_norm")
-            else fastnorm.parametrizations.weight_norm(nn.Linear(3, 2), dim=0.5)
-        ),
-        TypeError,
-        "dim",
-    ),
     "layer_norm: eps no number": (
         lambda: fastnorm.LayerNorm(3, eps="a")(torch.randn(2, 3)),
         TypeError,
