@@ -323,6 +323,6 @@ def sweep_chart(results: Content) -> Figure | None:
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"training loss after {sweep['steps']} steps (nats)")
     axes.set_title(f"Learning-rate sweep, rung {checks['rung']}\n{_subtitle(results)}", fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _plain(axes)
     return figure
