@@ -54,9 +54,9 @@ build: build/.built
 ladder: build
 	$(BIN)/python examples/cifar_ladder.py $(if $(ARGS),$(ARGS),--rungs 0,1,2,3 --minutes 5)
 
-# A process a core. Each has two threads, and one that waits must not keep a core from another process. ARGS="-n 0" is for
-# a debugger: one process.
-PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+# A process a core, file by file. Each has two threads, and one that waits must not keep a core from another process.
+# ARGS="-n 0" is for a debugger: one process.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 test: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 

@@ -23,13 +23,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import os
 import platform
 import re
 import subprocess
-import threading
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -193,15 +192,20 @@ def _core() -> list[str]:
     return objects
 
 
-_compiling: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """One thread of one process at a time: several libraries, and several processes, may want the same object."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _object(source: Path, flags: list[str], mode: str, entries: str = "") -> Path:
     headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *CSRC.glob("cuda/*.h"), *HERE.glob("*.h")]
     output = LIBRARIES / f"{source.stem}-{mode}-{_digest([source, *headers], ' '.join(flags) + entries)}.o"
-    with _compiling[str(output)]:  # several libraries may want the same one
+    with _alone(output):
         if not output.exists():
-            LIBRARIES.mkdir(parents=True, exist_ok=True)
             before = output.with_suffix(f".{os.getpid()}.h")
             before.write_text(entries)
             try:
