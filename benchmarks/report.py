@@ -249,8 +249,8 @@ def compile_line(rows: Sequence[Row]) -> list[str]:
     slower = sum(row.speed_up["compile"] > row.speed_up["torch"] for row in both)
     over_faster = [min(row.speed_up["torch"], row.speed_up["compile"]) for row in both]
     return [
-        f"Of the {len(both)} rows with torch.compile it is slower than torch itself in {slower}. Over the faster of the",
-        f"two the geometric mean is {number(geometric_mean(over_faster))}, the lowest {number(min(over_faster))}.",
+        f"Of the {len(both)} rows with torch.compile it is slower than torch itself in {slower}. Over the faster of",
+        f"the two the geometric mean is {number(geometric_mean(over_faster))}, the lowest {number(min(over_faster))}.",
         "",
     ]
 
