@@ -38,7 +38,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" ninja pybind11 numpy \
-		"pytest>=8" "pytest-xdist>=3.5" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" \
+		"pytest>=8" "pytest-xdist>=3.7" "pytest-benchmark>=5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66" \
 		ruff==0.17.5 clang-format==18.1.8 mypy==2.4.1 "build>=1.2"
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastnorm.pth"
 	touch $@
@@ -54,9 +54,9 @@ build: build/.built
 ladder: build
 	$(BIN)/python examples/cifar_ladder.py $(if $(ARGS),$(ARGS),--rungs 0,1,2,3 --minutes 5)
 
-# A process a core, file by file. Each has two threads, and one that waits must not keep a core from another process.
-# ARGS="-n 0" is for a debugger: one process.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# A process a core, file by file in their order (else those of few tests come last, however long these take). Each has two
+# threads, and one that waits must not keep a core from another process. ARGS="-n 0" is for a debugger: one process.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
@@ -106,7 +106,7 @@ $(CUDA_VENV)/.ready: Makefile
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(CUDA_TORCH)
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77,<82" ninja pybind11 numpy \
-		"pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66"
+		"pytest>=8" "pytest-xdist>=3.7" "hypothesis>=6" "matplotlib>=3.8" "tqdm>=4.66"
 	touch $@
 
 # The objects of kernels are made anew: it is their compiler's words that are checked. Left out are the tests that repeat
