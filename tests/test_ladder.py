@@ -611,14 +611,16 @@ def test_a_killed_run_is_taken_up_with_its_own_settings_alone(
 
 @pytest.mark.usefixtures("small_presets")
 def test_resume_refuses_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As many of the same name, but one label is another."""
+    """As many of the same name, but labels of a file are others."""
     folder, out = write_binary(tmp_path / "data", count=20), tmp_path / "out"
     common = [out, "--data", str(folder), "--dataset", "cifar10", "--rungs"]
     assert run_cli(*common, "0") == 0
     for name in ("data_batch_1.bin", "test_batch.bin"):
         path = folder / name
         before = path.read_bytes()
-        path.write_bytes(bytes([(before[0] + 1) % 10]) + before[1:])
+        changed = bytearray(before)
+        changed[::3073] = bytes((label + 1) % 10 for label in before[::3073])  # a label and an image each
+        path.write_bytes(changed)
         assert run_cli(*common, "0,1", "--resume") == 2
         assert re.search(r"is of a run with images \w{16}, this one has \w{16}", capsys.readouterr().err)
         path.write_bytes(before)
