@@ -205,8 +205,8 @@ def batch_norm(
         eps: added to the variance, in units of input squared.
         residual: added before the activation; input's shape and type.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"`` or ``"gelu"`` (the erf form).
-        skip_nonfinite_stats: a batch whose mean or variance is inf or NaN in any channel, as after an overflow under
-            automatic mixed precision, leaves the running statistics and num_batches_tracked alone.
+        skip_nonfinite_stats: a batch whose mean or variance is inf or NaN in any channel, in the type of the running
+            ones, as after an overflow under automatic mixed precision, leaves these and num_batches_tracked alone.
         num_batches_tracked: one int64, counted up in training.
 
     Raises:
