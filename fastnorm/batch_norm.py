@@ -166,6 +166,8 @@ _batch_norm = norm_op("batch_norm", BatchNormFunction)
 
 def check_eps(op: str, training: bool, eps: float) -> None:
     """What torch asks of eps in batch normalisation alone, of the other normalisations' nothing."""
+    if not isinstance(eps, float | int):
+        return  # the kernel names what is no number
     if eps < 0.0 or (training and eps == 0.0):
         raise ValueError(f"{op}: eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
 
@@ -226,7 +228,7 @@ def batch_norm(
         return overridden(batch_norm, locals())
     if training is not True and training is not False:
         refuse_bool("batch_norm", "training", training)
-    if eps <= 0.0:
+    if type(eps) is not float or eps <= 0.0:
         check_eps("batch_norm", training, eps)
     setting = (
         running_mean, running_var, num_batches_tracked,
@@ -290,7 +292,7 @@ class _BatchNorm(RankedNormModule, nn.modules.batchnorm._BatchNorm):
             )  # fmt: skip
         self._check_input_dim(input)
         eps = self.eps
-        if eps <= 0.0:
+        if type(eps) is not float or eps <= 0.0:
             check_eps(self._functional.__name__, by_batch, eps)
         setting = (
             running_mean, running_var, num_batches_tracked,

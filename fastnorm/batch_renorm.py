@@ -80,7 +80,7 @@ def batch_renorm(
         return overridden(batch_renorm, locals())
     if training is not True and training is not False:
         refuse_bool("batch_renorm", "training", training)
-    if eps <= 0.0:
+    if type(eps) is not float or eps <= 0.0:
         check_eps("batch_renorm", training, eps)
     setting = (
         running_mean, running_var, num_batches_tracked,

@@ -164,6 +164,7 @@ def revert(model: Model) -> Model:
         >>> type(fastnorm.revert(fastnorm.convert(model))[0])
         <class 'torch.nn.modules.normalization.LayerNorm'>
     """
+    check_model("revert", model)
     kept = []
     for name, module in model.named_modules():
         if not isinstance(module, _FASTNORM_KINDS):
@@ -230,8 +231,15 @@ def _layers(model: nn.Module, skip: Skip) -> Iterator[tuple[str, nn.Module, str 
         yield name, module, "skipped" if module in skipped else reason
 
 
+def check_model(op: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {got}")
+
+
 def skipped_modules(op: str, model: nn.Module, skip: Skip) -> set[nn.Module]:
     """What ``skip`` tells, with everything inside. A shared module needs to be named only once."""
+    check_model(op, model)
     if isinstance(skip, type):
         raise TypeError(f"{op}: skip must be names or a function of name and module, got the class {skip.__name__}")
     if callable(skip):

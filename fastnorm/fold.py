@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from fastnorm import batch_norm
 from fastnorm.activation import add_and_activate, norm_with_residual
-from fastnorm.convert import Skip, skipped_modules
+from fastnorm.convert import Skip, check_model, skipped_modules
 from fastnorm.state import reachable
 from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.trace import PARALLEL, attribute, does_more, trace_everything, writes
@@ -122,6 +122,7 @@ def fold_batch_norm(model: Model, *, skip: Skip = ()) -> Model:
           (1): ReLU()
         )
     """
+    check_model("fold_batch_norm", model)
     model = copy.deepcopy(model)
     skipped = skipped_modules("fold_batch_norm", model, skip)
     for name, module in model.named_modules():

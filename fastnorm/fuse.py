@@ -20,7 +20,7 @@ from torch.package import sys_importer
 
 from fastnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fastnorm.activation import norm_with_residual
-from fastnorm.convert import becomes_norm, to_fastnorm
+from fastnorm.convert import becomes_norm, check_model, to_fastnorm
 from fastnorm.state import global_names, reachable
 from fastnorm.sync_batch_norm import SyncBatchNorm
 from fastnorm.trace import Traced, attribute, does_more, in_place, trace, used_unseen, writes
@@ -111,6 +111,7 @@ def fuse(model: Model) -> Model:
         >>> fastnorm.fuse(model)[1].activation, model[2]
         ('gelu', Identity())
     """
+    check_model("fuse", model)
     modules = [module for module in model.modules() if not _is_layer(module)]
     traced = {(module, "forward"): _trace(module, "forward") for module in modules}
 

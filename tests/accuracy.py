@@ -20,6 +20,7 @@ from cases import CASES, Case
 from torch import Tensor
 
 SHAPE = (6, 12, 9, 11)
+LARGE = ((16, 16, 28, 28), (64, 16, 7, 7))  # planes of long sums, and many short ones
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In float32 the arithmetic's own roundings show: (x - mean) * rstd * weight + bias has four, of half a unit each, and a
 # sum of hundreds of terms for a parameter's gradient one unit more.
@@ -54,6 +55,19 @@ INPUTS: dict[str, Input] = {
         [_with(x.view(-1)[:64], math.inf, -math.inf), x.view(-1)[64:]]
     ).view(x.shape),
 }
+
+# Numbers much alike, of which a long sum in float32 is rounded the same way again and again, and sorted ones, whose first
+# elements are far from the others' mean. Of LARGE shapes, in both layouts.
+ALIKE: dict[str, Input] = {
+    "few ones": lambda x: (x > 2.3) * 1.2345,
+    "zeros and ones": lambda x: (x > 0) * 1.2345,
+    "a fourth's levels": lambda x: (x * 4).round() / 4 + 0.1,
+    "planes of one number": lambda x: (x.mean((2, 3), keepdim=True) > 0).expand(x.shape) * 1.2345,
+    "an eighth of zeros, then ones": lambda x: torch.arange(x.numel()).view(x.shape).ge(x.numel() // 8) * 1.2345,
+    "sorted": lambda x: x.flatten().sort().values.view(x.shape),
+    "sorted planes": lambda x: x.flatten(2).sort(-1).values.view(x.shape),
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # No random masks, whose op is one multiplication, and no activations, whose derivatives jump where z is 0. No
 # weight_norm of a whole tensor: its magnitude's gradient is one number, and as often as not nearly zero, so that the
@@ -111,15 +125,17 @@ def _units(got: Tensor, wanted: Tensor, torchs: Tensor | None = None) -> float:
     return difference / (max(wanted.abs().max().item(), info.smallest_normal) * info.eps)
 
 
-def _row_errors(case: Case, dtype: torch.dtype, make: Input, seed: int) -> Iterator[tuple[str, float, float]]:
+def _row_errors(
+    case: Case, dtype: torch.dtype, make: Input, seed: int, shape: tuple[int, ...], layout: str
+) -> Iterator[tuple[str, float, float]]:
     """Each result's name, error and torch's error; none if the type does not hold the input."""
     generator = torch.Generator().manual_seed(seed)
-    exact = make(torch.randn(SHAPE, generator=generator, dtype=torch.float64))
-    x = exact.to(dtype)
+    exact = make(torch.randn(shape, generator=generator, dtype=torch.float64))
+    x = exact.to(dtype, memory_format=LAYOUTS[layout])
     if (x.isinf() & exact.isfinite()).any():
         return
     tensors = [x, *case.parameters(x, generator)]
-    dy = torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype)
+    dy = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype, memory_format=LAYOUTS[layout])
     ours = _differentiate(case.fastnorm, tensors, dy)
     torchs = _differentiate(case.torch, tensors, dy)
     wanted = _differentiate(case.reference, [t.double() for t in tensors], dy.double())
@@ -128,17 +144,24 @@ def _row_errors(case: Case, dtype: torch.dtype, make: Input, seed: int) -> Itera
         yield result, _units(a, w, b), _units(b, w)
 
 
-def rows(cases: list[Case], inputs: dict[str, Input] = INPUTS, draws: int = DRAWS) -> Iterator[Row]:
+def rows(
+    cases: list[Case],
+    inputs: dict[str, Input] = INPUTS,
+    draws: int = DRAWS,
+    shape: tuple[int, ...] = SHAPE,
+    layout: str = "contiguous",
+) -> Iterator[Row]:
+    where = "" if shape == SHAPE else f", {'x'.join(map(str, shape))} {layout}"
     for case in cases:
         for dtype in DTYPES:
             for name, make in inputs.items():
                 largest: dict[str, tuple[float, float]] = {}
                 for seed in range(draws):
-                    for result, ours, torchs in _row_errors(case, dtype, make, seed):
+                    for result, ours, torchs in _row_errors(case, dtype, make, seed, shape, layout):
                         before = largest.get(result, (0.0, 0.0))
                         largest[result] = max(ours, before[0]), max(torchs, before[1])
                 for result, (ours, torchs) in largest.items():
-                    yield Row(case.name, dtype, name, result, ours, torchs)
+                    yield Row(case.name, dtype, name + where, result, ours, torchs)
 
 
 def accuracy_cases() -> list[Case]:
@@ -150,7 +173,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="a line for each input, too")
     arguments = parser.parse_args()
-    found = list(rows(accuracy_cases()))
+    cases = accuracy_cases()
+    found = list(rows(cases))
+    norms = [case for case in cases if not case.name.startswith(("weight_norm", "local_response_norm"))]
+    for shape in LARGE:
+        for layout in LAYOUTS:
+            found += rows(norms, ALIKE, shape=shape, layout=layout)
     largest: dict[tuple[str, torch.dtype, str], Row] = {}
     for row in found:
         key = row.op, row.dtype, row.result

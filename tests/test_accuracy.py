@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import INPUTS, SLACK, Row, accuracy_cases, rows
+from accuracy import ALIKE, INPUTS, LARGE, LAYOUTS, SLACK, Row, accuracy_cases, rows
 from cases import Case
 
 import fastnorm.functional as fn
@@ -25,6 +25,40 @@ def hard(case: Case, *names: str) -> list[Row]:
 def test_no_worse_than_torch(name: str) -> None:
     worse = [row for row in hard(BY_NAME[name], *HARD) if row.worse]
     assert not worse, worse
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("name", ("batch_norm-train", "layer_norm-but-1", "group_norm-some", "instance_norm-input"))
+def test_numbers_alike(name: str, shape: tuple[int, ...], layout: str) -> None:
+    worse = [row for row in rows([BY_NAME[name]], ALIKE, draws=1, shape=shape, layout=layout) if row.worse]
+    assert not worse, worse
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ((16, 16, 28, 28), (64, 256, 14, 14), (64, 16, 7, 7), (4, 4, 80, 80)), ids=str)
+@pytest.mark.parametrize("op", ("batch", "group", "instance", "layer"))
+def test_a_constant_gradient(op: str, shape: tuple[int, ...], layout: str) -> None:
+    """As that of a mean over positions: each addition to a float32 sum of it is rounded the same way.
+
+    dbias to two units of float32, of which it had up to 11. dx, which is 0, to four units of what it is the difference
+    of; torch's own has up to 280 in these shapes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    dims = 1 if op != "layer" else 3
+    weight, bias = (torch.ones(shape[1 : 1 + dims], requires_grad=True) for _ in range(2))
+    y = {
+        "batch": lambda: fn.batch_norm(x, None, None, weight, bias, training=True),
+        "group": lambda: fn.group_norm(x, 4, weight, bias),
+        "instance": lambda: fn.instance_norm(x, None, None, weight, bias),
+        "layer": lambda: fn.layer_norm(x, shape[1:], weight, bias),
+    }[op]()
+    dy = torch.full(shape, 0.1)
+    dx, _, dbias = torch.autograd.grad(y, (x, weight, bias), dy.contiguous(memory_format=LAYOUTS[layout]))
+    eps, count = torch.finfo(torch.float32).eps, x.numel() // bias.numel()
+    assert (dbias.double() / (count * dy.flatten()[0].double()) - 1).abs().max() <= 2 * eps
+    assert dx.abs().max() <= 4 * eps * dy.flatten()[0]
 
 
 def test_an_error_is_seen() -> None:

@@ -267,6 +267,44 @@ WRONG = {
         TypeError,
         "convert: skip must be names or a function of name and module, got the class BatchNorm2d",
     ),
+    **{
+        f"{function}: no module": (
+            lambda function=function: getattr(fastnorm, function)(torch.relu),
+            TypeError,
+            f"^{op}: model must be a torch.nn.Module, got builtin_function_or_method$",
+        )
+        for function, op in (
+            ("convert", "convert"),
+            ("revert", "revert"),
+            ("conversion_report", "convert"),
+            ("fuse", "fuse"),
+            ("fold_batch_norm", "fold_batch_norm"),
+        )
+    },
+    "fuse: a class": (
+        lambda: fastnorm.fuse(nn.BatchNorm2d),
+        TypeError,
+        "^fuse: model must be a torch.nn.Module, got the class BatchNorm2d$",
+    ),
+    **{
+        f"{kind}: eps {got}": (
+            lambda kind=kind, eps=eps, got=got: getattr(fastnorm, kind)(3, eps=eps)(torch.randn(2, 3, 4, 4)),
+            TypeError,
+            f"^{op}: eps must be a float, got {got}$",
+        )
+        for kind, op in (("BatchNorm2d", "batch_norm"), ("BatchRenorm2d", "batch_renorm"))
+        for eps, got in (("1e-5", "str"), (None, "NoneType"))
+    },
+    "batch_norm: eps no number": (
+        lambda: fn.batch_norm(torch.randn(2, 3, 4, 4), None, None, training=True, eps="1e-5"),
+        TypeError,
+        "^batch_norm: eps must be a float, got str$",
+    ),
+    "batch_norm: integer eps of 0": (
+        lambda: fn.batch_norm(torch.randn(2, 3, 4, 4), None, None, training=True, eps=0),
+        ValueError,
+        "^batch_norm: eps must be positive in training, got 0$",
+    ),
     "rms_norm: module activation": (lambda: fastnorm.RMSNorm(5, activation="elu"), ValueError, "RMSNorm: activ"),
     "dropout: p above 1": (lambda: fn.dropout(X(), 1.5), ValueError, r"dropout: p must be in \[0, 1\], got 1.5"),
     "dropout: p below 0": (lambda: fn.dropout(X(), -0.1), ValueError, "got -0.1"),

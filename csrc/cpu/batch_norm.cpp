@@ -437,12 +437,17 @@ struct PlanesBackward {
                                           [&](int64_t c) { return channel_affine<acc_t>(a, parameters, c); });
     PerChannel<SliceSummand<acc_t>> summand(begin, end,
                                             [&](int64_t c) { return SliceSummand<acc_t>(a.mean[c], a.rstd[c]); });
-    PerChannel<GradientSums<T>> sums(begin, end, [](int64_t) { return GradientSums<T>(); });
+    const auto zeros = [](int64_t) { return GradientSums<T>(); };
+    PerChannel<GradientSums<T>> sums(begin, end, zeros);
     visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       const int64_t length = chunk.length, to_next = ahead;
-      for_runs(chunk, begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
-        sums[c].add_run(act, run, length, uniform<T>(affine[c]), uniform<T>(summand[c]), to_next);
-      });
+      for (int64_t first = 0; first < chunk.count; first += kPiecePacks) {
+        PerChannel<GradientSums<T>> part(begin, end, zeros);
+        for_runs(chunk.part(first, kPiecePacks), begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
+          part[c].add_run(act, run, length, uniform<T>(affine[c]), uniform<T>(summand[c]), to_next);
+        });
+        for (int64_t c = 0; c < end - begin; ++c) sums[c] += part[c];
+      }
     });
     for (int64_t c = 0; c < end - begin; ++c) {
       const double sum_dz = sums[c].sum_dz();

@@ -184,7 +184,7 @@ FASTNORM_LOOP void add_row_gradients(Act act, const RunGradient<T>& g, const Str
     RunGradient<T> from[kRowGroup];
     for (int r = 0; r < here; ++r) from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
-      P s = P::load_acc(dz + i), sx = P::load_acc(dz_summand + i);
+      P s(0), sx(0);
       const P mean = times.mean[i], power = times.power[i];
       for_each_row(here, count, [&](int r) {
         prefetch(from[r].x + i + kRowGroup * to_next.elements);
@@ -192,11 +192,12 @@ FASTNORM_LOOP void add_row_gradients(Act act, const RunGradient<T>& g, const Str
         const P x = P::load(from[r].x + i, count);
         const P d = from[r].dz(act, i, count, x, z);
         from[r].keep(act, i, d);
-        s = s + d;
-        sx = fmadd(d, (x - mean) * power, sx);
+        const P summand = (x - mean) * power;
+        s = r == 0 ? d : s + d;
+        sx = r == 0 ? d * summand : fmadd(d, summand, sx);
       });
-      s.store_acc(dz + i);
-      sx.store_acc(dz_summand + i);
+      (P::load_acc(dz + i) + s).store_acc(dz + i);
+      (P::load_acc(dz_summand + i) + sx).store_acc(dz_summand + i);
     });
   });
 }

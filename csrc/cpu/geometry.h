@@ -16,6 +16,10 @@ struct Runs {
   int64_t offset, count, stride, length;
 
   int64_t numel() const { return count * length; }
+  // At most `most` of them, from the first on.
+  Runs part(int64_t first, int64_t most) const {
+    return {offset + first * stride, std::min(most, count - first), stride, length};
+  }
   // The same from the last to the first.
   Runs reversed() const { return {offset + (count - 1) * stride, count, -stride, length}; }
 };

@@ -5,7 +5,7 @@
 // chunks. A few long rows are split: every thread takes chunks of them.
 //
 // Backward by rows. A task owns a part of the rows. A first sweep of a row reduces g and g * xhat; a second writes dx
-// and adds dz and dz * xhat to one float32 sum a column, flushed to float64 every kBlockRows rows. The parts' sums are
+// and adds dz and dz * xhat to one float32 sum a column, flushed to float64 every kSumRows rows. The parts' sums are
 // merged at the end. Several rows at once would load a column's sums less often, but the processor's prefetchers lose
 // such a pattern, and memory is the limit.
 //
@@ -143,12 +143,17 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
 
   clear(s2);
   if (!subtract_mean) {
-    for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) {
+    for_sum_pieces<T, kUnroll>(n, [&](int64_t begin, int64_t here) {
+      P squares[kRows * kUnroll];
+      clear(squares);
+      for_packs<T, kUnroll, AnyOrder>(here, [&](int64_t i, auto count, int u) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const P v = P::load(x + r * N + i, count);
-        s2[u * kRows + r] = fmadd(v, v, s2[u * kRows + r]);
-      }
+        for (int r = 0; r < kRows; ++r) {
+          const P v = P::load(x + r * N + begin + i, count);
+          squares[u * kRows + r] = fmadd(v, v, squares[u * kRows + r]);
+        }
+      });
+      for (int i = 0; i < kRows * kUnroll; ++i) s2[i] = s2[i] + squares[i];
     });
     for (int r = 0; r < kRows; ++r) {
       double squares = total(s2, r);
@@ -167,26 +172,47 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
   const int64_t ahead = kRows > 1 ? kRows * N : std::max(n, kAhead<T>);  // the next rows, or what follows of a long one
   acc_t m[kRows];
   for (int r = 0; r < kRows; ++r) m[r] = static_cast<acc_t>(total(s1, r) * reciprocal_of_first);
-  P shift[kRows];
-  for (int r = 0; r < kRows; ++r) shift[r] = P(m[r]);
-  clear(s1);
-  for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) {
+  double deviations[kRows], squares[kRows];
+  for (bool again = false, far = true; far; again = true) {
+    P shift[kRows];
+    for (int r = 0; r < kRows; ++r) shift[r] = P(m[r]);
+    clear(s1);
+    clear(s2);
+    for_sum_pieces<T, kUnroll>(n, [&](int64_t begin, int64_t here) {
+      P part1[kRows * kUnroll], part2[kRows * kUnroll];
+      clear(part1);
+      clear(part2);
+      for_packs<T, kUnroll, AnyOrder>(here, [&](int64_t i, auto count, int u) {
 #pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const T* const from = x + r * N + begin + i;
+          if constexpr (std::is_same_v<decltype(count), AnyOrder>) prefetch(from + ahead);
+          const P d = (P::load(from, count) - shift[r]).keep(count);
+          part1[u * kRows + r] = part1[u * kRows + r] + d;
+          part2[u * kRows + r] = fmadd(d, d, part2[u * kRows + r]);
+        }
+      });
+      for (int i = 0; i < kRows * kUnroll; ++i) {
+        s1[i] = s1[i] + part1[i];
+        s2[i] = s2[i] + part2[i];
+      }
+    });
+    far = false;
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (std::is_same_v<decltype(count), AnyOrder>) prefetch(x + r * N + i + ahead);
-      const P d = (P::load(x + r * N + i, count) - shift[r]).keep(count);
-      s1[u * kRows + r] = s1[u * kRows + r] + d;
-      s2[u * kRows + r] = fmadd(d, d, s2[u * kRows + r]);
+      deviations[r] = total(s1, r);
+      squares[r] = total(s2, r);
+      if (again || !far_from_mean<T>(count_all, deviations[r], squares[r])) continue;
+      m[r] = static_cast<acc_t>(m[r] + deviations[r] / count_all);
+      far = true;
     }
-  });
+  }
   for (int r = 0; r < kRows; ++r) {
-    const double deviations = total(s1, r), squares = total(s2, r);
-    if (!std::is_same_v<acc_t, double> && out_of_range(m[r], deviations, squares)) {
+    if (!std::is_same_v<acc_t, double> && out_of_range(m[r], deviations[r], squares[r])) {
       moments[r] = chunk_moments_float64(x + r * N, Runs{0, 1, 0, n});
-    } else if (has_outlier<T>(n, largest_lane(s2, r, kRows), squares)) {
-      moments[r] = chunk_moments_in_pieces(x + r * N, Runs{0, 1, 0, n}, m[r] + deviations / count_all);
+    } else if (has_outlier<T>(n, largest_lane(s2, r, kRows), squares[r])) {
+      moments[r] = chunk_moments_in_pieces(x + r * N, Runs{0, 1, 0, n}, m[r] + deviations[r] / count_all);
     } else {
-      moments[r] = shifted_moments(count_all, m[r], deviations, squares);
+      moments[r] = shifted_moments(count_all, m[r], deviations[r], squares[r]);
     }
   }
 }
@@ -289,6 +315,7 @@ constexpr int64_t kLongRow = 1 << 15;      // elements; a group of longer rows w
 constexpr int64_t kFewRows = 64;           // too few to be split into parts that keep a float64 sum a column each
 constexpr int64_t kSmall = 1 << 16;        // elements one task takes anyway
 constexpr int64_t kStripsBlock = 1 << 20;  // elements that stay in the last-level cache
+constexpr int64_t kSumRows = 32;           // whose column sums are float32
 constexpr int64_t kLeastPartRows = 16;
 constexpr int64_t kLeastPartElements = 1 << 15;
 
@@ -437,7 +464,7 @@ struct RowsBackward {
     const ParameterArrays<T> parameters(a, 0, N);
     // Of each task a row of dweight and one of dbias: the sums themselves, where a task has no more rows than these may
     // be of, else as float64.
-    const bool one_block = tasks.rows <= kBlockRows;
+    const bool one_block = tasks.rows <= kSumRows;
     const int64_t columns = wants_columns ? N : 0, size = ColumnSums::size(columns);
     const ScratchArray<acc_t> sums_of_tasks(one_block ? tasks.size() * size : 0);
     const ScratchArray<double> partial(one_block ? 0 : tasks.size() * 2 * columns);
@@ -449,8 +476,8 @@ struct RowsBackward {
       const ScratchArray<acc_t> row_dz(keeps ? N + P::kSize : 0);
       acc_t* const kept = keeps ? row_dz.data() : nullptr;
       double *dweight = partial.data() + task * 2 * columns, *dbias = dweight + columns;
-      for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kBlockRows) {
-        const int64_t end = std::min(tasks.end(task), begin + kBlockRows);
+      for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kSumRows) {
+        const int64_t end = std::min(tasks.end(task), begin + kSumRows);
         visit<T>(a.activation, [&](auto act) { whole_rows(act, begin, end, *parameters, sums, kept); });
         if (!one_block) sums.flush(begin == tasks.begin(task), columns, dweight, dbias);
       }

@@ -316,6 +316,10 @@ struct GradientSums {
     });
   }
 
+  void operator+=(const GradientSums& b) {
+    dz = dz + b.dz;
+    dz_summand = dz_summand + b.dz_summand;
+  }
   double sum_dz() const { return lane_sum(dz); }
   double sum_dz_summand() const { return lane_sum(dz_summand); }
 };

@@ -139,9 +139,10 @@ struct Lanes {
 class KeepBits {
  public:
   KeepBits(uint64_t seed, uint64_t offset, uint32_t threshold) : seed_(seed), offset_(offset), threshold_(threshold) {
-    for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int round = kSharedRounds; round < kPhiloxRounds; ++round) {
       const int shift = round == kPhiloxRounds - 1 ? 32 : 0;
-      for (int i = 0; i < 2; ++i) key_[round][i] = Lanes::all(static_cast<uint64_t>(key(round, i)) << shift);
+      for (int i = 0; i < 2; ++i)
+        key_[round - kSharedRounds][i] = Lanes::all(static_cast<uint64_t>(key(round, i)) << shift);
     }
     third_word_ = Lanes::all(static_cast<uint32_t>(offset >> 32) ^ key(0, 1));
     first_word_ = Lanes::all(static_cast<uint32_t>(offset_product()) ^ key(1, 0));
@@ -170,6 +171,8 @@ class KeepBits {
 
  private:
   static constexpr int kParts = kGroupBlocks / Lanes::kSize;  // of a group
+  static constexpr int kSharedRounds = 2;                     // of which blocks drawn together share a part
+  static constexpr int kOwnRounds = kPhiloxRounds - kSharedRounds;
 
   // Of the second round, for blocks with one upper half: the product of the first word, and what its high half and the
   // key make of the third.
@@ -224,7 +227,7 @@ class KeepBits {
   // A byte for each lane of the counters.
   template <int kCount>
   void draw_lanes(const Lanes (&counter)[kCount], const SameUpperHalf& same, uint8_t* bytes) const {
-    static_assert(kPhiloxRounds > 2);
+    static_assert(kPhiloxRounds > kSharedRounds);
     const Lanes m0 = Lanes::all(kPhiloxM0), m1 = Lanes::all(kPhiloxM1);
     Lanes c[kCount][4];
 #pragma GCC unroll 8
@@ -237,7 +240,7 @@ class KeepBits {
       c[i][3] = same.product;
     }
 #pragma GCC unroll 1  // so that the state stays in registers and the keys in memory, and not the other way
-    for (int round = 2; round < kPhiloxRounds - 1; ++round) {
+    for (int round = 0; round < kOwnRounds - 1; ++round) {
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
         const Lanes p0 = c[i][0].times(m0), p1 = c[i][2].times(m1);
@@ -249,7 +252,7 @@ class KeepBits {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
-      const Lanes(&last)[2] = key_[kPhiloxRounds - 1];
+      const Lanes(&last)[2] = key_[kOwnRounds - 1];
       const Lanes words[2] = {Lanes::exclusive_or(c[i][2].times(m1), c[i][1].low_to_high(), last[0]),
                               Lanes::exclusive_or(c[i][0].times(m0), c[i][3].low_to_high(), last[1])};
       const uint64_t kept = Lanes::keep(words, threshold_);
@@ -259,7 +262,7 @@ class KeepBits {
 
   uint64_t seed_, offset_;
   uint32_t threshold_;
-  Lanes key_[kPhiloxRounds][2];  // the last one's in the high halves
+  Lanes key_[kOwnRounds][2];  // of the rounds after the shared ones; the last one's in the high halves
   // What the offset and the key make of a word: of the first round's third, but for a counter's product, and of the
   // second round's first, but for the product of that third.
   Lanes third_word_, first_word_;

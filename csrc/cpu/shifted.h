@@ -2,7 +2,8 @@
 //
 // With a shift m and n elements of which the first k gave m, |mean - m| <= std * sqrt(n / k), for those k alone already
 // make the variance as large as k / n * (mean - m)^2. So the subtraction of squares loses a factor n / k at worst,
-// whatever the data: k / n is an eighth or a sixteenth here, and beyond the sums are merged by Chan's formula.
+// whatever the data: k / n is an eighth or a sixteenth here, and beyond the sums are merged by Chan's formula. Where the
+// first are so unlike the others that it loses more than half, as in sorted data, a second sweep is about the mean.
 #pragma once
 
 #include "columns.h"
@@ -44,6 +45,12 @@ bool has_outlier(int64_t n, double largest_lane, double squares) {
   return !std::is_same_v<acc_type<T>, double> && n >= kManyToALane && largest_lane > squares / 4;
 }
 
+// Whether a shift, from which n elements deviate by this sum, is more than a standard deviation from their mean.
+template <typename T>
+bool far_from_mean(double n, double deviations, double squares) {
+  return !std::is_same_v<acc_type<T>, double> && deviations * deviations > n * squares / 2;
+}
+
 // The moments of a chunk whose mean is about m, for which no lane sums more than a few elements.
 template <typename T>
 FASTNORM_LOOP Moments chunk_moments_in_pieces(const T* x, const Runs& chunk, double m) {
@@ -75,6 +82,28 @@ int64_t shift_elements(int64_t n) {
   return n <= 128 ? std::min<int64_t>(n, 64) : std::max<int64_t>(64, n / 8 / kSize * kSize);
 }
 
+// Adds what n elements deviate from a shift by, and its squares, to sums that take kUnroll packs by turns. Prefetches
+// what lies `ahead`, if not 0.
+template <int kUnroll, typename T>
+FASTNORM_INLINE void add_deviations(const T* x, int64_t n, const Pack<T>& shift, int64_t ahead, Pack<T>* deviations,
+                                    Pack<T>* squares) {
+  using P = Pack<T>;
+  for_sum_pieces<T, kUnroll>(n, [&](int64_t first, int64_t here) {
+    P s1[kUnroll], s2[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) s1[u] = s2[u] = P(0);
+    for_packs<T, kUnroll, AnyOrder>(here, [&](int64_t i, auto count, int u) {
+      if (ahead) prefetch(x + first + i + ahead);
+      const P d = (P::load(x + first + i, count) - shift).keep(count);
+      s1[u] = s1[u] + d;
+      s2[u] = fmadd(d, d, s2[u]);
+    });
+    for (int u = 0; u < kUnroll; ++u) {
+      deviations[u] = deviations[u] + s1[u];
+      squares[u] = squares[u] + s2[u];
+    }
+  });
+}
+
 // Of n <= kChunk contiguous elements. The divisions are by n and so off the path from one sum to the next.
 // Scalar math: m = sum(x[:k]) / k;  s1 = sum(x - m);  s2 = sum((x - m)^2)
 template <typename T>
@@ -86,19 +115,22 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
   const double reciprocal = 1.0 / static_cast<double>(n), reciprocal_of_first = 1.0 / static_cast<double>(first);
 
   P s1[kUnroll], s2[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) s1[u] = s2[u] = P(0);
+  const auto clear = [](P(&sums)[kUnroll]) { std::fill(sums, sums + kUnroll, P(0)); };
+  clear(s1);
   for_packs<T, kUnroll, AnyOrder>(first, [&](int64_t i, auto count, int u) { s1[u] = s1[u] + P::load(x + i, count); });
-  const acc_t m = static_cast<acc_t>(tree_sum(s1) * reciprocal_of_first);
-
-  const P shift(m);
-  for (int u = 0; u < kUnroll; ++u) s1[u] = P(0);
-  for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) {
-    const P d = (P::load(x + i, count) - shift).keep(count);
-    s1[u] = s1[u] + d;
-    s2[u] = fmadd(d, d, s2[u]);
-  });
-  const acc_t largest = largest_lane(s2);  // before its sums are added up in place
-  const double deviations = tree_sum(s1), squares = tree_sum(s2), d = deviations * reciprocal;
+  acc_t m = static_cast<acc_t>(tree_sum(s1) * reciprocal_of_first), largest = 0;
+  double deviations = 0, squares = 0, d = 0;
+  for (bool again = false;; again = true) {
+    clear(s1);
+    clear(s2);
+    add_deviations<kUnroll>(x, n, P(m), 0, s1, s2);
+    largest = largest_lane(s2);  // before its sums are added up in place
+    deviations = tree_sum(s1);
+    squares = tree_sum(s2);
+    d = deviations * reciprocal;
+    if (again || !far_from_mean<T>(static_cast<double>(n), deviations, squares)) break;
+    m = static_cast<acc_t>(m + d);
+  }
   if constexpr (!std::is_same_v<acc_t, double>)
     if (out_of_range(m, deviations, squares)) return chunk_moments_float64(x, Runs{0, 1, 0, n});
   if (has_outlier<T>(n, largest, squares)) return chunk_moments_in_pieces(x, Runs{0, 1, 0, n}, m + d);
@@ -140,31 +172,41 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
   acc_t m[kMostSlices];
   for (int s = 0; s < slices; ++s) m[s] = static_cast<acc_t>(lane_sum(sums[s]) / static_cast<double>(first.numel()));
 
-  clear(sums);
-  clear(squares);
-  for_runs(chunk, [&](int s, const T* row) {
-    const P shift(m[s]);
-    P s1[kUnroll], s2[kUnroll];
-    std::copy(sums[s], sums[s] + kUnroll, s1);
-    std::copy(squares[s], squares[s] + kUnroll, s2);
-    for_packs<T, kUnroll, AnyOrder>(chunk.length, [&](int64_t i, auto count, int u) {
-      if (ahead) prefetch(row + i + ahead);
-      const P d = (P::load(row + i, count) - shift).keep(count);
-      s1[u] = s1[u] + d;
-      s2[u] = fmadd(d, d, s2[u]);
-    });
-    std::copy(s1, s1 + kUnroll, sums[s]);
-    std::copy(s2, s2 + kUnroll, squares[s]);
-  });
   const double n = static_cast<double>(chunk.numel());
+  double deviations[kMostSlices], sum_of_squares[kMostSlices];
+  for (bool again = false, far = true; far; again = true) {
+    clear(sums);
+    clear(squares);
+    for (int64_t run = 0; run < chunk.count; run += kPiecePacks) {
+      P part_sums[kMostSlices][kUnroll], part_squares[kMostSlices][kUnroll];
+      clear(part_sums);
+      clear(part_squares);
+      for_runs(chunk.part(run, kPiecePacks), [&](int s, const T* row) {
+        add_deviations<kUnroll>(row, chunk.length, P(m[s]), ahead, part_sums[s], part_squares[s]);
+      });
+      for (int s = 0; s < slices; ++s) {
+        for (int u = 0; u < kUnroll; ++u) {
+          sums[s][u] = sums[s][u] + part_sums[s][u];
+          squares[s][u] = squares[s][u] + part_squares[s][u];
+        }
+      }
+    }
+    far = false;
+    for (int s = 0; s < slices; ++s) {
+      deviations[s] = lane_sum(sums[s]);
+      sum_of_squares[s] = lane_sum(squares[s]);
+      if (again || !far_from_mean<T>(n, deviations[s], sum_of_squares[s])) continue;
+      m[s] = static_cast<acc_t>(m[s] + deviations[s] / n);
+      far = true;
+    }
+  }
   for (int s = 0; s < slices; ++s) {
-    const double deviations = lane_sum(sums[s]), sum_of_squares = lane_sum(squares[s]);
-    if (!std::is_same_v<acc_t, double> && out_of_range(m[s], deviations, sum_of_squares)) {
+    if (!std::is_same_v<acc_t, double> && out_of_range(m[s], deviations[s], sum_of_squares[s])) {
       result[s] = chunk_moments_float64(x + s * apart, chunk);
-    } else if (has_outlier<T>(chunk.numel(), largest_lane(squares[s]), sum_of_squares)) {
-      result[s] = chunk_moments_in_pieces(x + s * apart, chunk, m[s] + deviations / n);
+    } else if (has_outlier<T>(chunk.numel(), largest_lane(squares[s]), sum_of_squares[s])) {
+      result[s] = chunk_moments_in_pieces(x + s * apart, chunk, m[s] + deviations[s] / n);
     } else {
-      result[s] = shifted_moments(n, m[s], deviations, sum_of_squares);
+      result[s] = shifted_moments(n, m[s], deviations[s], sum_of_squares[s]);
     }
   }
 }
@@ -207,23 +249,40 @@ FASTNORM_LOOP void add_rows(const T* x, int64_t stride, int64_t rows, int64_t co
 
 // Scalar math: s1[j] += sum_r (x[r][j] - shift[j]);  s2[j] += sum_r (x[r][j] - shift[j])^2
 template <typename T>
-FASTNORM_LOOP void add_deviations(const T* x, int64_t stride, int64_t rows, int64_t columns, const acc_type<T>* shift,
-                                  acc_type<T>* s1, acc_type<T>* s2) {
+FASTNORM_LOOP void add_row_deviations(const T* x, int64_t stride, int64_t rows, int64_t columns,
+                                      const acc_type<T>* shift, acc_type<T>* s1, acc_type<T>* s2) {
   using P = Pack<T>;
   for_row_groups(Known<Activation::kNone>{}, rows, [&](int64_t row, auto here) {
     const T* const first = x + row * stride;
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       const P m = P::load_acc(shift + i);
-      P sum = P::load_acc(s1 + i), squares = P::load_acc(s2 + i);
+      P sum(0), squares(0);
       for_each_row(here, count, [&](int r) {
         prefetch(first + (r + kRowGroup) * stride + i);
         const P d = P::load(first + r * stride + i, count) - m;
-        sum = sum + d;
-        squares = fmadd(d, d, squares);
+        sum = r == 0 ? d : sum + d;
+        squares = r == 0 ? d * d : fmadd(d, d, squares);
       });
-      sum.store_acc(s1 + i);
-      squares.store_acc(s2 + i);
+      (P::load_acc(s1 + i) + sum).store_acc(s1 + i);
+      (P::load_acc(s2 + i) + squares).store_acc(s2 + i);
     });
+  });
+}
+
+// The same for all rows of a strip of columns, in float64 beyond a block of them.
+template <typename T>
+void strip_deviations(const T* x, int64_t stride, int64_t rows, int64_t columns, const acc_type<T>* shift, double* s1,
+                      double* s2) {
+  using acc_t = acc_type<T>;
+  acc_t sum[kStrip + Pack<T>::kSize], squares[kStrip + Pack<T>::kSize];
+  std::fill(s1, s1 + columns, 0.0);
+  std::fill(s2, s2 + columns, 0.0);
+  for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
+    std::fill(sum, sum + columns + Pack<T>::kSize, acc_t(0));
+    std::fill(squares, squares + columns + Pack<T>::kSize, acc_t(0));
+    add_row_deviations(x + row * stride, stride, here, columns, shift, sum, squares);
+    for (int64_t j = 0; j < columns; ++j) s1[j] += sum[j];
+    for (int64_t j = 0; j < columns; ++j) s2[j] += squares[j];
   });
 }
 
@@ -235,31 +294,24 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns, a
   using acc_t = acc_type<T>;
   double *s1 = mean, *s2 = m2;
   const int64_t shift_rows = std::min(rows, std::max(kLeastShiftRows, rows / 16));
-  std::fill(s1, s1 + columns, 0.0);
-  std::fill(s2, s2 + columns, 0.0);
+  const double n = static_cast<double>(rows), reciprocal = 1.0 / n;
   for (int64_t first = 0; first < columns; first += kStrip) {
-    const int64_t n = std::min(kStrip, columns - first);
-    acc_t sum[kStrip + Pack<T>::kSize], squares[kStrip + Pack<T>::kSize];
-    {
-      acc_t* m = shift + first;
-      std::fill(m, m + n, acc_t(0));
-      add_rows(x + first, stride, shift_rows, n, m);
-      for (int64_t j = 0; j < n; ++j) m[j] *= static_cast<acc_t>(1.0 / static_cast<double>(shift_rows));
+    const int64_t end = std::min(columns, first + kStrip), here = end - first;
+    std::fill(shift + first, shift + end, acc_t(0));
+    add_rows(x + first, stride, shift_rows, here, shift + first);
+    for (int64_t j = first; j < end; ++j) shift[j] *= static_cast<acc_t>(1.0 / static_cast<double>(shift_rows));
+    for (bool again = false, far = true; far; again = true) {
+      strip_deviations(x + first, stride, rows, here, shift + first, s1 + first, s2 + first);
+      far = false;
+      if (again) break;
+      for (int64_t j = first; j < end; ++j) far |= far_from_mean<T>(n, s1[j], s2[j]);  // a loop of vectors
+      for (int64_t j = first; far && j < end; ++j)
+        if (far_from_mean<T>(n, s1[j], s2[j])) shift[j] = static_cast<acc_t>(shift[j] + s1[j] * reciprocal);
     }
-    for_row_blocks(0, rows, [&](int64_t row, int64_t here) {
-      const T* block = x + row * stride + first;
-      const auto clear = [&](acc_t* sums) { std::fill(sums, sums + n + Pack<T>::kSize, acc_t(0)); };
-      clear(sum);
-      clear(squares);
-      add_deviations(block, stride, here, n, shift + first, sum, squares);
-      for (int64_t j = 0; j < n; ++j) s1[first + j] += sum[j];
-      for (int64_t j = 0; j < n; ++j) s2[first + j] += squares[j];
-    });
   }
   bool exact = true;
   if constexpr (!std::is_same_v<acc_type<T>, double>)
     for (int64_t j = 0; j < columns; ++j) exact &= !out_of_range(shift[j], s1[j], s2[j]);
-  const double n = static_cast<double>(rows), reciprocal = 1.0 / n;
   if (exact) {
     for (int64_t j = 0; j < columns; ++j) {
       const double d = s1[j] * reciprocal, squares = s2[j] - s1[j] * d;

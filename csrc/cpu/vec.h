@@ -303,31 +303,43 @@ void for_packs(int64_t n, const F& f) {
   if (i < n) f(i, Partial{static_cast<int>(n - i)}, 0);
 }
 
-// Adds to two sums what add(i, Whole | Partial, its sum, its other sum) adds for each pack of n elements. kUnroll pairs of
-// sums where there are as many whole packs; a shorter run has no use for them, and one pair stays in registers.
+// Calls f(first element, elements) for the pieces of n elements, which kUnroll accumulators begin at zero: what adds up
+// by itself is kPiecePacks packs at most. Where elements are much alike, as those of a mask or a constant gradient, every
+// addition to a lane is rounded the same way, and the error grows with their number instead of its root.
+constexpr int kPiecePacks = 16;
+template <typename T, int kUnroll, typename F>
+void for_sum_pieces(int64_t n, const F& f) {
+  constexpr int64_t kPiece = kPiecePacks * kUnroll * Pack<T>::kSize;
+  for (int64_t first = 0; first < n; first += kPiece) f(first, std::min(kPiece, n - first));
+}
+
+// Adds to two sums what add(i, Whole | Partial, its sum, its other sum) adds for each pack of n elements, by pieces.
+// kUnroll pairs of sums where there are as many whole packs; a shorter run has no use for them, and one pair stays in
+// registers.
 template <typename T, int kUnroll, typename Whole = Full, typename F>
 void sum_packs(int64_t n, Pack<T>& sum, Pack<T>& other_sum, const F& add) {
   constexpr int64_t kSize = Pack<T>::kSize;
-  Pack<T> a = sum, b = other_sum;
-  int64_t begin = 0;
-  if constexpr (kUnroll > 1) {
-    if (n >= kUnroll * kSize) {
-      Pack<T> more_a[kUnroll - 1], more_b[kUnroll - 1];
-      for (int u = 0; u < kUnroll - 1; ++u) more_a[u] = more_b[u] = Pack<T>(0);
-      for (; begin + kUnroll * kSize <= n; begin += kUnroll * kSize) {
-        add(begin, Whole{}, a, b);
+  for_sum_pieces<T, kUnroll>(n, [&](int64_t begin, int64_t left) {
+    Pack<T> a(0), b(0);
+    if constexpr (kUnroll > 1) {
+      if (left >= kUnroll * kSize) {
+        Pack<T> more_a[kUnroll - 1], more_b[kUnroll - 1];
+        for (int u = 0; u < kUnroll - 1; ++u) more_a[u] = more_b[u] = Pack<T>(0);
+        for (; left >= kUnroll * kSize; begin += kUnroll * kSize, left -= kUnroll * kSize) {
+          add(begin, Whole{}, a, b);
 #pragma GCC unroll 8
-        for (int u = 0; u < kUnroll - 1; ++u) add(begin + (u + 1) * kSize, Whole{}, more_a[u], more_b[u]);
-      }
-      for (int u = 0; u < kUnroll - 1; ++u) {
-        a = a + more_a[u];
-        b = b + more_b[u];
+          for (int u = 0; u < kUnroll - 1; ++u) add(begin + (u + 1) * kSize, Whole{}, more_a[u], more_b[u]);
+        }
+        for (int u = 0; u < kUnroll - 1; ++u) {
+          a = a + more_a[u];
+          b = b + more_b[u];
+        }
       }
     }
-  }
-  for_packs<T, 1, Whole>(n - begin, [&](int64_t i, auto count, int) { add(begin + i, count, a, b); });
-  sum = a;
-  other_sum = b;
+    for_packs<T, 1, Whole>(left, [&](int64_t i, auto count, int) { add(begin + i, count, a, b); });
+    sum = sum + a;
+    other_sum = other_sum + b;
+  });
 }
 
 // As for_packs, for a run whose whole packs begin after `head` elements, less than a pack. Ends that are not whole packs
