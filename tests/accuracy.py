@@ -56,14 +56,14 @@ INPUTS: dict[str, Input] = {
     ).view(x.shape),
 }
 
-# Numbers much alike, of which a long sum in float32 is rounded the same way again and again, and sorted ones, whose first
-# elements are far from the others' mean. Of LARGE shapes, in both layouts.
+# Numbers much alike, of which a long sum in float32 is rounded the same way again and again, and sorted ones, whose
+# first elements are far from the others' mean. Of LARGE shapes, in both layouts.
 ALIKE: dict[str, Input] = {
     "few ones": lambda x: (x > 2.3) * 1.2345,
     "zeros and ones": lambda x: (x > 0) * 1.2345,
     "a fourth's levels": lambda x: (x * 4).round() / 4 + 0.1,
     "planes of one number": lambda x: (x.mean((2, 3), keepdim=True) > 0).expand(x.shape) * 1.2345,
-    "an eighth of zeros, then ones": lambda x: torch.arange(x.numel()).view(x.shape).ge(x.numel() // 8) * 1.2345,
+    "few zeros, then ones": lambda x: torch.arange(x.numel()).view(x.shape).ge(x.numel() // 16) * 1.2345,
     "sorted": lambda x: x.flatten().sort().values.view(x.shape),
     "sorted planes": lambda x: x.flatten(2).sort(-1).values.view(x.shape),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,9 +36,17 @@ def test_numbers_alike(name: str, shape: tuple[int, ...], layout: str) -> None:
     assert not worse, worse
 
 
+CONSTANT_GRADIENTS = [
+    *itertools.product(
+        ("batch", "group", "instance", "layer"),
+        ((16, 16, 28, 28), (64, 256, 14, 14), (64, 16, 7, 7), (4, 4, 80, 80)),
+    ),
+    ("group", (8, 4096, 2, 2)),  # planes of a few elements go together
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ((16, 16, 28, 28), (64, 256, 14, 14), (64, 16, 7, 7), (4, 4, 80, 80)), ids=str)
-@pytest.mark.parametrize("op", ("batch", "group", "instance", "layer"))
+@pytest.mark.parametrize("op,shape", CONSTANT_GRADIENTS, ids=str)
 def test_a_constant_gradient(op: str, shape: tuple[int, ...], layout: str) -> None:
     """As that of a mean over positions: each addition to a float32 sum of it is rounded the same way.
 

@@ -628,6 +628,26 @@ def test_resume_refuses_other_images(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("small_presets")
+@pytest.mark.parametrize("resume", ((), ("--resume",)), ids=("anew", "resume"))
+def test_another_run_in_the_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], resume: tuple[str, ...]
+) -> None:
+    real, codes = train.train_rung, []
+
+    def train_beside_another(*args: Any, **kwargs: Any) -> Any:
+        before = (tmp_path / "results.json").read_bytes()
+        monkeypatch.setattr(cli, "train_rung", real)
+        codes.append(run_cli(tmp_path, "--rungs", "1", *resume))
+        assert (tmp_path / "results.json").read_bytes() == before
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cli, "train_rung", train_beside_another)
+    assert run_cli(tmp_path, "--rungs", "0") == 0 and codes == [2]
+    assert f"error: --out: another run is writing to {tmp_path}\n" in capsys.readouterr().err
+    assert run_cli(tmp_path, "--rungs", "0,1", "--resume") == 0  # nothing is left behind
+
+
+@pytest.mark.usefixtures("small_presets")
 def test_results_of_an_earlier_run_are_kept_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(tmp_path, "--rungs", "0") == 0
     assert "earlier run" not in capsys.readouterr().out

@@ -48,8 +48,14 @@ FASTNORM_LOOP double chunk_dot(const T* x, const T* y, const Runs& chunk) {
   for (auto& s : sum) s = P(0);
   for (int64_t run = 0; run < chunk.count; ++run) {
     const int64_t start = chunk.offset + run * chunk.stride;
-    for_packs<T, kUnroll, AnyOrder>(chunk.length, [&](int64_t i, auto count, int u) {
-      sum[u] = fmadd(P::load(x + start + i, count), P::load(y + start + i, count), sum[u]);
+    for_sum_pieces<T, kUnroll>(chunk.length, [&](int64_t first, int64_t here) {
+      const T *const from_x = x + start + first, *const from_y = y + start + first;
+      P part[kUnroll];
+      for (auto& s : part) s = P(0);
+      for_packs<T, kUnroll, AnyOrder>(here, [&](int64_t i, auto count, int u) {
+        part[u] = fmadd(P::load(from_x + i, count), P::load(from_y + i, count), part[u]);
+      });
+      for (int u = 0; u < kUnroll; ++u) sum[u] = sum[u] + part[u];
     });
   }
   return lane_sum(sum);

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import io
 import math
+import os
 import platform
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -173,12 +175,16 @@ class _Run:
         }
 
     def climb(self) -> int:
+        data = self.load()
+        with contextlib.ExitStack() as held:
+            with self.processes.together():
+                if self.processes.is_first:
+                    held.enter_context(_alone_in(self.args.out))  # before --minutes takes its time
+            return self._climb(data)
+
+    def _climb(self, data: Dataset) -> int:
         args, out = self.args, self.args.out
         checkpoints = out / "checkpoints"
-        data = self.load()
-        with self.processes.together():
-            if self.processes.is_first:
-                _make_writable(out)  # before --minutes takes its time
         self.choose_epochs(data)
         run = self.settings(data)
         epochs = epochs_of(sum(stage_lengths(self.recipe(rung))) for rung in args.rungs)
@@ -310,11 +316,28 @@ class _Run:
         return outcome
 
 
-def _make_writable(folder: Path) -> None:
-    """Makes the folder if need be, and writes and deletes a file in it, for the OSError that this may raise."""
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder if need be, and keeps other runs out of it, where its file system has locks.
+
+    Raises:
+        OSError: it cannot be made or written to.
+        _SettingsError: another run is in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _SettingsError(f"--out: another run is writing to {folder}") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(lock)
 
 
 def _device(name: str) -> torch.device:
