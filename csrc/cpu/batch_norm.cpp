@@ -441,9 +441,9 @@ struct PlanesBackward {
     PerChannel<GradientSums<T>> sums(begin, end, zeros);
     visit<T>(a.activation, [&](auto act) FASTNORM_LOOP {
       const int64_t length = chunk.length, to_next = ahead;
-      for (int64_t first = 0; first < chunk.count; first += kPiecePacks) {
+      for (int64_t first = 0; first < chunk.count; first += kChain) {
         PerChannel<GradientSums<T>> part(begin, end, zeros);
-        for_runs(chunk.part(first, kPiecePacks), begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
+        for_runs(chunk.part(first, kChain), begin, end, kept, [&](int64_t, int64_t c, const RunGradient<T>& run) {
           part[c].add_run(act, run, length, uniform<T>(affine[c]), uniform<T>(summand[c]), to_next);
         });
         for (int64_t c = 0; c < end - begin; ++c) sums[c] += part[c];

@@ -617,7 +617,7 @@ struct FlatBackward : BackwardGroups<T> {
         Sums all;
         for (int64_t i = 0; i < L; i += kChunk) {
           P s(0), sx(0);
-          sum_packs<T, 1>(std::min(kChunk, L - i), s, sx, [&](int64_t j, auto count, P& sum, P& other_sum) {
+          sum_packs<T, kSumPacks<T>>(std::min(kChunk, L - i), s, sx, [&](int64_t j, auto count, P& sum, P& other_sum) {
             const P w = P::load_acc(&weight[at + i + j]).keep(count);
             sum = sum + w * P::load_acc(&dz[at + i + j]).keep(count);
             other_sum = other_sum + w * P::load_acc(&dz_xhat[at + i + j]).keep(count);

@@ -177,11 +177,11 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
   for (bool again = false, far = true; far; again = true) {
     clear(sums);
     clear(squares);
-    for (int64_t run = 0; run < chunk.count; run += kPiecePacks) {
+    for (int64_t run = 0; run < chunk.count; run += kChain) {
       P part_sums[kMostSlices][kUnroll], part_squares[kMostSlices][kUnroll];
       clear(part_sums);
       clear(part_squares);
-      for_runs(chunk.part(run, kPiecePacks), [&](int s, const T* row) {
+      for_runs(chunk.part(run, kChain), [&](int s, const T* row) {
         add_deviations<kUnroll>(row, chunk.length, P(m[s]), ahead, part_sums[s], part_squares[s]);
       });
       for (int s = 0; s < slices; ++s) {

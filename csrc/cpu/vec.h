@@ -303,13 +303,15 @@ void for_packs(int64_t n, const F& f) {
   if (i < n) f(i, Partial{static_cast<int>(n - i)}, 0);
 }
 
-// Calls f(first element, elements) for the pieces of n elements, which kUnroll accumulators begin at zero: what adds up
-// by itself is kPiecePacks packs at most. Where elements are much alike, as those of a mask or a constant gradient, every
-// addition to a lane is rounded the same way, and the error grows with their number instead of its root.
-constexpr int kPiecePacks = 16;
+// How many packs, or sums of short runs, a register adds up before it starts anew and its sum goes to one of such sums.
+// Where elements are much alike, as those of a mask or a constant gradient, every addition to a lane is rounded the same
+// way, and the error grows with the chain's length instead of its root.
+constexpr int kChain = 16;
+
+// Calls f(first element, elements) for the pieces of n elements that kUnroll registers, each from zero on, add up.
 template <typename T, int kUnroll, typename F>
 void for_sum_pieces(int64_t n, const F& f) {
-  constexpr int64_t kPiece = kPiecePacks * kUnroll * Pack<T>::kSize;
+  constexpr int64_t kPiece = kChain * kUnroll * Pack<T>::kSize;
   for (int64_t first = 0; first < n; first += kPiece) f(first, std::min(kPiece, n - first));
 }
 
