@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from operator import itemgetter
 
@@ -166,7 +167,7 @@ _batch_norm = norm_op("batch_norm", BatchNormFunction)
 
 def check_eps(op: str, training: bool, eps: float) -> None:
     """What torch asks of eps in batch normalisation alone, of the other normalisations' nothing."""
-    if not isinstance(eps, float | int):
+    if not isinstance(eps, numbers.Real):
         return  # the kernel names what is no number
     if eps < 0.0 or (training and eps == 0.0):
         raise ValueError(f"{op}: eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
