@@ -291,7 +291,7 @@ struct ColumnsForward : ForwardGroups {
   const Parts parts{a.shape, a.mask};
   const int64_t width = parts.sample.width;
   const ScratchArray<Moments> partial{a.shape.N * parts.size() * G};
-  const int64_t ahead = parts.ahead<T>(stream);
+  const int64_t ahead = parts.ahead<T>(come_from_memory(a.shape.numel(), a.dtype));
 
   void run() const { sweep_twice(*this, a.shape.N, parts.size()); }
 
@@ -649,7 +649,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   const ScratchArray<Sums> partial{a.shape.N * parts.size() * C};
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
   const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/Base::in_two_sweeps ? 2 : 1);
-  const int64_t ahead = parts.ahead<T>(stream && Base::in_two_sweeps);
+  const int64_t ahead = parts.ahead<T>(Base::in_two_sweeps && come_from_memory(a.shape.numel(), a.dtype, /*inputs=*/2));
   // A pack beyond the end of a row would overwrite the next, which is swept at its side.
   const int64_t kept_bytes = parts.sample.width % Pack<T>::kSize == 0 ? Base::bytes_to_keep(C * S) : 0;
 

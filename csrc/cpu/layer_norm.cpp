@@ -348,7 +348,7 @@ struct RowsBackward {
   const int64_t M = a.M, N = a.N, chunks = (N + kChunk - 1) / kChunk;
   const MaskRows mask = a.mask_rows();
   const bool stream = stream_output(M * N, a.dtype);
-  const int64_t ahead = stream_output(M * N, a.dtype, /*inputs=*/2) ? kAhead<T> : 0;  // what comes from memory
+  const int64_t ahead = come_from_memory(M * N, a.dtype, /*inputs=*/2) ? kAhead<T> : 0;
   const bool wants_columns = a.dweight || a.dbias;
 
   int64_t chunk_length(int64_t chunk) const { return std::min(kChunk, N - chunk * kChunk); }
