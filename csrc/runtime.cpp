@@ -45,14 +45,32 @@ int64_t last_level_cache() {
 #endif
 }
 
-int64_t stream_threshold() {
-  static const int64_t bytes = [] {
-    if (const char* named = std::getenv("FASTNORM_STREAM_THRESHOLD")) return static_cast<int64_t>(std::atoll(named));
-    const int64_t cache = last_level_cache();
-    return cache > 0 ? cache / 2 : int64_t{16} << 20;
-  }();
-  return bytes;
+namespace {
+
+struct Thresholds {
+  int64_t stream, memory;
+
+  Thresholds() {
+    if (const char* named = std::getenv("FASTNORM_STREAM_THRESHOLD")) {
+      stream = std::atoll(named);
+      memory = stream / 2;
+      return;
+    }
+    const int64_t known = last_level_cache(), cache = known > 0 ? known : int64_t{32} << 20;
+    stream = isa() == Isa::kAvx512 ? cache / 2 : cache / 8 * 3;
+    memory = cache / 4;
+  }
+};
+
+const Thresholds& thresholds() {
+  static const Thresholds values;
+  return values;
 }
+
+}  // namespace
+
+int64_t stream_threshold() { return thresholds().stream; }
+int64_t memory_threshold() { return thresholds().memory; }
 
 void parallel_ranges(int64_t tasks, bool serial, RangeBody body, const void* context) {
   if (tasks <= 0) return;

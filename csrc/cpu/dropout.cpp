@@ -35,9 +35,9 @@ struct DropoutKernel {
   const P shift_kept{static_cast<acc_t>(a.level.shift_kept)}, shift_dropped{static_cast<acc_t>(a.level.shift_dropped)};
   const int64_t bytes = a.shape.numel() * size_of(a.dtype);
   const bool stream = bytes >= stream_threshold();
-  // Whether x and y come from memory, as other work has driven them out of the cache: what lies ahead is asked for then.
-  // Where bits are drawn for every element, memory has more time.
-  const bool far = bytes >= stream_threshold() / (a.by_channel ? 4 : 2);
+  // Whether x and y come from memory: what lies ahead is asked for then. Where bits are drawn for every element, memory
+  // has more time.
+  const bool far = (a.by_channel ? 2 : 1) * bytes >= memory_threshold();
 
   // Scalar math: y[i] = x[i] * (bit i ? scale : 0) + (bit i ? shift_kept : shift_dropped). Bits can be read three bytes
   // past the last.

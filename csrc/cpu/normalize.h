@@ -135,7 +135,7 @@ inline bool stream_planes(const Shape& shape, Dtype dtype, int64_t least, int64_
 
 // Whether the inputs are too large to lie in the cache when a kernel comes to them.
 inline bool come_from_memory(int64_t numel, Dtype dtype, int64_t inputs = 1) {
-  return inputs * numel * size_of(dtype) >= stream_threshold() / 2;
+  return inputs * numel * size_of(dtype) >= memory_threshold();
 }
 
 // Whether dz of n elements, which a task sweeps twice, is better kept than computed again: where it takes an exponential,

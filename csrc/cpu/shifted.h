@@ -82,27 +82,42 @@ int64_t shift_elements(int64_t n) {
   return n <= 128 ? std::min<int64_t>(n, 64) : std::max<int64_t>(64, n / 8 / kSize * kSize);
 }
 
-// Adds what n elements deviate from a shift by, and its squares, to sums that take kUnroll packs by turns. Prefetches
-// what lies `ahead`, if not 0.
-template <int kUnroll, typename T>
-FASTNORM_INLINE void add_deviations(const T* x, int64_t n, const Pack<T>& shift, int64_t ahead, Pack<T>* deviations,
-                                    Pack<T>* squares) {
+// What elements deviate from a shift by and its squares, in sums that take kUnroll packs by turns.
+template <typename T, int kUnroll>
+struct Deviations {
   using P = Pack<T>;
-  for_sum_pieces<T, kUnroll>(n, [&](int64_t first, int64_t here) {
-    P s1[kUnroll], s2[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) s1[u] = s2[u] = P(0);
-    for_packs<T, kUnroll, AnyOrder>(here, [&](int64_t i, auto count, int u) {
-      if (ahead) prefetch(x + first + i + ahead);
-      const P d = (P::load(x + first + i, count) - shift).keep(count);
-      s1[u] = s1[u] + d;
-      s2[u] = fmadd(d, d, s2[u]);
-    });
+  P sum[kUnroll], squares[kUnroll];
+
+  void clear() {
+    for (int u = 0; u < kUnroll; ++u) sum[u] = squares[u] = P(0);
+  }
+  void operator+=(const Deviations& b) {
     for (int u = 0; u < kUnroll; ++u) {
-      deviations[u] = deviations[u] + s1[u];
-      squares[u] = squares[u] + s2[u];
+      sum[u] = sum[u] + b.sum[u];
+      squares[u] = squares[u] + b.squares[u];
     }
-  });
-}
+  }
+  // Adds those of n elements. Prefetches what lies `ahead`, if not 0.
+  FASTNORM_INLINE void add(const T* x, int64_t n, const P& shift, int64_t ahead) {
+    Deviations s = *this;  // in registers
+    for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) {
+      if (ahead) prefetch(x + i + ahead);
+      const P d = (P::load(x + i, count) - shift).keep(count);
+      s.sum[u] = s.sum[u] + d;
+      s.squares[u] = fmadd(d, d, s.squares[u]);
+    });
+    *this = s;
+  }
+  // The same by pieces, for a run that may be long.
+  FASTNORM_INLINE void add_pieces(const T* x, int64_t n, const P& shift, int64_t ahead) {
+    for_sum_pieces<T, kUnroll>(n, [&](int64_t first, int64_t here) {
+      Deviations piece;
+      piece.clear();
+      piece.add(x + first, here, shift, ahead);
+      *this += piece;
+    });
+  }
+};
 
 // Of n <= kChunk contiguous elements. The divisions are by n and so off the path from one sum to the next.
 // Scalar math: m = sum(x[:k]) / k;  s1 = sum(x - m);  s2 = sum((x - m)^2)
@@ -114,19 +129,18 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
   const int64_t first = shift_elements<T>(n);
   const double reciprocal = 1.0 / static_cast<double>(n), reciprocal_of_first = 1.0 / static_cast<double>(first);
 
-  P s1[kUnroll], s2[kUnroll];
-  const auto clear = [](P(&sums)[kUnroll]) { std::fill(sums, sums + kUnroll, P(0)); };
-  clear(s1);
-  for_packs<T, kUnroll, AnyOrder>(first, [&](int64_t i, auto count, int u) { s1[u] = s1[u] + P::load(x + i, count); });
-  acc_t m = static_cast<acc_t>(tree_sum(s1) * reciprocal_of_first), largest = 0;
+  Deviations<T, kUnroll> sums;
+  sums.clear();
+  for_packs<T, kUnroll, AnyOrder>(
+      first, [&](int64_t i, auto count, int u) { sums.sum[u] = sums.sum[u] + P::load(x + i, count); });
+  acc_t m = static_cast<acc_t>(tree_sum(sums.sum) * reciprocal_of_first), largest = 0;
   double deviations = 0, squares = 0, d = 0;
   for (bool again = false;; again = true) {
-    clear(s1);
-    clear(s2);
-    add_deviations<kUnroll>(x, n, P(m), 0, s1, s2);
-    largest = largest_lane(s2);  // before its sums are added up in place
-    deviations = tree_sum(s1);
-    squares = tree_sum(s2);
+    sums.clear();
+    sums.add_pieces(x, n, P(m), 0);
+    largest = largest_lane(sums.squares);  // before its sums are added up in place
+    deviations = tree_sum(sums.sum);
+    squares = tree_sum(sums.squares);
     d = deviations * reciprocal;
     if (again || !far_from_mean<T>(static_cast<double>(n), deviations, squares)) break;
     m = static_cast<acc_t>(m + d);
@@ -157,44 +171,43 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
       for (int s = 0; s < slices; ++s) f(s, x + s * apart + runs.offset + run * runs.stride);
   };
 
-  P sums[kMostSlices][kUnroll], squares[kMostSlices][kUnroll];
-  const auto clear = [&](auto& values) {
-    for (int s = 0; s < slices; ++s) std::fill(values[s], values[s] + kUnroll, P(0));
+  using SlicesSums = Deviations<T, kUnroll>[kMostSlices];
+  SlicesSums sums;
+  const auto clear = [&](SlicesSums& of) {
+    for (int s = 0; s < slices; ++s) of[s].clear();
   };
   clear(sums);
   for_runs(first, [&](int s, const T* row) {
     P sum[kUnroll];
-    std::copy(sums[s], sums[s] + kUnroll, sum);
+    std::copy(sums[s].sum, sums[s].sum + kUnroll, sum);
     for_packs<T, kUnroll, AnyOrder>(first.length,
                                     [&](int64_t i, auto count, int u) { sum[u] = sum[u] + P::load(row + i, count); });
-    std::copy(sum, sum + kUnroll, sums[s]);
+    std::copy(sum, sum + kUnroll, sums[s].sum);
   });
   acc_t m[kMostSlices];
-  for (int s = 0; s < slices; ++s) m[s] = static_cast<acc_t>(lane_sum(sums[s]) / static_cast<double>(first.numel()));
+  for (int s = 0; s < slices; ++s)
+    m[s] = static_cast<acc_t>(lane_sum(sums[s].sum) / static_cast<double>(first.numel()));
 
   const double n = static_cast<double>(chunk.numel());
+  const int64_t part_runs = sum_runs<T, kUnroll>(chunk.length);
   double deviations[kMostSlices], sum_of_squares[kMostSlices];
   for (bool again = false, far = true; far; again = true) {
     clear(sums);
-    clear(squares);
-    for (int64_t run = 0; run < chunk.count; run += kChain) {
-      P part_sums[kMostSlices][kUnroll], part_squares[kMostSlices][kUnroll];
-      clear(part_sums);
-      clear(part_squares);
-      for_runs(chunk.part(run, kChain), [&](int s, const T* row) {
-        add_deviations<kUnroll>(row, chunk.length, P(m[s]), ahead, part_sums[s], part_squares[s]);
-      });
-      for (int s = 0; s < slices; ++s) {
-        for (int u = 0; u < kUnroll; ++u) {
-          sums[s][u] = sums[s][u] + part_sums[s][u];
-          squares[s][u] = squares[s][u] + part_squares[s][u];
-        }
+    if (part_runs < 4) {  // each run has pieces, or is one
+      for_runs(chunk, [&](int s, const T* row) { sums[s].add_pieces(row, chunk.length, P(m[s]), ahead); });
+    } else {
+      for (int64_t run = 0; run < chunk.count; run += part_runs) {
+        SlicesSums part;
+        clear(part);
+        for_runs(chunk.part(run, part_runs),
+                 [&](int s, const T* row) { part[s].add(row, chunk.length, P(m[s]), ahead); });
+        for (int s = 0; s < slices; ++s) sums[s] += part[s];
       }
     }
     far = false;
     for (int s = 0; s < slices; ++s) {
-      deviations[s] = lane_sum(sums[s]);
-      sum_of_squares[s] = lane_sum(squares[s]);
+      deviations[s] = lane_sum(sums[s].sum);
+      sum_of_squares[s] = lane_sum(sums[s].squares);
       if (again || !far_from_mean<T>(n, deviations[s], sum_of_squares[s])) continue;
       m[s] = static_cast<acc_t>(m[s] + deviations[s] / n);
       far = true;
@@ -203,7 +216,7 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
   for (int s = 0; s < slices; ++s) {
     if (!std::is_same_v<acc_t, double> && out_of_range(m[s], deviations[s], sum_of_squares[s])) {
       result[s] = chunk_moments_float64(x + s * apart, chunk);
-    } else if (has_outlier<T>(chunk.numel(), largest_lane(squares[s]), sum_of_squares[s])) {
+    } else if (has_outlier<T>(chunk.numel(), largest_lane(sums[s].squares), sum_of_squares[s])) {
       result[s] = chunk_moments_in_pieces(x + s * apart, chunk, m[s] + deviations[s] / n);
     } else {
       result[s] = shifted_moments(n, m[s], deviations[s], sum_of_squares[s]);

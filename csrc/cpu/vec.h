@@ -315,6 +315,13 @@ void for_sum_pieces(int64_t n, const F& f) {
   for (int64_t first = 0; first < n; first += kPiece) f(first, std::min(kPiece, n - first));
 }
 
+// How many runs of n elements kUnroll registers add up before they start anew.
+template <typename T, int kUnroll>
+int64_t sum_runs(int64_t n) {
+  constexpr int64_t kTogether = kUnroll * Pack<T>::kSize;
+  return std::max<int64_t>(1, kChain / ((n + kTogether - 1) / kTogether));
+}
+
 // Adds to two sums what add(i, Whole | Partial, its sum, its other sum) adds for each pack of n elements, by pieces.
 // kUnroll pairs of sums where there are as many whole packs; a shorter run has no use for them, and one pair stays in
 // registers.
