@@ -206,15 +206,9 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
       far = true;
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    if (!std::is_same_v<acc_t, double> && out_of_range(m[r], deviations[r], squares[r])) {
-      moments[r] = chunk_moments_float64(x + r * N, Runs{0, 1, 0, n});
-    } else if (has_outlier<T>(n, largest_lane(s2, r, kRows), squares[r])) {
-      moments[r] = chunk_moments_in_pieces(x + r * N, Runs{0, 1, 0, n}, m[r] + deviations[r] / count_all);
-    } else {
-      moments[r] = shifted_moments(count_all, m[r], deviations[r], squares[r]);
-    }
-  }
+  for (int r = 0; r < kRows; ++r)
+    moments[r] =
+        moments_about(x + r * N, Runs{0, 1, 0, n}, m[r], deviations[r], squares[r], largest_lane(s2, r, kRows));
 }
 
 // ---- forward

@@ -82,6 +82,17 @@ int64_t shift_elements(int64_t n) {
   return n <= 128 ? std::min<int64_t>(n, 64) : std::max<int64_t>(64, n / 8 / kSize * kSize);
 }
 
+// The moments of a chunk from the sums of what its elements deviate from m by and of its squares, of which one lane has
+// `largest`; from its elements again where those sums say little.
+template <typename T>
+Moments moments_about(const T* x, const Runs& chunk, acc_type<T> m, double deviations, double squares, double largest) {
+  const double n = static_cast<double>(chunk.numel());
+  if (!std::is_same_v<acc_type<T>, double> && out_of_range(m, deviations, squares))
+    return chunk_moments_float64(x, chunk);
+  if (has_outlier<T>(chunk.numel(), largest, squares)) return chunk_moments_in_pieces(x, chunk, m + deviations / n);
+  return shifted_moments(n, m, deviations, squares);
+}
+
 // What elements deviate from a shift by and its squares, in sums that take kUnroll packs by turns.
 template <typename T, int kUnroll>
 struct Deviations {
@@ -97,9 +108,16 @@ struct Deviations {
       squares[u] = squares[u] + b.squares[u];
     }
   }
+  // Adds n elements themselves to the first sums, for a shift.
+  FASTNORM_INLINE void add_elements(const T* x, int64_t n) {
+    P s[kUnroll];  // in registers
+    std::copy(sum, sum + kUnroll, s);
+    for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) { s[u] = s[u] + P::load(x + i, count); });
+    std::copy(s, s + kUnroll, sum);
+  }
   // Adds those of n elements. Prefetches what lies `ahead`, if not 0.
   FASTNORM_INLINE void add(const T* x, int64_t n, const P& shift, int64_t ahead) {
-    Deviations s = *this;  // in registers
+    Deviations s = *this;  // as above
     for_packs<T, kUnroll, AnyOrder>(n, [&](int64_t i, auto count, int u) {
       if (ahead) prefetch(x + i + ahead);
       const P d = (P::load(x + i, count) - shift).keep(count);
@@ -131,8 +149,7 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
 
   Deviations<T, kUnroll> sums;
   sums.clear();
-  for_packs<T, kUnroll, AnyOrder>(
-      first, [&](int64_t i, auto count, int u) { sums.sum[u] = sums.sum[u] + P::load(x + i, count); });
+  sums.add_elements(x, first);
   acc_t m = static_cast<acc_t>(tree_sum(sums.sum) * reciprocal_of_first), largest = 0;
   double deviations = 0, squares = 0, d = 0;
   for (bool again = false;; again = true) {
@@ -177,13 +194,7 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
     for (int s = 0; s < slices; ++s) of[s].clear();
   };
   clear(sums);
-  for_runs(first, [&](int s, const T* row) {
-    P sum[kUnroll];
-    std::copy(sums[s].sum, sums[s].sum + kUnroll, sum);
-    for_packs<T, kUnroll, AnyOrder>(first.length,
-                                    [&](int64_t i, auto count, int u) { sum[u] = sum[u] + P::load(row + i, count); });
-    std::copy(sum, sum + kUnroll, sums[s].sum);
-  });
+  for_runs(first, [&](int s, const T* row) { sums[s].add_elements(row, first.length); });
   acc_t m[kMostSlices];
   for (int s = 0; s < slices; ++s)
     m[s] = static_cast<acc_t>(lane_sum(sums[s].sum) / static_cast<double>(first.numel()));
@@ -213,15 +224,9 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
       far = true;
     }
   }
-  for (int s = 0; s < slices; ++s) {
-    if (!std::is_same_v<acc_t, double> && out_of_range(m[s], deviations[s], sum_of_squares[s])) {
-      result[s] = chunk_moments_float64(x + s * apart, chunk);
-    } else if (has_outlier<T>(chunk.numel(), largest_lane(sums[s].squares), sum_of_squares[s])) {
-      result[s] = chunk_moments_in_pieces(x + s * apart, chunk, m[s] + deviations[s] / n);
-    } else {
-      result[s] = shifted_moments(n, m[s], deviations[s], sum_of_squares[s]);
-    }
-  }
+  for (int s = 0; s < slices; ++s)
+    result[s] =
+        moments_about(x + s * apart, chunk, m[s], deviations[s], sum_of_squares[s], largest_lane(sums[s].squares));
 }
 
 // The moments of a chunk of each of at most kMostSlices slices that begin `apart` elements from each other, whose runs
