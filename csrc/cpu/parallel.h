@@ -12,7 +12,7 @@ constexpr int64_t kSerialElements = 16384;
 int num_threads();
 
 // Outputs of at least this many bytes are written past the caches: half the last-level cache, for the input is there,
-// too; three eighths on processors without AVX512, of which one was measured whose cache virtual machines share.
+// too; three eighths on processors without AVX512, of which one was measured, in a virtual machine.
 int64_t stream_threshold();
 // Inputs of at least this many bytes are taken to lie in memory, whence other work has driven them: a quarter of it.
 int64_t memory_threshold();

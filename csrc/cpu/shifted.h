@@ -204,7 +204,7 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
   double deviations[kMostSlices], sum_of_squares[kMostSlices];
   for (bool again = false, far = true; far; again = true) {
     clear(sums);
-    if (part_runs < 4) {  // each run has pieces, or is one
+    if (part_runs < 4) {  // runs so long are summed each by itself: to add up few of them takes as long
       for_runs(chunk, [&](int s, const T* row) { sums[s].add_pieces(row, chunk.length, P(m[s]), ahead); });
     } else {
       for (int64_t run = 0; run < chunk.count; run += part_runs) {
