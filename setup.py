@@ -24,6 +24,9 @@ if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
 
 # Flags and namespace of each instruction set.
 INSTRUCTION_SETS = {"DEFAULT": ["-O3"]}
+# On kernels: else where a loop begins within a cache line, and so up to a seventh of its speed, is a matter of what was
+# linked before it.
+ALIGNMENT = ["-falign-functions=64", "-falign-loops=32"]
 PLAIN = os.environ.get("FASTNORM_PLAIN") == "1"
 if platform.machine() in ("x86_64", "AMD64"):
     # For processors of before 2013, and virtual ones that hide what they have: -O3 would make the kernels 5 to 25 %
@@ -157,7 +160,7 @@ class build_ext(cpp_extension.BuildExtension):
                 output_dir=str(Path(self.build_temp) / name.lower()),
                 macros=macros,
                 include_dirs=ext.include_dirs,
-                extra_postargs={"cxx": CXX_FLAGS + flags + EXTRA_FLAGS},
+                extra_postargs={"cxx": CXX_FLAGS + flags + ALIGNMENT + EXTRA_FLAGS},
                 depends=sorted(glob("csrc/**/*.h", recursive=True)),
             )
             if name != "DEFAULT" and not EXTRA_FLAGS:  # with less optimisation, functions that are inlined here are not

@@ -115,8 +115,7 @@ void for_row_blocks(int64_t begin, int64_t end, const F& f) {
   for (int64_t row = begin; row < end; row += size) f(row, std::min(size, end - row));
 }
 
-// Rows swept together: memory is read in the order it lies in, and a column's sums, which stay in the first-level
-// cache, are loaded and stored once for all of them.
+// Rows swept together: a column's sums, which stay in the first-level cache, are loaded and stored once for all of them.
 constexpr int kRowGroup = 4;
 constexpr int64_t kStrip = 512;  // columns whose sums and shifts leave room there
 
@@ -134,17 +133,25 @@ Rows long_rows(Rows matrix, const uint8_t* mask) {
   return matrix;
 }
 
-// Calls f(first row, rows) for `rows` rows in groups. Whole groups are known to the compiler where unrolled code is
-// worth its size: not around an exponential.
+// Calls f(first row, rows, from each to the next) for `rows` rows in groups. Their rows are a quarter of all from each
+// other, so that each is read as a stretch of memory of its own, which the processor's prefetchers follow: among neighbours
+// that are read side by side they lose their way. Whole groups are known to the compiler where unrolled code is worth its
+// size: not around an exponential.
 struct WholeGroup {
   constexpr operator int() const { return kRowGroup; }
 };
 template <typename Act, typename F>
 void for_row_groups(Act, int64_t rows, const F& f) {
-  int64_t row = 0;
-  if constexpr (!kMayBeSmooth<Act>)
-    for (; row + kRowGroup <= rows; row += kRowGroup) f(row, WholeGroup{});
-  for (; row < rows; row += kRowGroup) f(row, static_cast<int>(std::min<int64_t>(kRowGroup, rows - row)));
+  const int64_t apart = rows / kRowGroup, rest = rows % kRowGroup;
+  if constexpr (!kMayBeSmooth<Act>) {
+    for (int64_t row = 0; row < apart; ++row) f(row, WholeGroup{}, apart);
+    if (rest) f(rows - rest, static_cast<int>(rest), int64_t{1});
+  } else {
+    for (int64_t row = 0; row < apart + (rest > 0); ++row) {
+      const bool whole = row < apart;
+      f(whole ? row : rows - rest, whole ? kRowGroup : static_cast<int>(rest), whole ? apart : 1);
+    }
+  }
 }
 
 // Calls f(r) for the rows of a group; unrolled for whole groups, but at the end of rows.
@@ -180,15 +187,16 @@ FASTNORM_LOOP void add_row_gradients(Act act, const RunGradient<T>& g, const Str
   const Affine<PerColumn<T>> z = affine;
   const Summand<PerColumn<T>> times = summand;
   const Strides to_next = stride;
-  for_row_groups(act, rows, [&](int64_t row, auto here) {
+  for_row_groups(act, rows, [&](int64_t row, auto here, int64_t apart) {
     RunGradient<T> from[kRowGroup];
-    for (int r = 0; r < here; ++r) from[r] = offset_by(g, (row + r) * to_next.elements, (row + r) * to_next.mask_bytes);
+    for (int r = 0; r < here; ++r) {
+      const int64_t at = row + r * apart;
+      from[r] = offset_by(g, at * to_next.elements, at * to_next.mask_bytes);
+    }
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       P s(0), sx(0);
       const P mean = times.mean[i], power = times.power[i];
       for_each_row(here, count, [&](int r) {
-        prefetch(from[r].x + i + kRowGroup * to_next.elements);
-        prefetch(from[r].dy + i + kRowGroup * to_next.elements);
         const P x = P::load(from[r].x + i, count);
         const P d = from[r].dz(act, i, count, x, z);
         from[r].keep(act, i, d);

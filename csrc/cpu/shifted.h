@@ -255,11 +255,12 @@ constexpr int64_t kShiftRows = 16 * kBlockRows, kLeastShiftRows = 16;
 template <typename T>
 FASTNORM_LOOP void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, acc_type<T>* sum) {
   using P = Pack<T>;
-  for_row_groups(Known<Activation::kNone>{}, rows, [&](int64_t row, auto here) {
+  for_row_groups(Known<Activation::kNone>{}, rows, [&](int64_t row, auto here, int64_t apart) {
     const T* const first = x + row * stride;
+    const int64_t to_next = apart * stride;
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       P s = P::load_acc(sum + i);
-      for_each_row(here, count, [&](int r) { s = s + P::load(first + r * stride + i, count); });
+      for_each_row(here, count, [&](int r) { s = s + P::load(first + r * to_next + i, count); });
       s.store_acc(sum + i);
     });
   });
@@ -270,14 +271,14 @@ template <typename T>
 FASTNORM_LOOP void add_row_deviations(const T* x, int64_t stride, int64_t rows, int64_t columns,
                                       const acc_type<T>* shift, acc_type<T>* s1, acc_type<T>* s2) {
   using P = Pack<T>;
-  for_row_groups(Known<Activation::kNone>{}, rows, [&](int64_t row, auto here) {
+  for_row_groups(Known<Activation::kNone>{}, rows, [&](int64_t row, auto here, int64_t apart) {
     const T* const first = x + row * stride;
+    const int64_t to_next = apart * stride;
     for_packs<T>(columns, [&](int64_t i, auto count, int) {
       const P m = P::load_acc(shift + i);
       P sum(0), squares(0);
       for_each_row(here, count, [&](int r) {
-        prefetch(first + (r + kRowGroup) * stride + i);
-        const P d = P::load(first + r * stride + i, count) - m;
+        const P d = P::load(first + r * to_next + i, count) - m;
         sum = r == 0 ? d : sum + d;
         squares = r == 0 ? d * d : fmadd(d, d, squares);
       });
