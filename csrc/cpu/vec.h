@@ -158,8 +158,8 @@ bool fills_lines(const T* p, int64_t n) {
   return reinterpret_cast<uintptr_t>(p) % kStreamAlignment == 0 && n * sizeof(T) % kStreamAlignment == 0;
 }
 
-// Asks for the cache line at p, which may lie past the end of what may be read, to come to the first-level cache. For
-// sweeps of several rows side by side, which the processor's own prefetchers do not foresee.
+// Asks for the cache line at p, which may lie past the end of what may be read, to come to the first-level cache: for what
+// the processor's own prefetchers do not foresee, as the next plane.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0); }
 inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
