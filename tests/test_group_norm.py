@@ -67,6 +67,24 @@ def test_a_constant_slice_gives_exactly_beta(layout) -> None:
             assert torch.equal(y, bias.view([1, 6] + [1] * (len(shape) - 2)).expand(shape)), (value, shape)
 
 
+def test_rows_of_more_channels_than_are_swept_together() -> None:
+    """And rows that no four stretches of them make up, for every number that is left."""
+    weight, bias = (normal(2070, seed=s).requires_grad_() for s in (1, 2))
+    for S in (16, 17, 18, 19):
+        x, dy = (channels_last(normal(2, 2070, S, seed=s)) for s in (0, 3))
+        x.requires_grad_()
+        for ours, wanted in (
+            (fn.group_norm(x, 6, weight, bias), reference.group_norm(x, 6, weight, bias)),
+            (
+                fn.batch_norm(x, None, None, weight, bias, training=True),
+                nn.functional.batch_norm(x, None, None, weight, bias, True),
+            ),
+        ):
+            torch.testing.assert_close(ours, wanted)
+            for got, want in zip(*(torch.autograd.grad(y, (x, weight, bias), dy) for y in (ours, wanted)), strict=True):
+                torch.testing.assert_close(got, want)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("scale", (1e-30, 1e-18, 1e18, 1e30))
 def test_scales_whose_squares_leave_float32(scale: float, layout) -> None:

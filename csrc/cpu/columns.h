@@ -117,7 +117,9 @@ void for_row_blocks(int64_t begin, int64_t end, const F& f) {
 
 // Rows swept together: a column's sums, which stay in the first-level cache, are loaded and stored once for all of them.
 constexpr int kRowGroup = 4;
-constexpr int64_t kStrip = 512;  // columns whose sums and shifts leave room there
+// Columns that are swept together. Their sums would leave more room in that cache if they were fewer, but a row is better
+// read in one stretch.
+constexpr int64_t kStrip = 2048;
 
 // A matrix (its rows, their width, and the elements of one more that is not full) with several rows as one, where they
 // are short and many: a row costs what some hundred elements do. A mask in which rows end within a byte forbids it.

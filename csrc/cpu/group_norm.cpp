@@ -650,7 +650,7 @@ struct ColumnsBackward : BackwardGroups<T> {
   const ScratchArray<Sums> channel_sums{a.shape.N * C}, slice_sums{a.shape.N * G};
   const bool stream = stream_output(a.shape.numel(), a.dtype, /*inputs=*/Base::in_two_sweeps ? 2 : 1);
   const int64_t ahead = parts.ahead<T>(Base::in_two_sweeps && come_from_memory(a.shape.numel(), a.dtype, /*inputs=*/2));
-  // A pack beyond the end of a row would overwrite the next, which is swept at its side.
+  // A pack beyond the end of a row would overwrite the next, which may have been swept before it.
   const int64_t kept_bytes = parts.sample.width % Pack<T>::kSize == 0 ? Base::bytes_to_keep(C * S) : 0;
 
   void run() const {
