@@ -47,6 +47,16 @@ int64_t last_level_cache() {
 
 namespace {
 
+// Bytes of it that are worth writing to, as far as is known. One of more than 96 MiB is a whole socket's and spread over the
+// chip: writing a line there takes a core as long as writing it to memory would if it had not to be read first, and twice
+// as long as a store past the caches, even if the next op then reads it from memory. What helps is the second-level
+// caches.
+int64_t cache_at_hand() {
+  constexpr int64_t kLargestOfNeighbours = 96 << 20, kOfSocket = 16 << 20;
+  const int64_t known = last_level_cache(), cache = known > 0 ? known : int64_t{32} << 20;
+  return cache > kLargestOfNeighbours ? kOfSocket : cache;
+}
+
 struct Thresholds {
   int64_t stream, memory;
 
@@ -56,7 +66,7 @@ struct Thresholds {
       memory = stream / 2;
       return;
     }
-    const int64_t known = last_level_cache(), cache = known > 0 ? known : int64_t{32} << 20;
+    const int64_t cache = cache_at_hand();
     stream = isa() == Isa::kAvx512 ? cache / 2 : cache / 8 * 3;
     memory = cache / 4;
   }
