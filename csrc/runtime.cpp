@@ -47,10 +47,9 @@ int64_t last_level_cache() {
 
 namespace {
 
-// Bytes of it that are worth writing to, as far as is known. One of more than 96 MiB is a whole socket's and spread over the
-// chip: writing a line there takes a core as long as writing it to memory would if it had not to be read first, and twice
-// as long as a store past the caches, even if the next op then reads it from memory. What helps is the second-level
-// caches.
+// Bytes of it that the thresholds count on. One of more than 96 MiB is a whole socket's, spread over the chip and shared with
+// whoever else computes there. Of the 480 MiB that one system tells, about 64 were to be had; and it is writing what is read
+// again at once that decides: outputs of 8 MiB and more took less time past the caches, those of 6 MiB more.
 int64_t cache_at_hand() {
   constexpr int64_t kLargestOfNeighbours = 96 << 20, kOfSocket = 16 << 20;
   const int64_t known = last_level_cache(), cache = known > 0 ? known : int64_t{32} << 20;

@@ -30,8 +30,8 @@ def build_info() -> dict[str, object]:
         compute_90), ``cuda_ops`` (the ops with kernels), all three empty in a CPU-only build, ``threads``, and
         ``stream_threshold`` (bytes of an output from which the CPU kernels write past the caches: half the last-level
         cache, three eighths without AVX512, 8 or 6 MiB where that cache is a whole socket's, or what
-        FASTNORM_STREAM_THRESHOLD in the environment says; two thirds of it in backward passes that read both their inputs
-        twice).
+        FASTNORM_STREAM_THRESHOLD in the environment says; two thirds of it in backward passes that read both their
+        inputs twice).
 
     Example:
         >>> fastnorm.build_info()["fastnorm"]
