@@ -3,6 +3,10 @@
 #include <ATen/Version.h>
 #include <unistd.h>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -76,6 +80,13 @@ const Thresholds& thresholds() {
   return values;
 }
 
+// After stores past the caches, before another thread may read what they wrote. Where there were none it costs nothing.
+void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 
 int64_t stream_threshold() { return thresholds().stream; }
@@ -83,8 +94,12 @@ int64_t memory_threshold() { return thresholds().memory; }
 
 void parallel_ranges(int64_t tasks, bool serial, RangeBody body, const void* context) {
   if (tasks <= 0) return;
-  if (serial || tasks == 1) return body(context, 0, tasks);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  const auto run = [&](int64_t begin, int64_t end) {
+    body(context, begin, end);
+    stream_fence();
+  };
+  if (serial || tasks == 1) return run(0, tasks);
+  at::parallel_for(0, tasks, 1, run);
 }
 
 // A thread's stack of scratch memory: an aligned allocation takes some hundred cycles, which a kernel would pay several

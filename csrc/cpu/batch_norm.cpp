@@ -270,7 +270,6 @@ struct PlanesForward {
     for (int64_t c = begin; c < end; ++c) row.set((c - begin) * S, S, affine[c]);
     const Runs samples{first * C * S + begin * S, last - first, C * S, (end - begin) * S};
     normalize_rows<T>(a, samples, place_of_rows(mask, a.shape, samples.offset), row, stream_rows);
-    if (stream_rows) stream_fence();
   }
 
   // All elements, in the order they lie in or by bundles.
@@ -293,7 +292,6 @@ struct PlanesForward {
     parallel_for(all.size(), a.shape.numel(), [&](int64_t k) {
       const Runs chunk = all[k];
       normalize(chunk, 1, {affine.data(), affine.data() + C, affine.data() + chunk.offset / S % C}, 0);
-      if (stream) stream_fence();
     });
   }
 
@@ -337,7 +335,6 @@ struct PlanesForward {
         chunk.offset += begin * S;
         normalize(chunk, end - begin, own, ahead);
       }
-      if (stream) stream_fence();
     });
   }
 };
@@ -503,7 +500,6 @@ struct PlanesBackward {
           const int64_t c = i / per_channel;
           partial[i] = Sums{};
           add_sums_of(c, c + 1, i % per_channel, &partial[i], Kept{}, sample);
-          if (stream) stream_fence();
         });
         for (int64_t i = 0; i < C * per_channel; ++i) total[i / per_channel] += partial[i];
         for (int64_t c = 0; c < C; ++c) keep_sums(a, c, total[c]);
@@ -512,7 +508,6 @@ struct PlanesBackward {
         parallel_for(C * per_channel, numel, [&](int64_t i) {
           const int64_t c = i / per_channel;
           elements(c, c + 1, chunks[i % per_channel], &total[c], Kept{}, next_sample);
-          if (stream) stream_fence();
         });
       }
       return;
@@ -562,7 +557,6 @@ struct PlanesBackward {
           }
         }
       }
-      if (past_caches) stream_fence();
     });
   }
 };
@@ -669,7 +663,6 @@ struct ColumnsForward {
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
       const Runs rows = parts.runs(part);
       normalize_rows<T>(a, rows, parts.masks(a.mask, parts.first_row(part), rows.length), affine, stream);
-      if (stream) stream_fence();
     });
   }
 };
@@ -714,7 +707,6 @@ struct ColumnsBackward {
           if (one_sweep) elements(row, {row * width, rows, width, columns}, affine, coefficient);
         });
       });
-      if (stream) stream_fence();
     });
     parallel_for(a.shape.C, parts.size() * width, [&](int64_t c) {
       const SliceSummand<acc_t> channel(a.mean[c], a.rstd[c]);
@@ -756,7 +748,6 @@ struct ColumnsBackward {
     }
     parallel_for_reversed(parts.size(), a.shape.numel(), [&](int64_t part) {
       elements(parts.first_row(part), parts.runs(part), affine, coefficient);
-      if (stream) stream_fence();
     });
   }
 };

@@ -82,7 +82,6 @@ struct DropoutKernel {
         keep.of_groups((n + 63) / 64, bits, [&] { return block += kGroupBlocks; });
         apply(i, n, reinterpret_cast<const uint8_t*>(bits));
       }
-      if (stream) stream_fence();
     });
   }
 
@@ -100,7 +99,6 @@ struct DropoutKernel {
       for (int64_t word = 0; word < words; ++word) bits_of_channels(n, s0, rows, word, &bits[word], words);
       for (int64_t r = 0; r < rows; ++r)
         apply((n * S + s0 + r) * C, C, reinterpret_cast<const uint8_t*>(&bits[r * words]));
-      if (stream) stream_fence();
     });
   }
 
@@ -161,7 +159,6 @@ struct DropoutKernel {
     parallel_for_ranges((numel + 63) / 64, numel, [&](int64_t begin, int64_t end) {
       const int64_t last = std::min(numel, end * 64);
       far ? scale_planes<true>(begin * 64, last) : scale_planes<false>(begin * 64, last);
-      if (stream) stream_fence();
     });
   }
 
@@ -207,7 +204,6 @@ struct DropoutKernel {
             : scale_rows<false>(row * C, next * C, width, factor.data(), shift.data());
         row = next;
       }
-      if (stream) stream_fence();
     });
   }
 

@@ -55,7 +55,6 @@ struct TwoSweeps {
           finish(kernel, of);
           for (int64_t k = 0; k < pieces; ++k) second(kernel, of, k);
         }
-        if (stream) stream_fence();
       });
     }
     const auto one = [&](int64_t i) { return Bundle{i / pieces, i / pieces + 1, nullptr}; };
@@ -63,7 +62,6 @@ struct TwoSweeps {
     finish(kernel, Bundle{0, owners, nullptr});
     parallel_for(owners * pieces, numel, [&](int64_t i) {
       second(kernel, one(i), i % pieces);
-      if (stream) stream_fence();
     });
   }
 };
@@ -632,7 +630,6 @@ struct FlatBackward : BackwardGroups<T> {
                            stream);
       });
     }
-    if (stream) stream_fence();
     for (int64_t c = begin * D; c < end * D; ++c) {
       Sums all;
       for (int64_t j = (c - begin * D) * S; j < (c - begin * D + 1) * S; ++j) all += Sums{sum_dz[j], sum_dz_xhat[j]};

@@ -213,8 +213,6 @@ FASTNORM_LOOP void row_moments(const T* x, int64_t N, int64_t n, bool subtract_m
 
 // ---- forward
 
-constexpr int64_t kFencedElements = 1 << 13;  // a fence after so many costs little
-
 template <typename T>
 struct RowsForward {
   using acc_t = acc_type<T>;
@@ -277,11 +275,9 @@ struct RowsForward {
   void run() const {
     if (chunks > 1 && M < 2 * num_threads()) return long_rows();
     const ParameterArrays<T> parameters(a, 0, N);
-    const int64_t rows = (stream ? kFencedElements / N / kGroup + 1 : 1) * kGroup;  // a task
-    parallel_for((M + rows - 1) / rows, M * N, [&](int64_t task) {
+    parallel_for_ranges((M + kGroup - 1) / kGroup, M * N, [&](int64_t begin, int64_t end) {
       visit<T>(a.activation,
-               [&](auto act) { whole_rows(act, task * rows, std::min(M, (task + 1) * rows), *parameters); });
-      if (stream) stream_fence();
+               [&](auto act) { whole_rows(act, begin * kGroup, std::min(M, end * kGroup), *parameters); });
     });
   }
 
@@ -298,7 +294,6 @@ struct RowsForward {
       const int64_t row = i / chunks, first = i % chunks * kChunk, n = chunk_length(i % chunks);
       const ParameterArrays<T> parameters(a, first, n);
       visit<T>(a.activation, [&](auto act) { normalize(act, row, first, n, standardize[row], *parameters); });
-      if (stream) stream_fence();
     });
   }
 };
@@ -475,7 +470,6 @@ struct RowsBackward {
         visit<T>(a.activation, [&](auto act) { whole_rows(act, begin, end, *parameters, sums, kept); });
         if (!one_block) sums.flush(begin == tasks.begin(task), columns, dweight, dbias);
       }
-      if (stream) stream_fence();
     });
     if (!wants_columns) return;
     one_block ? merge(sums_of_tasks.data(), tasks.size(), ColumnSums::stride(N))
@@ -528,7 +522,6 @@ struct RowsBackward {
           for (int64_t row = begin; row < end; ++row)
             write(act, row, first, n, *parameters, coefficients[row - begin], sums.dweight, sums.dbias);
         });
-        if (stream) stream_fence();
         if (!wants_columns) return;
         if (one_block) {
           write_parameter(a.dweight, a.param_dtype, first, sums.dweight, n);

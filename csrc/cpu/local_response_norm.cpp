@@ -550,7 +550,6 @@ struct Kernel {
     parallel_for((tiles + per_task - 1) / per_task, numel, [&](int64_t task) {
       const Buffers<acc_t> buffer(p, p.step + 2 * (p.outer.count() - 1), buffers + doubles);
       for (int64_t i = task * per_task; i < std::min(tiles, (task + 1) * per_task); ++i) f(tile_of(p, i), buffer);
-      if (stream) stream_fence();
     });
   }
 };

@@ -16,7 +16,7 @@
 //   exponential       exp(x) for float32, to 1 ulp or so; of NaN it is anything. With AVX512; activation.h has it for others
 //   power_of_2_below  2^(n - 1), or 0 if that is no normal number, n being the last bits of 1.5 * 2^23 + n. For that, on x86
 //   stream_vector     a store past the caches, to an address that is a multiple of the vector's size. Not ordered with
-//                     other stores: stream_fence() once after the last, before another thread may read
+//                     other stores, but every range of parallel_ranges() ends with a fence
 #pragma once
 
 #if defined(CPU_CAPABILITY_AVX512)

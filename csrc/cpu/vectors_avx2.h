@@ -174,7 +174,6 @@ template <typename T>
 void stream_vector(T* p, const vec::Vectorized<T>& v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v);
 }
-inline void stream_fence() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

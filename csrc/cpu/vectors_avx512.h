@@ -124,7 +124,6 @@ template <typename T>
 void stream_vector(T* p, const vec::Vectorized<T>& v) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v);
 }
-inline void stream_fence() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -60,7 +60,6 @@ template <typename T>
 void stream_vector(T* p, const vec::Vectorized<T>& v) {
   v.store(p);
 }
-inline void stream_fence() {}
 
 }  // namespace
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -270,7 +270,6 @@ template <typename T>
 void stream_vector(T* p, const vec::Vectorized<T>& v) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), v);
 }
-inline void stream_fence() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
