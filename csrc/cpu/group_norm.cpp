@@ -60,9 +60,7 @@ struct TwoSweeps {
     const auto one = [&](int64_t i) { return Bundle{i / pieces, i / pieces + 1, nullptr}; };
     parallel_for(owners * pieces, numel, [&](int64_t i) { first(kernel, one(i), i % pieces); });
     finish(kernel, Bundle{0, owners, nullptr});
-    parallel_for(owners * pieces, numel, [&](int64_t i) {
-      second(kernel, one(i), i % pieces);
-    });
+    parallel_for(owners * pieces, numel, [&](int64_t i) { second(kernel, one(i), i % pieces); });
   }
 };
 
