@@ -42,7 +42,7 @@ struct TwoSweeps {
   // Calls first() for every piece of an owner, then finish(), then second() for every piece, with no more than that for
   // an order. Small owners go by bundles: from the first sum of one to its last coefficient is a chain of some hundred
   // cycles, in which the processor can work on the others', and what a call costs is shared by them.
-  void run(int64_t owners, int64_t pieces, int64_t numel, bool stream) const {
+  void run(int64_t owners, int64_t pieces, int64_t numel) const {
     constexpr int64_t kBundle = 800;  // elements: more of them would not stay in the first-level cache
     const int64_t bundle = std::max<int64_t>(1, std::min(kBundle / (numel / owners), owners / (4 * num_threads())));
     if (owners >= 2 * num_threads() || pieces == 1) {
@@ -71,7 +71,7 @@ void sweep_twice(const Kernel& kernel, int64_t owners, int64_t pieces, int64_t k
       [](const void* k, const Bundle& of) { static_cast<const Kernel*>(k)->finish(of); },
       [](const void* k, const Bundle& of, int64_t piece) { static_cast<const Kernel*>(k)->second(of, piece); },
       kept_bytes};
-  sweeps.run(owners, pieces, kernel.a.shape.numel(), kernel.stream);
+  sweeps.run(owners, pieces, kernel.a.shape.numel());
 }
 
 // The sizes, and the coefficients of a channel in a slice.
