@@ -39,26 +39,26 @@ Moments chunk_moments_float64(const T* x, const Runs& chunk) {
   return shifted_moments(static_cast<double>(chunk.numel()), mean, deviations, squares);
 }
 
-// Scalar math: sum(x * y) over a chunk
+// Scalar math: sum(x * y) over a chunk. Where products cancel each other out, what their sum is rounded by counts: it is
+// float64 after kChain packs.
 template <typename T>
 FASTNORM_LOOP double chunk_dot(const T* x, const T* y, const Runs& chunk) {
   using P = Pack<T>;
   constexpr int kUnroll = kSumPacks<T>;
-  P sum[kUnroll];
-  for (auto& s : sum) s = P(0);
+  double total = 0;
   for (int64_t run = 0; run < chunk.count; ++run) {
     const int64_t start = chunk.offset + run * chunk.stride;
-    for_sum_pieces<T, kUnroll>(chunk.length, [&](int64_t first, int64_t here) {
+    for_sum_pieces<T, 1>(chunk.length, [&](int64_t first, int64_t here) {
       const T *const from_x = x + start + first, *const from_y = y + start + first;
-      P part[kUnroll];
-      for (auto& s : part) s = P(0);
+      P sum[kUnroll];
+      for (auto& s : sum) s = P(0);
       for_packs<T, kUnroll, AnyOrder>(here, [&](int64_t i, auto count, int u) {
-        part[u] = fmadd(P::load(from_x + i, count), P::load(from_y + i, count), part[u]);
+        sum[u] = fmadd(P::load(from_x + i, count), P::load(from_y + i, count), sum[u]);
       });
-      for (int u = 0; u < kUnroll; ++u) sum[u] = sum[u] + part[u];
+      total += lane_sum(sum);
     });
   }
-  return lane_sum(sum);
+  return total;
 }
 
 // The two sums that backward of every norm needs of a slice.

@@ -51,29 +51,13 @@ struct Gradient {
   }
 };
 
-// As chunk_dot, in float64 after every few additions to a lane: where products cancel each other out, what their sum is
-// rounded by counts.
-template <typename T>
-double fine_dot(const T* x, const T* y, const Runs& chunk) {
-  constexpr int64_t kPiece = 256;
-  double total = 0;
-  for (int64_t run = 0; run < chunk.count; ++run)
-    for (int64_t first = 0; first < chunk.length; first += kPiece)
-      total += chunk_dot(x, y,
-                         Runs{chunk.offset + run * chunk.stride + first, 1, 0, std::min(kPiece, chunk.length - first)});
-  return total;
-}
-
 // finish(c, sum) gives the coefficients of slice c from its sum of products.
 template <typename T, typename Op, typename Finish>
 void planes(const Shape& shape, const Op& op, const Finish& finish) {
   const int64_t C = shape.C, S = shape.S, numel = shape.numel();
   const Chunks chunks(Runs{0, shape.N, C * S, S});
   const int64_t per_slice = chunks.size();
-  const auto sum = [&](int64_t c, int64_t k) {
-    const T *const x = op.x + c * S, *const y = op.y + c * S;
-    return x == y ? chunk_dot(x, y, chunks[k]) : fine_dot(x, y, chunks[k]);
-  };
+  const auto sum = [&](int64_t c, int64_t k) { return chunk_dot(op.x + c * S, op.y + c * S, chunks[k]); };
   const auto map = [&](int64_t c, int64_t k, const Coefficients& coefficients) {
     const Uniform<T> factor(static_cast<acc_type<T>>(coefficients.factor));
     const Uniform<T> slope(static_cast<acc_type<T>>(coefficients.slope));
