@@ -296,10 +296,8 @@ HOW = """\
 Speed-up: torch's median time over fastnorm's, libraries and a plain copy timed by turns in one process; after ± half
 the distance between the quartiles. torch.compile is measured in part of the rows only. GB/s counts the bytes that any
 program must move, and its share is of a copy of the same tensor into memory used before. On CPUs glibc's allocator is
-told to keep what is freed up to 32 MiB, or else one library pays for returning what the other has used; above that it
-takes fresh memory for each call, and the system's work to provide it is part of every time but the copy's; *fresh MiB*:
-page faults in a call of fastnorm's, times 4 KiB (a huge page is one fault). *Kept*: for backward, in MiB, the input
-included."""
+told to keep what is freed, or else one library pays for returning what the other has used. *Fresh MiB*: page faults in
+a call of fastnorm's, times 4 KiB (a huge page is one fault). *Kept*: for backward, in MiB, the input included."""
 
 
 def markdown(rows: Sequence[Row], about: str, cache: float, pictures: Sequence[str]) -> str:
