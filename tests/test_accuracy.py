@@ -110,6 +110,18 @@ def test_an_outlier_among_many(op: str, outlier: float, at: int) -> None:
     assert max(errors) <= 1, errors
 
 
+@pytest.mark.parametrize("side", (5, 6, 7))
+def test_planes_of_zeros_then_of_one_number(side: int) -> None:
+    """The parts of the sum of squares that come after the zeros' are all rounded to the same place.
+
+    The error of y there, from that of the variance: one unit of float32, where it was two.
+    """
+    x = torch.arange(64 * side**2).ge(4 * side**2).mul(1.2345).view(64, 1, side, side)
+    y = fn.batch_norm(x, None, None, training=True).double()
+    wanted = fn.batch_norm(x.double(), None, None, training=True)
+    assert abs(y / wanted - 1).flatten()[0] <= 1.1 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("act", (None, "relu", "silu", "gelu"))
 @pytest.mark.parametrize("count", (25, 32))
 @pytest.mark.parametrize("op", ("batch", "group", "layer"))

@@ -137,6 +137,27 @@ struct Deviations {
   }
 };
 
+// The same of many parts. What the sums of squares lose when a part is added is summed beside them: where the first
+// elements have most of the squares, all parts after them would be rounded to the same place.
+template <typename T, int kUnroll>
+struct DeviationsOfParts : Deviations<T, kUnroll> {
+  Pack<T> lost[kUnroll];
+
+  void clear() {
+    Deviations<T, kUnroll>::clear();
+    for (auto& of_sum : lost) of_sum = Pack<T>(0);
+  }
+  // Scalar math: lost += part - ((squares + part) - squares), exact where part <= squares (Dekker 1971)
+  void operator+=(const Deviations<T, kUnroll>& part) {
+    for (int u = 0; u < kUnroll; ++u) {
+      const Pack<T> before = this->squares[u], after = before + part.squares[u];
+      this->sum[u] = this->sum[u] + part.sum[u];
+      this->squares[u] = after;
+      lost[u] = lost[u] + (part.squares[u] - (after - before));
+    }
+  }
+};
+
 // Of n <= kChunk contiguous elements. The divisions are by n and so off the path from one sum to the next.
 // Scalar math: m = sum(x[:k]) / k;  s1 = sum(x - m);  s2 = sum((x - m)^2)
 template <typename T>
@@ -188,9 +209,8 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
       for (int s = 0; s < slices; ++s) f(s, x + s * apart + runs.offset + run * runs.stride);
   };
 
-  using SlicesSums = Deviations<T, kUnroll>[kMostSlices];
-  SlicesSums sums;
-  const auto clear = [&](SlicesSums& of) {
+  DeviationsOfParts<T, kUnroll> sums[kMostSlices];
+  const auto clear = [&](auto& of) {
     for (int s = 0; s < slices; ++s) of[s].clear();
   };
   clear(sums);
@@ -208,7 +228,7 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
       for_runs(chunk, [&](int s, const T* row) { sums[s].add_pieces(row, chunk.length, P(m[s]), ahead); });
     } else {
       for (int64_t run = 0; run < chunk.count; run += part_runs) {
-        SlicesSums part;
+        Deviations<T, kUnroll> part[kMostSlices];
         clear(part);
         for_runs(chunk.part(run, part_runs),
                  [&](int s, const T* row) { part[s].add(row, chunk.length, P(m[s]), ahead); });
@@ -218,7 +238,7 @@ FASTNORM_LOOP __attribute__((noclone)) void chunk_moments_by(const T* x, const R
     far = false;
     for (int s = 0; s < slices; ++s) {
       deviations[s] = lane_sum(sums[s].sum);
-      sum_of_squares[s] = lane_sum(sums[s].squares);
+      sum_of_squares[s] = lane_sum(sums[s].squares) + lane_sum(sums[s].lost);
       if (again || !far_from_mean<T>(n, deviations[s], sum_of_squares[s])) continue;
       m[s] = static_cast<acc_t>(m[s] + deviations[s] / n);
       far = true;
