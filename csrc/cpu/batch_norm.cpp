@@ -146,8 +146,8 @@ __attribute__((noinline, noclone)) void normalize_rows(const BatchNormForward& a
 
 // ---- planes
 
-// Whether backward asks for the next bundle's planes while it writes dx. Measured on one processor
-// each: with AVX512 it takes up to a seventh longer, without a ninth to a third less.
+// Whether backward asks for the next bundle's planes while it writes dx. Measured on one processor each: with
+// AVX512 it takes up to a seventh longer, without a ninth to a third less.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr bool kAsksForNextBundle = false;
 #else

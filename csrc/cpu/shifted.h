@@ -138,7 +138,8 @@ struct Deviations {
 };
 
 // The same of many parts. What the sums of squares lose when a part is added is summed beside them: where the first
-// elements have most of the squares, all parts after them would be rounded to the same place.
+// elements have most of the squares, all parts after them would be rounded to the same place. add_pieces() goes without,
+// for longer runs, of which a chunk has some thirty at most.
 template <typename T, int kUnroll>
 struct DeviationsOfParts : Deviations<T, kUnroll> {
   Pack<T> lost[kUnroll];
