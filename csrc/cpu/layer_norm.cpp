@@ -315,6 +315,7 @@ struct RowTasks {
   RowTasks(int64_t M_, int64_t N)
       : M(M_), rows(std::max((M_ + kMaxParts - 1) / kMaxParts, (kLeastPartElements + N - 1) / N)) {
     rows = (rows + kLeastPartRows - 1) / kLeastPartRows * kLeastPartRows;
+    if (rows < 2 * kSumRows) rows = std::min(rows, kSumRows);  // no more than float32 sums may be of
   }
   int64_t size() const { return (M + rows - 1) / rows; }
   int64_t begin(int64_t part) const { return part * rows; }
@@ -336,7 +337,7 @@ struct RowsBackward {
   T* dresidual = static_cast<T*>(a.dresidual);
   const int64_t M = a.M, N = a.N, chunks = (N + kChunk - 1) / kChunk;
   const MaskRows mask = a.mask_rows();
-  const bool stream = stream_output(M * N, a.dtype);
+  const bool stream = stream_output(M * N, a.dtype, /*inputs=*/2);
   const int64_t ahead = come_from_memory(M * N, a.dtype, /*inputs=*/2) ? kAhead<T> : 0;
   const bool wants_columns = a.dweight || a.dbias;
 

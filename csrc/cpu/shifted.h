@@ -102,12 +102,6 @@ struct Deviations {
   void clear() {
     for (int u = 0; u < kUnroll; ++u) sum[u] = squares[u] = P(0);
   }
-  void operator+=(const Deviations& b) {
-    for (int u = 0; u < kUnroll; ++u) {
-      sum[u] = sum[u] + b.sum[u];
-      squares[u] = squares[u] + b.squares[u];
-    }
-  }
   // Adds n elements themselves to the first sums, for a shift.
   FASTNORM_INLINE void add_elements(const T* x, int64_t n) {
     P s[kUnroll];  // in registers
@@ -126,20 +120,10 @@ struct Deviations {
     });
     *this = s;
   }
-  // The same by pieces, for a run that may be long.
-  FASTNORM_INLINE void add_pieces(const T* x, int64_t n, const P& shift, int64_t ahead) {
-    for_sum_pieces<T, kUnroll>(n, [&](int64_t first, int64_t here) {
-      Deviations piece;
-      piece.clear();
-      piece.add(x + first, here, shift, ahead);
-      *this += piece;
-    });
-  }
 };
 
 // The same of many parts. What the sums of squares lose when a part is added is summed beside them: where the first
-// elements have most of the squares, all parts after them would be rounded to the same place. add_pieces() goes without,
-// for longer runs, of which a chunk has some thirty at most.
+// elements have most of the squares, all parts after them would be rounded to the same place.
 template <typename T, int kUnroll>
 struct DeviationsOfParts : Deviations<T, kUnroll> {
   Pack<T> lost[kUnroll];
@@ -157,6 +141,15 @@ struct DeviationsOfParts : Deviations<T, kUnroll> {
       lost[u] = lost[u] + (part.squares[u] - (after - before));
     }
   }
+  // Adds n elements by pieces, for a run that may be long. Prefetches what lies `ahead`, if not 0.
+  FASTNORM_INLINE void add_pieces(const T* x, int64_t n, const Pack<T>& shift, int64_t ahead) {
+    for_sum_pieces<T, kUnroll>(n, [&](int64_t first, int64_t here) {
+      Deviations<T, kUnroll> piece;
+      piece.clear();
+      piece.add(x + first, here, shift, ahead);
+      *this += piece;
+    });
+  }
 };
 
 // Of n <= kChunk contiguous elements. The divisions are by n and so off the path from one sum to the next.
@@ -168,18 +161,19 @@ FASTNORM_LOOP Moments run_moments(const T* x, int64_t n) {
   constexpr int kUnroll = kSumPacks<T>;
   const int64_t first = shift_elements<T>(n);
   const double reciprocal = 1.0 / static_cast<double>(n), reciprocal_of_first = 1.0 / static_cast<double>(first);
+  const bool one_piece = n <= kSumPiece<T, kUnroll>;
 
-  Deviations<T, kUnroll> sums;
+  DeviationsOfParts<T, kUnroll> sums;
   sums.clear();
   sums.add_elements(x, first);
   acc_t m = static_cast<acc_t>(tree_sum(sums.sum) * reciprocal_of_first), largest = 0;
   double deviations = 0, squares = 0, d = 0;
   for (bool again = false;; again = true) {
     sums.clear();
-    sums.add_pieces(x, n, P(m), 0);
+    one_piece ? sums.add(x, n, P(m), 0) : sums.add_pieces(x, n, P(m), 0);
     largest = largest_lane(sums.squares);  // before its sums are added up in place
     deviations = tree_sum(sums.sum);
-    squares = tree_sum(sums.squares);
+    squares = tree_sum(sums.squares) + (one_piece ? 0 : tree_sum(sums.lost));
     d = deviations * reciprocal;
     if (again || !far_from_mean<T>(static_cast<double>(n), deviations, squares)) break;
     m = static_cast<acc_t>(m + d);

@@ -308,10 +308,14 @@ void for_packs(int64_t n, const F& f) {
 // way, and the error grows with the chain's length instead of its root.
 constexpr int kChain = 16;
 
-// Calls f(first element, elements) for the pieces of n elements that kUnroll registers, each from zero on, add up.
+// The elements that kUnroll registers, each from zero on, add up.
+template <typename T, int kUnroll>
+constexpr int64_t kSumPiece = kChain* kUnroll* Pack<T>::kSize;
+
+// Calls f(first element, elements) for such pieces of n elements.
 template <typename T, int kUnroll, typename F>
 void for_sum_pieces(int64_t n, const F& f) {
-  constexpr int64_t kPiece = kChain * kUnroll * Pack<T>::kSize;
+  constexpr int64_t kPiece = kSumPiece<T, kUnroll>;
   for (int64_t first = 0; first < n; first += kPiece) f(first, std::min(kPiece, n - first));
 }
 
