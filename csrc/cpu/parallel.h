@@ -13,7 +13,7 @@ int num_threads();
 
 // Outputs of at least this many bytes are written past the caches: half the last-level cache, for the input is there,
 // too; three eighths on processors without AVX512, of which one was measured, in a virtual machine. A cache of more than
-// 96 MiB counts as 16 (runtime.cpp says why).
+// 96 MiB counts as 12.25 (runtime.cpp says why).
 int64_t stream_threshold();
 // Inputs of at least this many bytes are taken to lie in memory, whence other work has driven them, or as far away: a
 // quarter of it.
