@@ -5,9 +5,9 @@
 // chunks. A few long rows are split: every thread takes chunks of them.
 //
 // Backward by rows. A task owns a part of the rows. A first sweep of a row reduces g and g * xhat; a second writes dx
-// and adds dz and dz * xhat to one float32 sum a column, of kSumRows rows at most. The parts' sums are
-// merged at the end. Several rows at once would load a column's sums less often, but the processor's prefetchers lose
-// such a pattern, and memory is the limit.
+// and adds dz and dz * xhat to one float32 sum a column, of kSumRows rows at most. Those of all are merged at the end.
+// Several rows at once would load a column's sums less often, but the processor's prefetchers lose such a pattern, and
+// memory is the limit.
 //
 // Backward by strips, for few rows or very long ones. Blocks of rows that stay in the last-level cache are reduced by
 // chunks and then written by strips of columns; one task sums a strip over all rows of the block.

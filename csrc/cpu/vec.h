@@ -310,7 +310,7 @@ constexpr int kChain = 16;
 
 // The elements that kUnroll registers, each from zero on, add up.
 template <typename T, int kUnroll>
-constexpr int64_t kSumPiece = kChain* kUnroll* Pack<T>::kSize;
+constexpr int64_t kSumPiece = int64_t{kChain} * kUnroll * Pack<T>::kSize;
 
 // Calls f(first element, elements) for such pieces of n elements.
 template <typename T, int kUnroll, typename F>
