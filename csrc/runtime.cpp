@@ -54,7 +54,7 @@ namespace {
 // Bytes of it that the thresholds count on. One of more than 96 MiB is a whole socket's, spread over the chip and shared with
 // whoever else computes there. Of the 480 MiB that one system tells, about 64 were to be had; and it is writing what is read
 // again at once that decides. Outputs of 6.1 MiB, and gradients of 4.6 MiB beside two inputs as large, took less time past
-// the caches, gradients of 4 MiB as much, and the op that read them up to 1.3 times its own.
+// the caches, gradients of 4 MiB as much, and up to 1.3 times as much together with an op that read them.
 int64_t cache_at_hand() {
   constexpr int64_t kLargestOfNeighbours = 96 << 20, kOfSocket = 49 << 18;
   const int64_t known = last_level_cache(), cache = known > 0 ? known : int64_t{32} << 20;

@@ -29,9 +29,9 @@ def build_info() -> dict[str, object]:
         ``cuda`` (version of the toolkit it was compiled with), ``cuda_architectures`` (machine code as sm_90, PTX as
         compute_90), ``cuda_ops`` (the ops with kernels), all three empty in a CPU-only build, ``threads``, and
         ``stream_threshold`` (bytes of an output from which the CPU kernels write past the caches: half the last-level
-        cache, three eighths without AVX512, 8 or 6 MiB where that cache is a whole socket's, or what
-        FASTNORM_STREAM_THRESHOLD in the environment says; two thirds of it in backward passes that read both their
-        inputs twice).
+        cache, three eighths without AVX512, 6.1 or 4.6 MiB where that cache is a whole socket's, or what
+        FASTNORM_STREAM_THRESHOLD in the environment says; two thirds of it in LayerNorm's backward and in those that
+        read both their inputs twice).
 
     Example:
         >>> fastnorm.build_info()["fastnorm"]

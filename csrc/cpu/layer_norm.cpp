@@ -5,9 +5,9 @@
 // chunks. A few long rows are split: every thread takes chunks of them.
 //
 // Backward by rows. A task owns a part of the rows. A first sweep of a row reduces g and g * xhat; a second writes dx
-// and adds dz and dz * xhat to one float32 sum a column, of kSumRows rows at most. Those of all are merged at the end.
-// Several rows at once would load a column's sums less often, but the processor's prefetchers lose such a pattern, and
-// memory is the limit.
+// and adds dz and dz * xhat to one float32 sum a column, flushed to float64 every kSumRows rows. The parts' sums are
+// merged at the end. Several rows at once would load a column's sums less often, but the processor's prefetchers lose
+// such a pattern, and memory is the limit.
 //
 // Backward by strips, for few rows or very long ones. Blocks of rows that stay in the last-level cache are reduced by
 // chunks and then written by strips of columns; one task sums a strip over all rows of the block.
@@ -305,7 +305,6 @@ constexpr int64_t kFewRows = 64;           // too few to be split into parts tha
 constexpr int64_t kSmall = 1 << 16;        // elements one task takes anyway
 constexpr int64_t kStripsBlock = 1 << 20;  // elements that stay in the last-level cache
 constexpr int64_t kSumRows = 32;           // whose column sums are float32
-constexpr int64_t kFewBlocks = 2;          // of so many rows, of which a task keeps all sums
 constexpr int64_t kLeastPartRows = 16;
 constexpr int64_t kLeastPartElements = 1 << 15;
 
@@ -424,13 +423,14 @@ struct RowsBackward {
       std::fill(values, values + size(n), acc_t(0));
     }
 
-    // To float64, in place of what is there or added to it.
-    void add_to(bool first, int64_t n, double* to_dweight, double* to_dbias) const {
-      const auto add = [&](const acc_t* from, double* to) {
+    // To float64, in place of what is there or added to it; and from zero again.
+    void flush(bool first, int64_t n, double* to_dweight, double* to_dbias) const {
+      const auto move = [&](acc_t* from, double* to) {
         for (int64_t j = 0; j < n; ++j) to[j] = (first ? 0.0 : to[j]) + from[j];
+        std::fill(from, from + n, acc_t(0));
       };
-      add(dweight, to_dweight);
-      add(dbias, to_dbias);
+      move(dweight, to_dweight);
+      move(dbias, to_dbias);
     }
   };
 
@@ -451,31 +451,29 @@ struct RowsBackward {
   void by_rows() const {
     const RowTasks tasks(M, N);
     const ParameterArrays<T> parameters(a, 0, N);
-    // Of each task a row of dweight and one of dbias, in float64; or where a task has few blocks, whose sums float32 may
-    // be, those of each block as they are.
-    const int64_t blocks = (tasks.rows + kSumRows - 1) / kSumRows, block_rows = (tasks.rows + blocks - 1) / blocks;
-    const bool few_blocks = blocks <= kFewBlocks;
+    // Of each task a row of dweight and one of dbias: the sums themselves, where a task has no more rows than these may
+    // be of, else as float64.
+    const bool one_block = tasks.rows <= kSumRows;
     const int64_t columns = wants_columns ? N : 0, size = ColumnSums::size(columns);
-    const ScratchArray<acc_t> sums_of_blocks(few_blocks ? tasks.size() * blocks * size : 0);
-    const ScratchArray<double> partial(few_blocks ? 0 : tasks.size() * 2 * columns);
+    const ScratchArray<acc_t> sums_of_tasks(one_block ? tasks.size() * size : 0);
+    const ScratchArray<double> partial(one_block ? 0 : tasks.size() * 2 * columns);
     parallel_for(tasks.size(), M * N, [&](int64_t task) {
-      const ScratchArray<acc_t> own(few_blocks ? 0 : size);
+      const ScratchArray<acc_t> own(one_block ? 0 : size);
+      const ColumnSums sums(one_block ? &sums_of_tasks[task * size] : own.data(), columns);
       // A row's dz, where computing it again would take longer than reading it.
       const bool keeps = is_smooth(a.activation) && dx;
       const ScratchArray<acc_t> row_dz(keeps ? N + P::kSize : 0);
       acc_t* const kept = keeps ? row_dz.data() : nullptr;
       double *dweight = partial.data() + task * 2 * columns, *dbias = dweight + columns;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t begin = std::min(tasks.begin(task) + block * block_rows, tasks.end(task));
-        const int64_t end = std::min(begin + block_rows, tasks.end(task));
-        const ColumnSums sums(few_blocks ? &sums_of_blocks[(task * blocks + block) * size] : own.data(), columns);
+      for (int64_t begin = tasks.begin(task); begin < tasks.end(task); begin += kSumRows) {
+        const int64_t end = std::min(tasks.end(task), begin + kSumRows);
         visit<T>(a.activation, [&](auto act) { whole_rows(act, begin, end, *parameters, sums, kept); });
-        if (!few_blocks) sums.add_to(block == 0, columns, dweight, dbias);
+        if (!one_block) sums.flush(begin == tasks.begin(task), columns, dweight, dbias);
       }
     });
     if (!wants_columns) return;
-    few_blocks ? merge(sums_of_blocks.data(), tasks.size() * blocks, ColumnSums::stride(N))
-               : merge(partial.data(), tasks.size(), N);
+    one_block ? merge(sums_of_tasks.data(), tasks.size(), ColumnSums::stride(N))
+              : merge(partial.data(), tasks.size(), N);
   }
 
   // dweight and dbias from the parts' sums, each of which are `stride` from the next.
@@ -531,7 +529,7 @@ struct RowsBackward {
           return;
         }
         double *dweight = total.data() + first, *dbias = dweight + N;
-        sums.add_to(begin == 0, n, dweight, dbias);
+        sums.flush(begin == 0, n, dweight, dbias);
         if (end == M) {
           write_parameter(a.dweight, a.param_dtype, first, dweight, n);
           write_parameter(a.dbias, a.param_dtype, first, dbias, n);
