@@ -28,7 +28,7 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Setting = c10::ArrayRef<c10::IValue>;  // of an op, as its schema has them
+using Setting = std::vector<c10::IValue>;  // of an op, as its schema has them
 
 bool requires_grad(const Tensor& t) { return t.requires_grad(); }
 bool requires_grad(const OptionalTensor& t) { return is_given(t) && t->requires_grad(); }
@@ -63,16 +63,17 @@ std::optional<std::string_view> string_or_none(const c10::IValue& value) {
   return value.isNone() ? std::nullopt : std::optional<std::string_view>(value.toStringView());
 }
 
+constexpr size_t kInputs = 4;                   // of an op, at most
+using Gradients = std::array<Tensor, kInputs>;  // of those that have one, else undefined
+
 // What a backward has: the tensors that forward kept, the setting, and which inputs want a gradient.
 struct Kept {
   const variable_list& tensors;
-  Setting setting;
-  std::array<bool, 4> wanted;
+  const Setting& setting;
+  std::array<bool, kInputs> wanted;
 };
 
 // ---- the norms: input, weight, bias and residual
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // What forward keeps for backward: fastnorm/norm.py says when each is there.
 struct NormTensors {
@@ -99,40 +100,42 @@ Gradients norm_gradients_by_op(const char* op, size_t activation_at, const Tenso
   return {at(0), at(1), at(2), passed_on ? dy : at(3)};
 }
 
-variable_list list_of(const Gradients& g) { return {std::get<0>(g), std::get<1>(g), std::get<2>(g), std::get<3>(g)}; }
-
-variable_list batch_norm_gradients(Tensor dy, const Kept& kept) {
-  if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("batch_norm_backward", 3, dy, kept));
-  const NormTensors t(kept.tensors);
-  return list_of(batch_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
-                                     kept.setting[0].toBool(), string_or_none(kept.setting[3]), kept.wanted));
+Gradients gradients_of(std::tuple<Tensor, Tensor, Tensor, Tensor> found) {
+  return std::apply([](auto&&... gradient) { return Gradients{std::move(gradient)...}; }, std::move(found));
 }
 
-variable_list layer_norm_gradients(Tensor dy, const Kept& kept) {
-  if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("layer_norm_backward", 2, dy, kept));
+Gradients batch_norm_gradients(Tensor dy, const Kept& kept) {
+  if (!is_for_kernels(dy)) return norm_gradients_by_op("batch_norm_backward", 3, dy, kept);
   const NormTensors t(kept.tensors);
-  return list_of(layer_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
-                                     kept.setting[0].toIntVector(), string_or_none(kept.setting[2]),
-                                     kept.setting[3].toBool(), kept.wanted));
+  return gradients_of(batch_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
+                                          kept.setting[0].toBool(), string_or_none(kept.setting[3]), kept.wanted));
 }
 
-variable_list group_norm_gradients(Tensor dy, const Kept& kept) {
-  if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("group_norm_backward", 2, dy, kept));
+Gradients layer_norm_gradients(Tensor dy, const Kept& kept) {
+  if (!is_for_kernels(dy)) return norm_gradients_by_op("layer_norm_backward", 2, dy, kept);
   const NormTensors t(kept.tensors);
-  return list_of(group_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
-                                     kept.setting[0].toInt(), string_or_none(kept.setting[2]), kept.wanted));
+  return gradients_of(layer_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
+                                          kept.setting[0].toIntVector(), string_or_none(kept.setting[2]),
+                                          kept.setting[3].toBool(), kept.wanted));
 }
 
-variable_list instance_norm_gradients(Tensor dy, const Kept& kept) {
-  if (!is_for_kernels(dy)) return list_of(norm_gradients_by_op("instance_norm_backward", 2, dy, kept));
+Gradients group_norm_gradients(Tensor dy, const Kept& kept) {
+  if (!is_for_kernels(dy)) return norm_gradients_by_op("group_norm_backward", 2, dy, kept);
   const NormTensors t(kept.tensors);
-  return list_of(instance_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
-                                        string_or_none(kept.setting[2]), kept.wanted));
+  return gradients_of(group_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
+                                          kept.setting[0].toInt(), string_or_none(kept.setting[2]), kept.wanted));
+}
+
+Gradients instance_norm_gradients(Tensor dy, const Kept& kept) {
+  if (!is_for_kernels(dy)) return norm_gradients_by_op("instance_norm_backward", 2, dy, kept);
+  const NormTensors t(kept.tensors);
+  return gradients_of(instance_norm_backward(std::move(dy), t.input, t.weight, t.bias, t.residual, t.mask, t.statistics,
+                                             string_or_none(kept.setting[2]), kept.wanted));
 }
 
 // ---- dropout: input
 
-variable_list dropout_gradients(Tensor dy, const Kept& kept) {
+Gradients dropout_gradients(Tensor dy, const Kept& kept) {
   const Tensor& state = kept.tensors[0];
   const double p = kept.setting[0].toDouble();
   const int64_t channel_dims = kept.setting[1].toInt();
@@ -151,7 +154,7 @@ variable_list dropout_gradients(Tensor dy, const Kept& kept) {
 // ---- weight_norm: v and g
 
 // In torch's ops.
-variable_list composite_weight_norm_gradients(const Tensor& dw, const Tensor& v, const Tensor& g) {
+Gradients composite_weight_norm_gradients(const Tensor& dw, const Tensor& v, const Tensor& g) {
   at::DimVector dims;  // that a norm is over: those that g has no extent in
   for (int64_t d = 0; d < v.dim(); ++d)
     if (d >= g.dim() || g.size(d) == 1) dims.push_back(d);
@@ -164,7 +167,7 @@ variable_list composite_weight_norm_gradients(const Tensor& dw, const Tensor& v,
   return {dv.to(v.scalar_type()), dg.view(g.sizes()).to(g.scalar_type())};
 }
 
-variable_list weight_norm_gradients(Tensor dw, const Kept& kept) {
+Gradients weight_norm_gradients(Tensor dw, const Kept& kept) {
   const Tensor &v = kept.tensors[0], &g = kept.tensors[1], &norm = kept.tensors[2];
   if (!is_for_kernels(dw)) return composite_weight_norm_gradients(dw, v, g);
   const auto [dv, dg] = weight_norm_backward(dw, v, g, norm, {kept.wanted[0], kept.wanted[1]});
@@ -177,51 +180,92 @@ enum Op : int64_t { kBatchNorm, kLayerNorm, kGroupNorm, kInstanceNorm, kDropout,
 constexpr const char* kNodeNames[] = {"FastnormBatchNormBackward", "FastnormLayerNormBackward",
                                       "FastnormGroupNormBackward", "FastnormInstanceNormBackward",
                                       "FastnormDropoutBackward",   "FastnormWeightNormBackward"};
-constexpr variable_list (*kGradients[])(Tensor dy, const Kept&) = {batch_norm_gradients, layer_norm_gradients,
-                                                                   group_norm_gradients, instance_norm_gradients,
-                                                                   dropout_gradients,    weight_norm_gradients};
+constexpr Gradients (*kGradients[])(Tensor dy, const Kept&) = {batch_norm_gradients, layer_norm_gradients,
+                                                               group_norm_gradients, instance_norm_gradients,
+                                                               dropout_gradients,    weight_norm_gradients};
 
 // What an op's forward returns, and what is kept of it.
 struct Result {
   Tensor y;
   variable_list kept;
-  std::vector<c10::IValue> setting;
+  Setting setting;
 };
 
-// One class for all ops, for each costs seconds to compile.
-struct OpFunction : torch::autograd::Function<OpFunction> {
-  static constexpr bool is_traceable = true;  // by compiled autograd
-  static constexpr size_t kInputs = 4;
-  static constexpr const char* kKept = "kept";
+Gradients gradients(Op op, Tensor dy, const Kept& kept) {
+  const auto of_op = kGradients[op];
+  // They are linear in dy, so a tangent of forward mode that it has has the same.
+  const Tensor& tangent = dy._fw_grad(/*level=*/0);
+  if (!tangent.defined()) return of_op(std::move(dy), kept);
+  Gradients found = of_op(dy._fw_primal(/*level=*/0), kept);
+  const Gradients tangents = of_op(tangent, kept);
+  for (size_t i = 0; i < kInputs; ++i)
+    if (found[i].defined()) found[i] = at::_make_dual(found[i], tangents[i], /*level=*/0);
+  return found;
+}
+
+// Backward inside of compiled autograd, which traces it.
+struct TracedBackward : torch::autograd::Function<TracedBackward> {
+  static constexpr bool is_traceable = true;
+  static constexpr const char* kNode = "node";  // all of it in one list, of which torch makes one input of the graph
+
+  // The op, which inputs there are, and the setting.
+  static c10::IValue pack(Op op, const std::array<bool, kInputs>& given, const Setting& setting) {
+    c10::impl::GenericList list(c10::AnyType::get());
+    list.reserve(1 + kInputs + setting.size());
+    list.push_back(op);
+    for (const bool is_given : given) list.push_back(is_given);
+    for (const auto& value : setting) list.push_back(value);
+    return list;
+  }
 
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
-    Tensor dy = std::move(grads[0]);
-    if (!dy.defined()) return variable_list(kInputs);
+    if (!grads[0].defined()) return variable_list(kInputs);
+    const auto list = ctx->saved_data.at(kNode).toListRef();
     const variable_list tensors = ctx->get_saved_variables();
-    const auto list = ctx->saved_data.at(kKept).toListRef();
-    Kept kept{tensors, list.slice(1 + kInputs), {}};
+    const Setting setting = list.slice(1 + kInputs).vec();
+    Kept kept{tensors, setting, {}};
     for (size_t i = 0, edge = 0; i < kInputs; ++i)
       kept.wanted[i] = list[1 + i].toBool() && ctx->needs_input_grad(edge++);
-    const auto gradients = kGradients[list[0].toInt()];
-
-    // They are linear in dy, so a tangent of forward mode that it has has the same.
-    const Tensor tangent = dy._fw_grad(/*level=*/0);
-    variable_list found = gradients(tangent.defined() ? dy._fw_primal(/*level=*/0) : std::move(dy), kept);
-    if (tangent.defined()) {
-      const variable_list tangents = gradients(tangent, kept);
-      for (size_t i = 0; i < found.size(); ++i)
-        if (found[i].defined()) found[i] = at::_make_dual(found[i], tangents[i], /*level=*/0);
-    }
-    found.resize(kInputs);
-    return found;
+    const Gradients found = gradients(static_cast<Op>(list[0].toInt()), std::move(grads[0]), kept);
+    return {found.begin(), found.end()};
   }
 };
 
-// By the name of its op in profiles, and in what anomaly mode says.
-struct OpNode : torch::autograd::CppNode<OpFunction> {
+// One class for all ops, for each costs seconds to compile. What CppNode does around a backward in eager mode takes 1 us
+// of the 3 that one of a few elements takes, so it does that here alone.
+struct OpNode : torch::autograd::CppNode<TracedBackward> {
   Op op = kBatchNorm;
+  std::array<bool, kInputs> given{};
+  Setting setting;
 
+  // In profiles, and in what anomaly mode says.
   std::string name() const override { return kNodeNames[op]; }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);  // against release_variables() of another thread
+    const size_t edges = num_outputs();
+    variable_list results;
+    results.reserve(edges);
+    if (!grads[0].defined()) {
+      results.resize(edges);
+      return results;
+    }
+    const variable_list tensors = ctx_.get_saved_variables();
+    Kept kept{tensors, setting, {}};
+    for (size_t i = 0, edge = 0; i < kInputs; ++i) kept.wanted[i] = given[i] && task_should_compute_output(edge++);
+    Gradients found = gradients(op, std::move(grads[0]), kept);
+    for (size_t i = 0; i < kInputs; ++i)
+      if (given[i]) results.push_back(std::move(found[i]));
+    return results;
+  }
+
+  // Comes first, and alone needs what CppNode's apply_with_saved() reads.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    auto& self = const_cast<OpNode&>(*this);
+    self.is_variable_input_.assign(given.begin(), given.end());
+    self.ctx_.saved_data[TracedBackward::kNode] = TracedBackward::pack(op, given, setting);
+    CppNode::compiled_args(args);
+  }
 };
 
 // A forward in profiles: it is no op of the dispatcher's, whose they show. A test of one number where nobody profiles.
@@ -240,27 +284,21 @@ auto make_node() {
 // run() and its node in the graph; `inputs` are null where there are none. As Function::apply, but that looks for outputs
 // that are views of inputs or written in place, and for tangents of forward mode, which do not come here: 0.6 us of the 3
 // of a call on a few elements.
-Tensor apply(Op op, const std::array<const Tensor*, OpFunction::kInputs>& inputs, c10::function_ref<Result()> run) {
+Tensor apply(Op op, const std::array<const Tensor*, kInputs>& inputs, c10::function_ref<Result()> run) {
   const auto node = make_node<OpNode>();
   node->op = op;
   node->set_ctx_grad_fn(node);
   node->ctx_.set_materialize_grads(false);
-  for (const Tensor* input : inputs) {
-    node->is_variable_input_.push_back(input != nullptr);
-    if (input) node->add_next_edge(torch::autograd::impl::gradient_edge(*input));
+  for (size_t i = 0; i < kInputs; ++i) {
+    node->given[i] = inputs[i] != nullptr;
+    if (inputs[i]) node->add_next_edge(torch::autograd::impl::gradient_edge(*inputs[i]));
   }
   Result result = [&] {
     const at::AutoGradMode grad_mode(false);
     return run();
   }();
 
-  // All in one list: compiled autograd makes inputs of its graph of numbers by themselves.
-  c10::impl::GenericList list(c10::AnyType::get());
-  list.reserve(1 + inputs.size() + result.setting.size());
-  list.push_back(op);
-  for (const Tensor* input : inputs) list.push_back(input != nullptr);
-  for (auto& value : result.setting) list.push_back(std::move(value));
-  node->ctx_.saved_data[OpFunction::kKept] = std::move(list);
+  node->setting = std::move(result.setting);
   node->ctx_.save_for_backward(std::move(result.kept));
   torch::autograd::set_history(result.y, node);
   node->save_variables_to_ctx();
@@ -318,7 +356,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
         return batch_norm_forward(input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
                                   training, momentum, eps, activation, skip_nonfinite_stats, renorm, keep);
       },
-      [&]() -> std::vector<c10::IValue> {
+      [&]() -> Setting {
         const auto bounds = renorm ? c10::IValue(c10::List<double>({(*renorm)[0], (*renorm)[1]})) : c10::IValue();
         return {training, momentum, eps, value_of(activation), skip_nonfinite_stats, bounds};
       });
@@ -334,7 +372,7 @@ Tensor layer_norm(const Tensor& input, const OptionalTensor& weight, const Optio
         return layer_norm_forward(input, weight, bias, residual, normalized_shape, eps, activation, subtract_mean,
                                   keep);
       },
-      [&]() -> std::vector<c10::IValue> { return {normalized_shape, eps, value_of(activation), subtract_mean}; });
+      [&]() -> Setting { return {normalized_shape, eps, value_of(activation), subtract_mean}; });
 }
 
 Tensor group_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -344,7 +382,7 @@ Tensor group_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   return norm(
       kGroupNorm, input, weight, bias, residual, activation,
       [&](bool keep) { return group_norm_forward(input, weight, bias, residual, num_groups, eps, activation, keep); },
-      [&]() -> std::vector<c10::IValue> { return {num_groups, eps, value_of(activation)}; });
+      [&]() -> Setting { return {num_groups, eps, value_of(activation)}; });
 }
 
 Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -359,7 +397,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const Op
         return instance_norm_forward(input, weight, bias, residual, running_mean, running_var, momentum, eps,
                                      activation, keep);
       },
-      [&]() -> std::vector<c10::IValue> { return {momentum, eps, value_of(activation)}; });
+      [&]() -> Setting { return {momentum, eps, value_of(activation)}; });
 }
 
 Tensor differentiable_dropout(const Tensor& input, double p, const Tensor& state, int64_t channel_dims, bool alpha) {
