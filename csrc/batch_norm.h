@@ -31,6 +31,15 @@ namespace fastnorm {
 //
 // mask: see mask.h, rows by mask_rows(); kept only for relu and leaky_relu with a residual, else null.
 
+namespace {  // internal linkage: see isa.h
+
+// exp() has other last bits in another instruction set, which a sample alone must not have.
+inline bool is_small_batch(const Shape& shape, Activation a) {
+  return shape.numel() <= 32 << 10 && a != Activation::kSilu && a != Activation::kGelu;
+}
+
+}  // namespace
+
 struct BatchNormForward {
   Shape shape;
   Dtype dtype, param_dtype, stats_dtype;
@@ -54,6 +63,8 @@ struct BatchNormForward {
 
   double r_max, d_max;
   double *r, *d;  // [C], both or none: batch renormalisation; only in training and with running statistics
+
+  bool is_small() const { return is_small_batch(shape, activation); }
 };
 
 struct BatchNormBackward {
@@ -75,6 +86,8 @@ struct BatchNormBackward {
   double* sums;              // [2, C]: sum dz and sum dz * xhat, or null: not wanted
   const double* given_sums;  // the same of `count` values a channel, for dx in training, or null: those of this batch
   double count;              // with given_sums, when no other sums are wanted
+
+  bool is_small() const { return is_small_batch(shape, activation); }
 };
 
 namespace {  // internal linkage: see isa.h

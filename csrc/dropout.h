@@ -47,6 +47,8 @@ struct Dropout {
   DropoutLevel level;
   const void* x;
   void* y;  // may be x
+
+  bool is_small() const { return shape.numel() <= 8 << 10; }
 };
 
 // While a graph is captured, torch's generator says where its seed and offset will lie at each replay:

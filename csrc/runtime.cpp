@@ -32,6 +32,15 @@ Isa isa() {
   return chosen;
 }
 
+bool small_calls_take_avx2() {
+#if defined(__x86_64__) && !defined(FASTNORM_PLAIN)
+  static const bool chosen = __builtin_cpu_is("intel") && std::getenv("ATEN_CPU_CAPABILITY") == nullptr;
+  return chosen;
+#else
+  return false;
+#endif
+}
+
 namespace cpu {
 
 int num_threads() { return at::get_num_threads(); }

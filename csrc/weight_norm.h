@@ -22,6 +22,8 @@ struct WeightNormForward {
   const void *v, *g;
   void* w;
   double* norm;
+
+  bool is_small() const { return shape.numel() <= 128 << 10; }
 };
 
 struct WeightNormBackward {
@@ -30,6 +32,8 @@ struct WeightNormBackward {
   const void *v, *g, *dw;
   const double* norm;
   void *dv, *dg;  // each or null: not wanted
+
+  bool is_small() const { return shape.numel() <= 128 << 10; }
 };
 
 }  // namespace fastnorm

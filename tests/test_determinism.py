@@ -1,5 +1,6 @@
 """Under torch.use_deterministic_algorithms(True), which also fills fresh memory with NaN: every op works, and gives at
-every run the bits that it gives without. Any number of threads: test_ops.py."""
+every run the bits that it gives without. A sample has the same bits alone and in a batch. Any number of threads:
+test_ops.py."""
 
 from __future__ import annotations
 
@@ -46,6 +47,29 @@ def test_the_same_bits(case: Case, device: str) -> None:
             for run in runs:
                 for got, expected in zip(run, wanted, strict=True):
                     assert torch.equal(got, expected)
+
+
+# Of ops that mix no samples, and number no elements to draw a mask for them.
+ALONE = [case for case in CASES if case.op in ("layer_norm", "rms_norm", "group_norm", "local_response_norm")]
+ALONE = [case for case in ALONE if "-but-0" not in case.name]  # which normalises the whole batch as one row
+ALONE += [case for case in CASES if case.name.startswith(("batch_norm-eval", "instance_norm-input"))]
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sample_alone_has_the_bits_that_it_has_in_a_batch(case: Case, device: str) -> None:
+    """Whose size decides how work is shared, how results are written and which instruction set there is for it."""
+    for shape in ((64, 32, 10, 10), (401, 5, 3, 3)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                tensors = case.inputs(shape, dtype, device)
+                of_samples = [t.shape == tensors[0].shape for t in tensors]
+                tensors = [t.to(memory_format=layout) if t.dim() == 4 else t for t in tensors]
+                y, dx, *_ = results(case, tensors)
+                for n in (0, shape[0] // 2, shape[0] - 1):
+                    sample = [t[n : n + 1] if own else t for t, own in zip(tensors, of_samples, strict=True)]
+                    for whole, alone in zip((y, dx), results(case, sample), strict=False):
+                        assert torch.equal(whole[n : n + 1], alone), (shape, dtype, layout, n)
 
 
 _TRAIN = """

@@ -37,6 +37,12 @@ def test_lesser_instruction_sets(capability: str) -> None:
     run_tests(NUMERICAL, ATEN_CPU_CAPABILITY=capability)
 
 
+@pytest.mark.skipif(BEST != "AVX512", reason="this processor has no AVX512")
+def test_avx512_by_name_in_small_calls() -> None:
+    """Which take AVX2 on some processors, see small_calls_take_avx2() in csrc/isa.h: here the ops that have them."""
+    run_tests(f"({NUMERICAL}) and (Batch or Drop or weight_norm)", ATEN_CPU_CAPABILITY="avx512")
+
+
 @pytest.mark.parametrize("capability", (BEST.lower(), *LESSER))
 def test_outputs_past_the_caches(capability: str) -> None:
     """As large ones are written, all of them: whole cache lines, of planes and rows that begin within one, too."""
