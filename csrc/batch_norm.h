@@ -33,7 +33,7 @@ namespace fastnorm {
 
 namespace {  // internal linkage: see isa.h
 
-// exp() has other last bits in another instruction set, which a sample alone must not have.
+// For isa_for(). exp() has other last bits in another instruction set, which a sample alone must not have.
 inline bool is_small_batch(const Shape& shape, Activation a) {
   return shape.numel() <= 32 << 10 && a != Activation::kSilu && a != Activation::kGelu;
 }

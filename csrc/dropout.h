@@ -48,6 +48,7 @@ struct Dropout {
   const void* x;
   void* y;  // may be x
 
+  // For isa_for().
   bool is_small() const { return shape.numel() <= 8 << 10; }
 };
 

@@ -23,6 +23,7 @@ struct WeightNormForward {
   void* w;
   double* norm;
 
+  // For isa_for().
   bool is_small() const { return shape.numel() <= 128 << 10; }
 };
 

@@ -25,8 +25,8 @@ def build_info() -> dict[str, object]:
 
     Returns:
         ``fastnorm``, ``torch``, ``torch_built_with`` (the torch version that the extension was compiled against),
-        ``compiler``, ``instruction_set`` (of the CPU kernels in this process: AVX512, AVX2, NEON or default; small calls
-        take AVX2 on Intel's processors with AVX512, see docs/performance.md),
+        ``compiler``, ``instruction_set`` (of the CPU kernels in this process: AVX512, AVX2, NEON or default; small
+        calls take AVX2 on Intel's processors with AVX512, see docs/performance.md),
         ``cuda`` (version of the toolkit it was compiled with), ``cuda_architectures`` (machine code as sm_90, PTX as
         compute_90), ``cuda_ops`` (the ops with kernels), all three empty in a CPU-only build, ``threads``, and
         ``stream_threshold`` (bytes of an output from which the CPU kernels write past the caches: half the last-level
