@@ -16,7 +16,7 @@ enum class Isa { kDefault, kAvx2, kAvx512 };
 Isa isa();  // the best that both this processor and this build have
 
 // Whether small calls take AVX2 where isa() is AVX512. Intel's processors let the upper half of their widest units sleep,
-// and run slower until it is awake: that costs 1 to 3 us, of the 6 to 30 that such a call takes. Not where
+// and run slower until it is awake: that costs 1 to 7 us, of the 6 to 80 that such a call takes. Not where
 // ATEN_CPU_CAPABILITY names AVX512.
 bool small_calls_take_avx2();
 

@@ -123,8 +123,8 @@ struct MaskBits {
 };
 
 // Whether an output is better written past the caches, and one that is written by planes: where it and the inputs, as
-// large, do not fit there together. A second input counts in backward, where
-// both are read again from there; LayerNorm's reads them once, and they and dx were measured to be too much, too.
+// large, do not fit there together. A second input counts in backward, where both are read again from there; LayerNorm's
+// reads them once, and they and dx were measured to be too much, too.
 inline bool stream_output(int64_t numel, Dtype dtype, int64_t inputs = 1) {
   return (inputs + 1) * numel * size_of(dtype) >= 2 * stream_threshold();
 }
